@@ -1,0 +1,44 @@
+# The two commands of the README are `make serve` and `make test`; everything else is for people who change Tandem.
+PYTHON ?= python3
+BIN := .venv/bin
+NICE_PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: setup serve test lint format bench clean
+
+serve: .venv/serve.stamp  ## the bundled policy and reward model on http://127.0.0.1:8000 (ARGS="…" is passed on)
+	$(BIN)/tandem serve $(ARGS)
+
+test: .venv/dev.stamp  ## everything CI checks, with the time per area
+	$(BIN)/python tests/areas.py $(AREAS)
+
+setup: .venv/dev.stamp  ## .venv with everything that tests and tools need
+
+lint: .venv/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: .venv/dev.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/serve.stamp  ## start-up and streaming of the bundled model, as a table and one JSON line
+	$(BIN)/python -m tandem.benchmarks.startup $(ARGS)
+
+# A stamp is newer than pyproject.toml when the environment holds what it asks for.
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else "Tandem needs Python 3.11 to 3.13, not %d.%d: make PYTHON=/path/to/python" % v)'
+	@$(PYTHON) -m venv .venv 2>/dev/null || { rm -rf .venv; echo "python3-venv is missing: installing it"; apt-get update -qq && apt-get install -y -qq python3-venv && $(PYTHON) -m venv .venv; }
+
+.venv/serve.stamp: pyproject.toml | .venv/bin/python
+	@echo "Installing Tandem into .venv (once; a minute or two)"
+	$(NICE_PIP) -e .
+	@touch $@
+
+.venv/dev.stamp: pyproject.toml .venv/serve.stamp
+	@echo "Installing the test tools into .venv (once)"
+	$(NICE_PIP) -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

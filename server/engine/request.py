@@ -1,0 +1,148 @@
+"""What goes into the engine and what comes out of it: integers, floats and names, no text and no tensors.
+
+Plain dataclasses, so that the engine runs where only torch is installed; `link.py` knows how they travel.
+A `Request` asks one hosted model for up to `n` sampled continuations of one prompt, or for a score of it. The
+engine answers with a stream of `Output`s, one per choice and step in which something happened to that choice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Role = Literal["policy", "reference", "reward", "value", "embedding"]
+Want = Literal["tokens", "logprobs", "prompt_logprobs", "score", "values", "embedding"]
+LogprobsMode = Literal["raw", "processed"]
+Finish = Literal["stop", "length", "abort", "error"]
+ErrorKind = Literal["invalid", "not_found", "overloaded", "deadline", "unavailable", "internal"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn. Bounds are checked at the edge (`api`); the engine takes them as they are.
+
+    Order: bias and allowed ids -> bad words -> repetition -> presence/frequency -> temperature -> top-k -> top-p -> min-p.
+    """
+
+    max_tokens: int
+    seed: int  # 0 <= seed < 2**64; the client draws one where the user gave none
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 is off
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    min_tokens: int = 0  # before that many tokens no end or stop id is drawn
+    stop_ids: tuple[int, ...] = ()  # the request's own; the model's end ids come on top unless `ignore_eos`
+    ignore_eos: bool = False
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_ids: tuple[int, ...] = ()  # empty: all
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that must not be completed
+    logprobs: int | None = None  # None: none; k: of the drawn token and the k most likely
+    logprobs_mode: LogprobsMode = "raw"
+
+    @property
+    def penalises(self) -> bool:
+        """Whether the sampler must know which tokens came before."""
+        return bool(self.presence_penalty or self.frequency_penalty) or self.repetition_penalty != 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt for one model. `id` is unique within an engine; the link's client makes it."""
+
+    id: int
+    model: str
+    token_ids: list[int]
+    sampling: Sampling | None = None  # None: nothing is sampled (scores, prompt log-probabilities alone)
+    want: frozenset[Want] = frozenset({"tokens"})
+    n: int = 1  # choices; they share the prompt's pages
+    prompt_logprobs: int | None = None  # k most likely beside each prompt token; None unless wanted
+    first_needed_row: int | None = None  # earliest position whose hidden state is needed; None: the last one
+    priority: int = 0  # lower goes first
+    deadline: float | None = None  # time.monotonic() of this machine
+    cache_salt: str = ""
+    adapter: str = ""
+
+    @property
+    def needed_row(self) -> int:
+        """Cached pages are reused only for positions strictly before this one."""
+        last = len(self.token_ids) - 1
+        return last if self.first_needed_row is None else min(self.first_needed_row, last)
+
+
+@dataclass(slots=True)
+class Logprobs:
+    """Log-probabilities of a run of tokens, column by column; `top_*[i]` holds the k most likely at token i."""
+
+    values: list[float] = field(default_factory=list[float])
+    ranks: list[int] = field(default_factory=list[int])  # 1 is the most likely
+    top_ids: list[list[int]] = field(default_factory=list[list[int]])
+    top_values: list[list[float]] = field(default_factory=list[list[float]])
+
+
+@dataclass(frozen=True, slots=True)
+class EngineError:
+    """Why a request got no answer. `api.errors` turns the kind into a status."""
+
+    kind: ErrorKind
+    message: str
+    param: str | None = None
+    retry_after: float | None = None  # seconds
+
+
+@dataclass(slots=True)
+class Output:
+    """What one step made of one choice. `finish` set: the last one for this choice.
+
+    An `error` finishes the whole request. The first output of a request carries `cached_tokens`, and the prompt's
+    log-probabilities where they were wanted (entry i belongs to prompt token i + 1; the first token has none).
+    """
+
+    request_id: int
+    choice: int = 0
+    token_ids: list[int] = field(default_factory=list[int])
+    logprobs: Logprobs | None = None
+    finish: Finish | None = None
+    stop_id: int | None = None  # the end or stop id that ended it, also the last of token_ids
+    cached_tokens: int | None = None
+    prompt_logprobs: Logprobs | None = None
+    scores: list[float] | None = None  # one per label
+    weight_version: int = 0
+    error: EngineError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """What a worker must know of a hosted model."""
+
+    name: str
+    role: Role
+    path: str  # checkpoint directory: tokenizer and template are read from it
+    architecture: str
+    dtype: str
+    context: int  # tokens, prompt and continuation together
+    vocab_size: int
+    end_ids: tuple[int, ...]
+    labels: int  # outputs of the head; 0 for a language model head
+    weight_version: int
+    created: int  # seconds since the epoch
+    aliases: tuple[str, ...] = ()
+    max_request_tokens: int = 0  # the most tokens that fit its KV cache at once; a longer request cannot run
+
+    @property
+    def generates(self) -> bool:
+        return self.labels == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Catalog:
+    """Every hosted model. `epoch` names the engine process, `version` grows with every change inside it."""
+
+    epoch: int
+    version: int
+    models: tuple[ModelCard, ...]
+
+    def find(self, name: str) -> ModelCard | None:
+        return next((card for card in self.models if name == card.name or name in card.aliases), None)
