@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 NICE_PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup serve test lint format bench clean
+.PHONY: setup serve test lint format bench clean evidence-status
 
 serve: .venv/serve.stamp  ## the bundled policy and reward model on http://127.0.0.1:8000 (ARGS="…" is passed on)
 	$(BIN)/tandem serve $(ARGS)
@@ -24,6 +24,12 @@ format: .venv/dev.stamp
 
 bench: .venv/serve.stamp  ## start-up and streaming of the bundled model, as a table and one JSON line
 	$(BIN)/python -m tandem.benchmarks.startup $(ARGS)
+
+evidence-%: .venv/dev.stamp  ## what is too heavy for CI; its record lands in docs/evidence/
+	$(BIN)/python -m tandem.benchmarks.evidence run $*
+
+evidence-status: .venv/dev.stamp  ## which records are older than the code they are about
+	$(BIN)/python -m tandem.benchmarks.evidence status
 
 # A stamp is newer than pyproject.toml when the environment holds what it asks for.
 .venv/bin/python:

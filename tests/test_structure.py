@@ -20,7 +20,13 @@ MAX_LINES = 450
 INTEGERS = {f"server/engine/{name}.py" for name in ("request", "pages", "plan", "scheduler")}
 CLIENT_SIDE = {"server/engine/request.py", "server/engine/link.py", "server/engine/options.py"}
 # Only these may import the libraries that a bare CUDA image lacks.
-EDGE = {"server/engine/link.py", "server/engine/process.py", "server/cli.py", "server/supervisor.py", "server/worker.py"}
+EDGE = {
+    "server/engine/link.py",
+    "server/engine/process.py",
+    "server/cli.py",
+    "server/supervisor.py",
+    "server/worker.py",
+}
 EDGE_LIBRARIES = {"msgspec", "zmq", "typer", "rich", "llguidance", "fastapi", "pydantic", "uvicorn", "sse_starlette"}
 HEAVY = {"torch", "triton", "numpy", "safetensors"}
 
