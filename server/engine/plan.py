@@ -1,0 +1,87 @@
+"""What one step computes, and what came of it: the integers that pass between `scheduler.py` and `runner.py`.
+
+A `Plan` is all that the runner is told. The runner mirrors per slot what it needs (tokens, page table, sampling
+parameters) and applies a plan in this order:
+
+1. `left`: these slots are empty. A slot may leave and be entered again in one plan.
+2. `entered`: load `prompt + generated` as the slot's token history and the request's sampling parameters. A slot may be
+   entered again without having left (another choice takes over the prompt that is being computed); its pages stay.
+3. `page_updates`: entries of the slots' page tables. Entries past a sequence's length are stale and never read.
+4. `copies`: whole pages, before anything is written. No page is both a source and a destination, destinations differ.
+5. the forward pass over the rows, then `samples`, `scores` and `prompt_logprobs` from its hidden states. A token sampled
+   for a slot from row r stands at position `starts[r] + counts[r]` of *that slot's* history; with `steady` or not, the
+   slot's next row starts exactly there, so the runner writes it into the history without being told.
+
+Lists of a plan may be reused by the next one: read them before `Scheduler.plan` is called again, and do not change them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .request import Logprobs, Request
+
+
+@dataclass(frozen=True, slots=True)
+class Entered:
+    """A sequence takes a slot: one choice of a request, fresh, forked or recomputed after a preemption.
+
+    `generated` holds the tokens that were drawn before a preemption; the choice's next token is number
+    `len(generated)` of its answer (counted from 0), whatever was recomputed. Its position in the history is
+    `len(request.token_ids) + len(generated)`.
+    """
+
+    slot: int
+    request: Request
+    choice: int
+    generated: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRows:
+    """Positions `first <= p < end` of row `row` (all inside it) whose next token's log-probability is wanted.
+
+    Entry i of the answer is the log-probability of prompt token `first + i + 1` given the tokens up to `first + i`.
+    `end` never exceeds the prompt's length - 1.
+    """
+
+    row: int
+    first: int
+    end: int
+
+
+@dataclass(slots=True)
+class Plan:
+    """One step of one model. `slots`, `starts`, `counts` have one entry per row, the first `decodes` rows being decodes.
+
+    Row r computes positions `starts[r] .. starts[r] + counts[r] - 1` of the sequence in slot `slots[r]`; a slot has at
+    most one row per plan. `counts` is 1 for decodes.
+    """
+
+    slots: list[int]
+    starts: list[int]
+    counts: list[int]
+    decodes: int
+    tokens: int  # sum of counts
+    samples: list[tuple[int, int]]  # (row, slot); several slots sample from one row where a prompt forks into choices
+    scores: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])  # (row, slot): from the row's last position
+    prompt_logprobs: list[PromptRows] = field(default_factory=list[PromptRows])
+    left: list[int] = field(default_factory=list[int])
+    entered: list[Entered] = field(default_factory=list[Entered])
+    page_updates: list[tuple[int, int, int]] = field(default_factory=list[tuple[int, int, int]])  # (slot, index, page)
+    copies: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])  # (source page, destination page)
+    steady: bool = False  # pure decode by the same slots in the same order as the plan before: `starts` grew by one each
+
+
+@dataclass(slots=True)
+class Sampled:
+    """What the runner gives back, entry by entry of the plan's lists of the same name.
+
+    `tokens[i]` was drawn for `plan.samples[i]`. `logprobs` is None where no sample wants any; else entry i is None or
+    one token's columns. `scores[i]` has one float per label.
+    """
+
+    tokens: list[int]
+    logprobs: list[Logprobs | None] | None = None
+    scores: list[list[float]] = field(default_factory=list[list[float]])
+    prompt_logprobs: list[Logprobs] = field(default_factory=list[Logprobs])
