@@ -1,0 +1,387 @@
+"""What travels between the API workers and the engine process, and how: msgpack over ZMQ on a Unix socket.
+
+The engine binds `DIRECTORY/engine-EPOCH`; workers connect to it. Every engine process has its own epoch, in the
+socket's name and in each message, so nothing crosses a restart. A step's outputs travel as one message per worker, each
+output a row of its fields in order. The engine never waits for a worker: what a stalled worker has not taken is merged
+choice by choice, so that at most one output per open choice is kept for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import fields
+from operator import attrgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast, get_type_hints
+
+import msgspec
+import zmq
+
+from . import request as vocabulary
+from .request import Catalog, EngineError, Output, Request
+from .stream import Stream, merge
+
+WORKER_SHIFT = 40  # a request id is (worker number << 40) + counter
+BEAT_SECONDS = 0.5
+HELLO_SECONDS = 0.02
+STALLED_MESSAGES = 1000  # waiting for one worker before its outputs are merged
+
+State = Literal["starting", "ready", "down"]
+
+_NAMES = [field.name for field in fields(Output)]
+_row = attrgetter(*_NAMES)  # Output -> its fields in order
+if TYPE_CHECKING:
+    _Row = tuple[Any, ...]
+else:
+    _Row = tuple[tuple(get_type_hints(Output, vars(vocabulary))[name] for name in _NAMES)]
+
+
+class Hello(msgspec.Struct, frozen=True, array_like=True, tag=0):
+    """A worker is there; answered with the catalog once there is one."""
+
+    epoch: int
+
+
+class Submit(msgspec.Struct, frozen=True, array_like=True, tag=1):
+    epoch: int
+    request: Request
+
+
+class Abort(msgspec.Struct, frozen=True, array_like=True, tag=2):
+    """Nobody wants that choice (None: any choice) any more."""
+
+    epoch: int
+    request_id: int
+    choice: int | None
+
+
+class Step(msgspec.Struct, frozen=True, array_like=True, tag=3):
+    epoch: int
+    rows: list[_Row]
+
+
+class News(msgspec.Struct, frozen=True, array_like=True, tag=4):
+    epoch: int
+    catalog: Catalog
+
+
+class Beat(msgspec.Struct, frozen=True, array_like=True, tag=5):
+    """The engine's loop came around."""
+
+    epoch: int
+
+
+class EngineUnavailable(Exception):
+    """The engine takes no requests now; the text says why."""
+
+
+def _address(directory: Path, epoch: int) -> str:
+    return f"ipc://{directory}/engine-{epoch}"
+
+
+def _readable(socket: zmq.Socket[bytes]) -> bool:
+    return bool(cast(int, socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+
+
+class EngineClient:
+    """An API worker's side. Everything is called on one asyncio loop; nothing here blocks.
+
+    `state` is "starting" until the engine's catalog came, "ready" while it serves, and "down" with a `cause` while it
+    is gone or while the server drains. `catalog` is the last one known, also while down.
+    """
+
+    def __init__(self, directory: Path | str, number: int = 1) -> None:
+        """`number` tells this worker from all others, earlier ones included."""
+        self.catalog: Catalog | None = None
+        self.state: State = "starting"
+        self.cause: str | None = None
+        self._directory = Path(directory)
+        self._number = number
+        self._epoch = 0
+        self._ids = itertools.count((number << WORKER_SHIFT) + 1)
+        self._streams: dict[int, Stream] = {}
+        self._heard = -math.inf
+        self._draining = False
+        self._changed = asyncio.Event()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket: zmq.Socket[bytes] | None = None
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decode = msgspec.msgpack.Decoder(Step | News | Beat).decode
+
+    # -- what the API uses
+
+    def next_id(self) -> int:
+        """An id for a `Request`, unique among all workers."""
+        return next(self._ids)
+
+    def submit(self, request: Request) -> Stream:
+        """Hand a request to the engine. Refusals (full, too long, …) come as an `Output` with an error.
+
+        Raises EngineUnavailable, with the cause as its text, unless `state` is "ready".
+        """
+        if self.state != "ready" or not self._send(Submit(self._epoch, request)):
+            raise EngineUnavailable(
+                self.cause or ("the engine is starting" if self.state == "starting" else "no engine")
+            )
+        stream = self._streams[request.id] = Stream(request, self.abort)
+        return stream
+
+    def abort(self, request_id: int, choice: int | None = None) -> None:
+        """Stop one choice, or all. Its stream sees nothing more of it. Unknown and finished ids do nothing."""
+        stream = self._streams.get(request_id)
+        if stream is None:
+            return
+        if stream.drop(choice):
+            del self._streams[request_id]
+        self._send(Abort(self._epoch, request_id, choice))
+        self._notify()
+
+    def heartbeat_age(self) -> float:
+        """Seconds since the engine's loop last came around; infinite while no engine is connected.
+
+        An idle or healthy engine beats every 0.5 s; one that hangs in a step does not.
+        """
+        return time.monotonic() - self._heard
+
+    @property
+    def open_streams(self) -> int:
+        return len(self._streams)
+
+    async def wait_ready(self) -> None:
+        """Return as soon as `state` is "ready". Raises EngineUnavailable when the server drains: it never will be."""
+        while self.state != "ready":
+            if self._draining:
+                raise EngineUnavailable(self.cause)
+            self._changed.clear()
+            await self._changed.wait()
+
+    async def wait_idle(self) -> None:
+        """Return as soon as no stream is open."""
+        while self._streams:
+            self._changed.clear()
+            await self._changed.wait()
+
+    # -- what the worker tells it
+
+    def engine_started(self, epoch: int) -> None:
+        """An engine process of that epoch was started; "ready" when it has sent its catalog."""
+        self._disconnect()
+        self._epoch = epoch
+        if not self._draining:
+            self.state = "starting"
+        socket = self._context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for an engine that is not connected
+        socket.setsockopt(zmq.SNDHWM, 0)
+        socket.setsockopt(zmq.RCVHWM, 0)  # the kernel's buffer and the engine's own bound count
+        socket.setsockopt(zmq.RECONNECT_IVL, 20)
+        socket.setsockopt(zmq.ROUTING_ID, str(self._number).encode())
+        socket.connect(_address(self._directory, epoch))
+        self._socket = socket
+        asyncio.get_running_loop().add_reader(socket.fileno(), self._receive)
+        self._hello(epoch)
+
+    def engine_lost(self, cause: str) -> None:
+        """The engine died: every open stream ends with an error, new requests are refused with `cause`."""
+        self._disconnect()
+        self._set_down(cause)
+        self.fail(cause)
+
+    def drain(self, cause: str) -> None:
+        """Refuse new requests with `cause`, for good; open streams go on."""
+        self._draining = True
+        self._set_down(cause)
+
+    def fail(self, cause: str) -> None:
+        """End every open stream with an "unavailable" error and tell the engine, where there still is one."""
+        for request_id, stream in list(self._streams.items()):
+            self._send(Abort(self._epoch, request_id, None))
+            stream.push(Output(request_id, finish="error", error=EngineError("unavailable", cause)))
+        self._streams.clear()
+        self._notify()
+
+    def close(self) -> None:
+        self._disconnect()
+        self._context.term()
+
+    # -- inside
+
+    def _set_down(self, cause: str) -> None:
+        self.state, self.cause = "down", cause
+        self._notify()
+
+    def _notify(self) -> None:
+        self._changed.set()
+
+    def _disconnect(self) -> None:
+        self._heard = -math.inf
+        if self._socket is not None:
+            asyncio.get_running_loop().remove_reader(self._socket.fileno())
+            self._socket.close(linger=0)
+            self._socket = None
+
+    def _hello(self, epoch: int) -> None:
+        if self._epoch == epoch and self._socket is not None and self._heard == -math.inf:
+            self._send(Hello(epoch))
+            asyncio.get_running_loop().call_later(HELLO_SECONDS, self._hello, epoch)
+
+    def _send(self, message: Hello | Submit | Abort) -> bool:
+        if self._socket is None:
+            return False
+        try:
+            self._socket.send(self._encode(message), zmq.DONTWAIT)
+        except zmq.Again:
+            return False
+        asyncio.get_running_loop().call_soon(self._receive)  # sending may have used up the descriptor's one wake-up
+        return True
+
+    def _receive(self) -> None:
+        """Read until nothing is left: ZMQ's descriptor tells of a change, not of every message."""
+        while self._socket is not None and _readable(self._socket):
+            message = self._decode(self._socket.recv(zmq.DONTWAIT))
+            if message.epoch != self._epoch:
+                continue
+            self._heard = time.monotonic()
+            if isinstance(message, Step):
+                self._deliver(message.rows)
+            elif isinstance(message, News):
+                self.catalog = message.catalog
+                if not self._draining:
+                    self.state, self.cause = "ready", None
+                self._notify()
+
+    def _deliver(self, rows: list[_Row]) -> None:
+        streams = self._streams
+        ended = False
+        for output in itertools.starmap(Output, rows):
+            stream = streams.get(output.request_id)
+            if stream is not None and stream.push(output):
+                del streams[output.request_id]
+                ended = True
+        if ended:
+            self._notify()
+
+
+class EngineServer:
+    """The engine's side: requests and aborts in, outputs, catalog and heartbeats out. Not thread-safe."""
+
+    def __init__(
+        self, directory: Path | str, epoch: int, wake: int | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Binds at once, so that workers may come before the models are loaded. `wake`: a descriptor whose
+        readability also ends a `receive` that waits."""
+        self._epoch = epoch
+        self._clock = clock
+        self._catalog: Catalog | None = None
+        self._beaten = -math.inf
+        self._open: dict[int, dict[int, set[int]]] = {}  # worker -> request id -> unfinished choices
+        self._backlog: dict[int, dict[tuple[int, int], Output]] = {}  # of stalled workers
+        self._orphans: list[Abort] = []
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a worker that is gone shows as an error, not as silence
+        self._socket.setsockopt(zmq.SNDHWM, STALLED_MESSAGES)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.bind(_address(Path(directory), epoch))
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        if wake is not None:
+            self._poller.register(wake, zmq.POLLIN)
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decode = msgspec.msgpack.Decoder(Hello | Submit | Abort).decode
+
+    def receive(self, timeout: float = 0.0) -> list[Request | Abort]:
+        """What came in, in order; waits up to `timeout` seconds when nothing has. The requests of a worker that is
+        gone come as aborts."""
+        if timeout and not self._orphans:
+            self._poller.poll(int(timeout * 1000))
+        arrived: list[Request | Abort] = [*self._orphans]
+        self._orphans.clear()
+        while _readable(self._socket):
+            identity, payload = self._socket.recv_multipart(zmq.DONTWAIT)
+            message, worker = self._decode(payload), int(identity)
+            if message.epoch != self._epoch:
+                continue
+            opened = self._open.setdefault(worker, {})
+            if isinstance(message, Submit):
+                opened[message.request.id] = set(range(message.request.n))
+                arrived.append(message.request)
+            elif isinstance(message, Abort):
+                self._finished(message.request_id, message.choice)
+                arrived.append(message)
+            elif self._catalog is not None:
+                self._post(worker, self._encode(News(self._epoch, self._catalog)))
+        return arrived
+
+    def send(self, outputs: Iterable[Output]) -> None:
+        """One message per worker. The outputs are the link's from now on."""
+        by_worker: dict[int, list[Output]] = {}
+        for output in outputs:
+            by_worker.setdefault(output.request_id >> WORKER_SHIFT, []).append(output)
+            if output.finish is not None or output.error is not None:
+                self._finished(output.request_id, None if output.error is not None else output.choice)
+        for worker, own in by_worker.items():
+            if worker in self._open:
+                stalled = worker in self._backlog
+                if stalled or not self._post(worker, self._encode(Step(self._epoch, list(map(_row, own))))):
+                    self._keep(worker, own)
+
+    def publish(self, catalog: Catalog) -> None:
+        """From now on every worker, present or to come, knows this catalog."""
+        self._catalog = catalog
+        message = self._encode(News(self._epoch, catalog))
+        for worker in list(self._open):
+            self._post(worker, message)
+
+    def beat(self) -> None:
+        """Called by the engine's loop on every turn; tells the workers every `BEAT_SECONDS`, and finds the dead."""
+        now = self._clock()
+        for worker in list(self._backlog):
+            self._keep(worker, [])
+        if now - self._beaten < BEAT_SECONDS:
+            return
+        self._beaten = now
+        message = self._encode(Beat(self._epoch))
+        for worker in list(self._open):
+            self._post(worker, message)
+
+    def close(self) -> None:
+        self._socket.close(linger=500)
+        self._context.term()
+
+    def _post(self, worker: int, message: bytes) -> bool:
+        """False: the worker is alive but takes no more now."""
+        try:
+            self._socket.send_multipart((str(worker).encode(), message), zmq.DONTWAIT)
+        except zmq.Again:
+            return False
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            self._backlog.pop(worker, None)
+            opened = self._open.pop(worker, {})
+            self._orphans += [Abort(self._epoch, request_id, None) for request_id in opened]
+        return True
+
+    def _keep(self, worker: int, outputs: list[Output]) -> None:
+        """Merge into what a stalled worker has to get, and try to send that."""
+        backlog = self._backlog.setdefault(worker, {})
+        for output in outputs:
+            earlier = backlog.setdefault((output.request_id, output.choice), output)
+            if earlier is not output:
+                merge(earlier, output)
+        if not backlog or self._post(worker, self._encode(Step(self._epoch, list(map(_row, backlog.values()))))):
+            self._backlog.pop(worker, None)
+
+    def _finished(self, request_id: int, choice: int | None) -> None:
+        opened = self._open.get(request_id >> WORKER_SHIFT, {})
+        unfinished = opened.get(request_id)
+        if unfinished is None:
+            return
+        unfinished.discard(-1 if choice is None else choice)
+        if choice is None or not unfinished:
+            del opened[request_id]

@@ -1,0 +1,104 @@
+"""The answer to one request, as the side that asked for it reads it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+from .request import Logprobs, Output, Request
+
+
+class Stream:
+    """The answer to one request: `async for outputs in stream`, ended after every choice has finished.
+
+    Each batch holds what came since the last one, at most one `Output` per choice: those of a reader that lags are
+    merged. An `Output` with `error` is the last of a batch and ends the stream. `close()` in a `finally` tells the
+    engine that nobody reads any more; it does nothing once the stream has ended.
+    """
+
+    __slots__ = ("_abort", "_error", "_pending", "_unfinished", "_waiter", "request_id")
+
+    def __init__(self, request: Request, abort: Callable[[int], None]) -> None:
+        self.request_id = request.id
+        self._abort = abort
+        self._unfinished = set(range(request.n))
+        self._pending: dict[int, Output] = {}
+        self._error: Output | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def __aiter__(self) -> AsyncIterator[list[Output]]:
+        return self
+
+    async def __anext__(self) -> list[Output]:
+        while not self._pending and self._error is None:
+            if not self._unfinished:
+                raise StopAsyncIteration
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        outputs = list(self._pending.values())
+        self._pending.clear()
+        if self._error is not None:
+            outputs.append(self._error)
+            self._error = None
+        return outputs
+
+    def close(self) -> None:
+        """Abort what has not finished; what was not read is dropped."""
+        self._abort(self.request_id)
+
+    def push(self, output: Output) -> bool:
+        """Called by the client only. True when the stream has ended."""
+        if output.error is not None:
+            self._error = output
+            self._unfinished.clear()
+        elif output.choice in self._unfinished:
+            earlier = self._pending.get(output.choice)
+            if earlier is None:
+                self._pending[output.choice] = output
+            else:
+                merge(earlier, output)
+            if output.finish is not None:
+                self._unfinished.discard(output.choice)
+        self._wake()
+        return not self._unfinished
+
+    def drop(self, choice: int | None) -> bool:
+        """Called by the client only. True when the stream has ended."""
+        if choice is None:
+            self._unfinished.clear()
+            self._pending.clear()
+        else:
+            self._unfinished.discard(choice)
+            self._pending.pop(choice, None)
+        self._wake()
+        return not self._unfinished
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+def merge(earlier: Output, later: Output) -> None:
+    """Make `earlier` say what both say. They are of one choice, in order; `earlier` is changed."""
+    earlier.token_ids = earlier.token_ids + later.token_ids
+    earlier.logprobs = _joined(earlier.logprobs, later.logprobs)
+    earlier.prompt_logprobs = _joined(earlier.prompt_logprobs, later.prompt_logprobs)
+    earlier.weight_version = later.weight_version
+    for name in ("finish", "stop_id", "cached_tokens", "scores", "error"):
+        value = getattr(later, name)
+        if value is not None:
+            setattr(earlier, name, value)
+
+
+def _joined(earlier: Logprobs | None, later: Logprobs | None) -> Logprobs | None:
+    if earlier is None or later is None:
+        return later if earlier is None else earlier
+    return Logprobs(
+        earlier.values + later.values,
+        earlier.ranks + later.ranks,
+        earlier.top_ids + later.top_ids,
+        earlier.top_values + later.top_values,
+    )
