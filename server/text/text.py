@@ -1,0 +1,182 @@
+"""`Text`: everything between strings and token ids for one hosted model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from .decoding import Decoding
+from .detokenizer import Detokenizer, Piece
+from .errors import TextError
+from .stops import Stops
+from .template import ChatTemplate
+from .templates import BUILT_IN
+from .tokenizer import LoadedTokenizer, load_tokenizer, read_json
+
+__all__ = ["Detokenizer", "Piece", "Text", "TextError"]
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+class Text:
+    """Tokenizer and chat template of a checkpoint. Holds no state of a request; safe to share between threads."""
+
+    def __init__(self, loaded: LoadedTokenizer, templates: Mapping[str, ChatTemplate], built_in: bool = False) -> None:
+        self._tokenizer = loaded.tokenizer
+        self._bos_id = loaded.bos_id
+        self._adds_bos = loaded.adds_bos
+        self._templates = templates
+        self._decoding = Decoding.of(loaded.tokenizer)
+        self.tokens = dict(loaded.tokens)
+        self._variables = dict(loaded.tokens)
+        if built_in:  # these write BOS for every model that wants one
+            bos = self.tokens.get("bos_token", "") if loaded.adds_bos else ""
+            self._variables |= {"bos_token": bos, "eos_token": self.tokens.get("eos_token", "")}
+        eos_id = None if "eos_token" not in self.tokens else self.token_id(self.tokens["eos_token"])
+        self.end_ids: tuple[int, ...] = () if eos_id is None else (eos_id,)
+        sources = "".join(f"{name}:{template.source}" for name, template in sorted(templates.items()))
+        self.fingerprint = hashlib.sha256((loaded.digest + sources).encode("utf-8", "replace")).hexdigest()[:16]
+
+    @classmethod
+    def load(cls, path: str | Path, chat_template: str | None = None) -> Text:
+        """`chat_template`: a file, a built-in name, or the name of one of the checkpoint's own templates.
+
+        Raises `TextError` when the tokenizer or the template cannot be used.
+        """
+        directory = Path(path)
+        loaded = load_tokenizer(directory)
+        own = read_templates(directory, loaded.config)
+        if chat_template is None:
+            return cls(loaded, {name: ChatTemplate(source, f"{path}: {name}") for name, source in own.items()})
+        built_in = chat_template in BUILT_IN and not Path(chat_template).is_file()
+        source = BUILT_IN[chat_template] if built_in else own.get(chat_template)
+        if source is None:
+            try:
+                source = Path(chat_template).read_text("utf-8")
+            except (OSError, ValueError) as error:
+                known = ", ".join([*BUILT_IN, *own])
+                raise TextError(
+                    f"--chat-template {chat_template}: no such name ({known}) and no file: {error}"
+                ) from None
+        return cls(loaded, {"default": ChatTemplate(source, chat_template)}, built_in)
+
+    @property
+    def has_template(self) -> bool:
+        return bool(self._templates)
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids the tokenizer knows lie below it; the model's vocabulary may be padded beyond."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    def token_id(self, token: str) -> int | None:
+        return self._tokenizer.token_to_id(token)
+
+    def encode(self, text: str, add_special_tokens: bool = True, param: str | None = None) -> list[int]:
+        """Ids of a text, with the special tokens its tokenizer adds; BOS not again where the text starts with it."""
+        if not isinstance(text, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TextError(f"expected a string, got {type(text).__name__}", param)
+        try:
+            ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        except Exception as error:  # the library raises plain Exception
+            if lone := next((c for c in text if "\ud800" <= c <= "\udfff"), None):
+                message = f"the text holds U+{ord(lone):04X}, half of a surrogate pair, which is no character"
+                raise TextError(message, param) from None
+            raise TextError(f"the text cannot be encoded: {error}", param) from None
+        if add_special_tokens and self._adds_bos and ids[1:2] == [self._bos_id]:
+            del ids[0]
+        return ids
+
+    def render_text(
+        self,
+        messages: Messages,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        kwargs: Mapping[str, Any] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
+        """The prompt of a chat. Raises `TextError` with the field at fault."""
+        return self._template(tools).render(
+            messages,
+            self._variables,
+            tools=tools,
+            documents=documents,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            kwargs=kwargs,
+        )
+
+    def render(
+        self,
+        messages: Messages,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        kwargs: Mapping[str, Any] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_special_tokens: bool = False,
+    ) -> list[int]:
+        """Ids of `render_text`. The template writes BOS itself; with `add_special_tokens` it is there exactly once."""
+        text = self.render_text(messages, tools, add_generation_prompt, continue_final_message, kwargs, documents)
+        return self.encode(text, add_special_tokens, "messages")
+
+    def _template(self, tools: object) -> ChatTemplate:
+        if not self._templates:
+            raise TextError(
+                "this model has no chat template: start the server with --chat-template FILE|NAME "
+                f"(built in: {', '.join(BUILT_IN)})",
+                "messages",
+            )
+        name = "tool_use" if tools and "tool_use" in self._templates else "default"
+        if name not in self._templates:
+            raise TextError(
+                "this model has several chat templates and no default: start the server with --chat-template "
+                + "|".join(sorted(self._templates)),
+                "messages",
+            )
+        return self._templates[name]
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Ids the tokenizer does not know are passed over."""
+        return self._decoding.stream((), skip_special_tokens).feed(ids, True)
+
+    def token_text(self, token_id: int) -> str:
+        """One token with its leading space; bytes that are no whole character show as U+FFFD."""
+        return self._decoding.token_bytes(token_id).decode("utf-8", "replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The token's own bytes; empty for an id that is no token."""
+        return self._decoding.token_bytes(token_id)
+
+    def detokenizer(
+        self,
+        prompt_ids: Sequence[int] = (),
+        stop: Sequence[str] = (),
+        include_stop: bool = False,
+        skip_special_tokens: bool = True,
+        min_tokens: int = 0,
+        offsets: bool = False,
+    ) -> Detokenizer:
+        """For one answer to the prompt: what follows a prompt keeps its leading space."""
+        stream = self._decoding.stream(prompt_ids, skip_special_tokens)
+        return Detokenizer(stream, Stops(stop, include_stop) if any(stop) else None, include_stop, min_tokens, offsets)
+
+
+def read_templates(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """The checkpoint's chat templates by name; files win over tokenizer_config.json."""
+    listed = config.get("chat_template")
+    if listed is None:
+        listed = read_json(path / "chat_template.json").get("chat_template")
+    found: dict[str, str] = {}
+    if isinstance(listed, str):
+        found["default"] = listed
+    elif isinstance(listed, list):
+        found = {entry["name"]: entry["template"] for entry in cast("list[dict[str, str]]", listed)}
+    files = sorted((path / "additional_chat_templates").glob("*.jinja"))
+    for name, file in [("default", path / "chat_template.jinja"), *((file.stem, file) for file in files)]:
+        if file.is_file():
+            found[name] = file.read_text("utf-8")
+    return found
