@@ -1,0 +1,183 @@
+"""From logits to token ids: the definitions, on the rows of a step that use them.
+
+R rows (one per token to be drawn), V vocabulary, L length of a token history, G = ceil(V / LANES) groups.
+
+Every function works on each row by itself, so a row's token does not depend on what else is in the step. Random
+numbers come from a counter (Philox), never from a generator's state: the noise of a draw is a function of (seed,
+choice, position of the token in the answer, group or lane of the token id) and of nothing else.
+"""
+
+# pyright: reportUnknownMemberType=false
+# torch types some of the functions used here only in part.
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .ops import TokenLogprobs
+
+LANES = 128  # consecutive token ids that form a group
+GREEDY_BELOW = 1e-5  # temperatures under this are greedy: dividing by them leaves one token anyway
+HEAD = 256  # candidates that top-p looks at before it sorts a whole row
+
+Words = NDArray[np.uint64]  # 32-bit words, wide enough for a product of two
+
+_LOW = np.uint64(0xFFFFFFFF)
+_HIGH = np.uint64(32)
+_MULTIPLIERS = np.array([0xD2511F53, 0xCD9E8D57], np.uint64)
+_KEY_STEPS = np.array([0x9E3779B9, 0xBB67AE85], np.uint64)  # golden ratio, sqrt(3) - 1
+_ROUNDS = 10
+
+
+def philox(counter: Words, seeds: Words) -> Words:
+    """Philox-4x32-10: `counter` [4, R, C] 32-bit words, `seeds` [R] 64-bit keys -> [R, C, 4] 32-bit words.
+
+    Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3 (SC 2011). A round multiplies words 0 and 2,
+    and crosses over: (c0, c1, c2, c3) -> (hi(M1 c2) ^ c1 ^ k0, lo(M1 c2), hi(M0 c0) ^ c3 ^ k1, lo(M0 c0)).
+    """
+    key = np.stack((seeds & _LOW, seeds >> _HIGH))  # [2, R]
+    keys = (key + np.arange(_ROUNDS, dtype=np.uint64)[:, None, None] * _KEY_STEPS[:, None]) & _LOW
+    even, odd = counter[0::2], counter[3::-2]  # words (0, 2) and words (3, 1)
+    multipliers = _MULTIPLIERS[:, None, None]
+    for round_key in keys[:, ::-1, :, None]:  # k1 meets the product of word 0
+        product = even * multipliers
+        high = product >> _HIGH
+        high ^= odd
+        high ^= round_key
+        product &= _LOW
+        even, odd = high[::-1], product
+    return np.stack((even[0], odd[1], even[1], odd[0]), axis=-1)
+
+
+def draws(seeds: Words, choices: Words, positions: Words, vocab_size: int) -> Tensor:
+    """Exponential noise for one draw per row: [R, G + LANES] float32, mean 1, in (2.3e-10, 16.7).
+
+    Word w of the row is word w % 4 of Philox with key `seed` and counter (w // 4, position, choice, 0). Its 32 bits
+    x become v = min((x + 0.5) / 2**32, 1 - 2**-24), rounded to float32, and the noise is -log(1 - v). All 32 bits count
+    where noise is small, which is where draws are won; 24 bits would never draw a token of probability under 6e-8.
+    """
+    rows = len(seeds)
+    width = groups(vocab_size) + LANES
+    counter = np.zeros((4, rows, -(-width // 4)), np.uint64)
+    counter[0] = np.arange(counter.shape[2], dtype=np.uint64)
+    counter[1] = positions[:, None]
+    counter[2] = choices[:, None]
+    words = philox(counter, seeds).reshape(rows, -1)[:, :width]
+    v = torch.from_numpy(words.astype(np.float32))
+    return v.mul_(2.0**-32).add_(2.0**-33).clamp_(max=1 - 2.0**-24).neg_().log1p_().neg_()
+
+
+def groups(vocab_size: int) -> int:
+    return -(-vocab_size // LANES)
+
+
+def gumbel_max(scaled: Tensor, noise: Tensor) -> Tensor:
+    """One token per row with probability softmax(scaled): [R, V] with row maximum 0, noise [R, G + LANES] -> ids [R].
+
+    argmax(x + Gumbel) = argmax(exp(x) / Exponential). The maximum over a group of tokens is distributed as that of one
+    token with the group's summed weight, and which token of the group attains it is independent of the maximum. So a
+    group is drawn first, with one noise value per group, then the token inside it, with one per lane: the same
+    distribution as with one value per token, for G + LANES values instead of V. Ties: the lowest id.
+    """
+    rows, vocab_size = scaled.shape
+    count = groups(vocab_size)
+    weights = scaled.new_zeros(rows, count * LANES)
+    torch.exp(scaled, out=weights[:, :vocab_size])
+    weights = weights.view(rows, count, LANES)
+    group = (weights.sum(-1) / noise[:, :count]).argmax(-1)
+    inside = weights[torch.arange(rows, device=scaled.device), group]
+    return group * LANES + (inside / noise[:, count:]).argmax(-1)
+
+
+def greedy(logits: Tensor) -> Tensor:
+    """The most likely token of each row [R, V], the lowest id among equals; -1 where the maximum is not finite."""
+    best, ids = logits.max(dim=-1)
+    return ids.masked_fill_(~best.isfinite(), -1)
+
+
+def scale(logits: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """(logits - row maximum) / temperature, [R, V], and whether that maximum is finite, [R]. Temperatures above 0."""
+    best = logits.amax(-1, keepdim=True)
+    return (logits - best).div_(temperature[:, None]), best[:, 0].isfinite()
+
+
+def restrict(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Masks in place what top-k, then top-p, then min-p leave out; [R, V] with row maximum 0, the three are [R].
+
+    Each keeps the tokens above a threshold, so tokens of equal probability stay or go together: top-k keeps those at
+    least as likely as the k-th (0: off), top-p those at least as likely as the one at which the mass, summed from the
+    most likely on, reaches p of what top-k left (1: off), min-p those at least min_p times the most likely (0: off).
+    """
+    vocab_size = scaled.shape[1]
+    threshold = min_p.log()  # log 0 = -inf
+    limited = (top_k > 0) & (top_k < vocab_size)
+    if limited.any():
+        top = scaled.topk(int(top_k[limited].max()), dim=-1).values
+        kth = top.gather(1, (top_k - 1).clamp(0, top.shape[1] - 1)[:, None])[:, 0]
+        kth = kth.masked_fill(~limited, -torch.inf)
+        scaled.masked_fill_(scaled < kth[:, None], -torch.inf)
+    nucleus = (top_p < 1).nonzero()[:, 0]
+    if len(nucleus):
+        every = len(nucleus) == len(scaled)
+        cut = _nucleus(scaled if every else scaled[nucleus], top_p[nucleus])
+        threshold = threshold.index_copy(0, nucleus, torch.maximum(threshold[nucleus], cut))
+    return scaled.masked_fill_(scaled < threshold[:, None], -torch.inf)
+
+
+def _nucleus(scaled: Tensor, top_p: Tensor) -> Tensor:
+    """The lowest value that top-p keeps, [R]. Sorts a whole row only where its mass is not in the HEAD most likely."""
+    wanted = top_p * scaled.exp().sum(-1)
+    width = min(HEAD, scaled.shape[1])
+    top = scaled.topk(width, dim=-1).values
+    index = (top.exp().cumsum(-1) < wanted[:, None]).sum(-1)  # of the token at which the mass is reached
+    cut = top.gather(1, index.clamp(max=width - 1)[:, None])[:, 0]
+    spread = (index == width).nonzero()[:, 0]
+    if len(spread) and width < scaled.shape[1]:
+        ordered = scaled[spread].sort(dim=-1, descending=True).values
+        index = (ordered.exp().cumsum(-1) < wanted[spread, None]).sum(-1)
+        cut[spread] = ordered.gather(1, index.clamp(max=ordered.shape[1] - 1)[:, None])[:, 0]
+    return cut
+
+
+def penalise(
+    logits: Tensor,
+    ids: Tensor,
+    lengths: Tensor,
+    prompts: Tensor,
+    repetition: Tensor,
+    presence: Tensor,
+    frequency: Tensor,
+) -> None:
+    """Changes logits [R, V] in place by the tokens that came before: ids [R, L], of which row r uses `lengths[r]`.
+
+    First Hugging Face's repetition penalty (CTRL, Keskar et al. 2019) on every token of the history: l / penalty where
+    l > 0, else l * penalty. Then OpenAI's on the generated ones, those from `prompts[r]` on: l - presence - count *
+    frequency. Touches the L tokens of the history only; memory: one int32 [R, V] for the counts.
+    """
+    place = torch.arange(ids.shape[1], device=ids.device)
+    past = place < lengths[:, None]
+    ids = torch.where(past, ids, ids[:, :1])
+    value = logits.gather(1, ids)
+    factor = repetition[:, None]
+    value = torch.where(value > 0, value / factor, value * factor)
+    if presence.any() or frequency.any():
+        generated = (past & (place >= prompts[:, None])).int()
+        counts = torch.zeros_like(logits, dtype=torch.int32).scatter_add_(1, ids, generated)
+        count = counts.gather(1, ids).float()
+        value -= presence[:, None] * (count > 0)
+        value -= frequency[:, None] * count
+    logits.scatter_(1, ids, value)  # equal ids carry equal values
+
+
+def token_logprobs(logits: Tensor, ids: Tensor, k: int) -> TokenLogprobs:
+    """Log-softmax of logits [R, V] at ids [R] and at the k most likely tokens of each row."""
+    total = logits.logsumexp(-1, keepdim=True)
+    chosen = logits.gather(1, ids[:, None])
+    ranks = (logits > chosen).sum(-1) + 1
+    top: Any = logits.topk(min(k, logits.shape[1]), dim=-1)
+    return TokenLogprobs((chosen - total)[:, 0], ranks, top.values - total, top.indices)
