@@ -1,0 +1,89 @@
+"""What a decoder is, read from a checkpoint's config.json. How a family reads its own fields stands in its file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import CheckpointError
+from .fields import Fields
+from .rotary import Rope
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and choices of one decoder. What a family does not have keeps its default."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    intermediate_size: int
+    context: int  # most tokens of one sequence
+    norm_eps: float
+    dtype: str  # "float32" | "bfloat16" | "float16": what the checkpoint says of itself
+    labels: int  # outputs of the reward head; 0: a language model
+    end_ids: tuple[int, ...]  # of config.json and generation_config.json
+    tied: bool  # the language model's head is the embedding
+    activation: str
+    rope: Rope | None = None
+    windows: tuple[int | None, ...] = ()  # sliding window of each layer in tokens
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    attention_scales: tuple[float, ...] = ()  # of each layer, where it is not head_size ** -0.5
+    residual_after_norm: bool = False  # BLOOM: residuals start from the normalised states
+
+
+def read_config(path: str | Path) -> ModelConfig:
+    """The decoder that the checkpoint in directory `path` describes.
+
+    Raises CheckpointError that names what is missing or, with its value, the field that is not supported.
+    """
+    from .registry import read_architecture  # the families that it lists build on this module
+
+    fields = Fields.read(checkpoint_file(Path(path), "config.json"))
+    fields.only("quantization_config")
+    fields.only("is_encoder_decoder", False)
+    fields.only("add_cross_attention", False)
+    name, entry = read_architecture(fields)
+    return entry.family.configure(fields, name, read_labels(fields) if entry.head == "score" else 0)
+
+
+def checkpoint_file(directory: Path, name: str) -> Path:
+    """The path of a file that a model directory must have."""
+    if not directory.exists():
+        raise CheckpointError(f"{directory} does not exist: give the directory of a Hugging Face checkpoint")
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is a file: give the directory of a Hugging Face checkpoint")
+    path = directory / name
+    if not path.is_file():
+        raise CheckpointError(f"{directory} is not a model: it has no {name}")
+    return path
+
+
+def read_labels(fields: Fields) -> int:
+    """How many outputs a *ForSequenceClassification has; 2 where the config does not say, as in transformers."""
+    names = fields.object("id2label").values
+    return len(names) if names else fields.integer("num_labels", default=2)
+
+
+def read_dtype(fields: Fields) -> str:
+    given = fields.get("dtype", fields.get("torch_dtype", "float32"))
+    name = "dtype" if fields.get("dtype") is not None else "torch_dtype"
+    if given not in ("float32", "bfloat16", "float16"):
+        raise fields.error(name, "'float32' or 'bfloat16' or 'float16'")
+    return given
+
+
+def read_end_ids(fields: Fields) -> tuple[int, ...]:
+    """`eos_token_id` of config.json and of the generation_config.json beside it."""
+    ids = set(fields.token_ids("eos_token_id"))
+    beside = fields.path.with_name("generation_config.json")
+    if beside.exists():
+        ids.update(Fields.read(beside).token_ids("eos_token_id"))
+    return tuple(sorted(ids))

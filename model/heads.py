@@ -1,0 +1,39 @@
+"""What a model's last hidden states become: logits of a language model, scores of a reward model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .linear import Linear
+from .slots import Place, Slot
+
+
+class LMHead(nn.Module):
+    """hidden [R, D] -> logits [R, V] float32. Tied: `embedding` is the matrix, and the checkpoint may leave it out."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, place: Place, embedding: Tensor | None = None) -> None:
+        super().__init__()
+        self.lm_head = Linear(("lm_head",), hidden_size, (vocab_size,), place, split="vocab", weight=embedding)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.lm_head(hidden).float()
+
+
+class ScoreHead(nn.Module):
+    """hidden [R, D] -> scores [R, labels], in float32 whatever the model's dtype. The bias is optional in checkpoints."""
+
+    def __init__(self, labels: int, hidden_size: int, device: torch.device) -> None:
+        super().__init__()
+        place = Place(torch.float32, device)
+        self.weight, self.bias = nn.Buffer(place.empty(labels, hidden_size)), nn.Buffer(place.zeros(labels))
+
+    def slots(self, path: str) -> Iterator[Slot]:
+        yield Slot("score.weight", self.weight)
+        yield Slot("score.bias", self.bias, optional=True)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden.float(), self.weight, self.bias)

@@ -1,0 +1,92 @@
+"""Matrices of a model: the only place that knows fusion, storage order, shard slices and second copies.
+
+A family writes `Linear(("q_proj", "k_proj", "v_proj"), ins, (N·H, K·H, K·H), place, split="column")` and calls it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import CheckpointError
+from .slots import Place, Slot
+
+Split = Literal["column", "row", "vocab", "none"]  # which dimension several devices would share: outs, ins, rows of V
+
+DECODE_ROWS = 2  # up to so many rows are read from the decode copy
+
+
+class Linear(nn.Module):
+    """y = x Wᵀ + b, where W [sum(outs), ins] holds several matrices of the checkpoint, one below the other.
+
+    `names` and `outs` go together: `names[i]` stands in the checkpoint where this module stands, with `outs[i]` outputs. `stored_transposed`: the
+    checkpoint keeps [ins, outs]. `weight`: storage to share instead of own one (tied embeddings). `split` says how the matrix is divided over devices; on one it changes nothing.
+    """
+
+    decode_weight: Tensor | None
+    decode_bias: Tensor | None
+
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        ins: int,
+        outs: tuple[int, ...],
+        place: Place,
+        *,
+        split: Split,
+        bias: bool = False,
+        stored_transposed: bool = False,
+        weight: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.names, self.ins, self.outs, self.split, self.stored_transposed = names, ins, outs, split, stored_transposed
+        self.weight = nn.Buffer(place.empty(sum(outs), ins) if weight is None else weight)
+        self.bias = nn.Buffer(place.empty(sum(outs))) if bias else None
+        self.decode_weight = self.decode_bias = None
+
+    def slots(self, path: str) -> Iterator[Slot]:
+        inside = path.rpartition(".")[0]
+        for index, (name, weight) in enumerate(zip(self.names, self.weight.split(self.outs), strict=True)):
+            full = f"{inside}.{name}" if inside else name
+            yield Slot(f"{full}.weight", weight, transposed=self.stored_transposed)
+            if self.bias is not None:
+                yield Slot(f"{full}.bias", self.bias.split(self.outs)[index])
+
+    def add_decode_copy(self, path: str) -> None:
+        """Keep a float16 copy for steps of one or two rows, whose time is that of reading the weights once.
+
+        Raises CheckpointError that names the tensor which float16 cannot hold.
+        """
+        for slot in self.slots(path):
+            if not slot.into.half().isfinite().all():
+                raise CheckpointError(
+                    f"tensor {slot.name} has values that float16 cannot hold: leave out --cpu-decode-copy fp16"
+                )
+        self.decode_weight = self.weight.half()
+        self.decode_bias = None if self.bias is None else self.bias.half()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, ins] -> [T, sum(outs)], x's dtype."""
+        if self.decode_weight is not None and x.shape[0] <= DECODE_ROWS:
+            narrow = x.clamp(-65504, 65504).half()
+            return F.linear(narrow, self.decode_weight, self.decode_bias).to(x.dtype)
+        return F.linear(x, self.weight, self.bias)
+
+
+class Embedding(nn.Module):
+    """Rows of a [V, D] matrix by id. The checkpoint's name for it is the module's own."""
+
+    def __init__(self, rows: int, size: int, place: Place) -> None:
+        super().__init__()
+        self.weight = nn.Buffer(place.empty(rows, size))
+
+    def slots(self, path: str) -> Iterator[Slot]:
+        yield Slot(f"{path}.weight", self.weight)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [T] -> [T, D]."""
+        return F.embedding(ids, self.weight)

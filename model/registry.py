@@ -1,0 +1,60 @@
+"""The architectures that can be served. This is the only list of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Literal, NamedTuple
+
+from . import bloom, gpt2, llama
+from .config import ModelConfig
+from .fields import Fields
+from .slots import Place
+
+Decoder = bloom.BloomDecoder | gpt2.GPT2Decoder | llama.LlamaDecoder
+Head = Literal["lm", "score"]
+
+
+class Family(NamedTuple):
+    """`configure(fields, architecture, labels)` reads config.json; `decoder(config, place)` has the weights, unfilled."""
+
+    configure: Callable[[Fields, str, int], ModelConfig]
+    decoder: Callable[[ModelConfig, Place], Decoder]
+
+
+class Architecture(NamedTuple):
+    """A name that config.json gives under `architectures`: a family's decoder with a head."""
+
+    family: Family
+    head: Head
+
+
+GPT2 = Family(gpt2.configure, gpt2.GPT2Decoder)
+LLAMA = Family(llama.configure, llama.LlamaDecoder)
+BLOOM = Family(bloom.configure, bloom.BloomDecoder)
+
+ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
+    {
+        "GPT2LMHeadModel": Architecture(GPT2, "lm"),
+        "GPT2ForSequenceClassification": Architecture(GPT2, "score"),
+        "LlamaForCausalLM": Architecture(LLAMA, "lm"),
+        "LlamaForSequenceClassification": Architecture(LLAMA, "score"),
+        "MistralForCausalLM": Architecture(LLAMA, "lm"),
+        "MistralForSequenceClassification": Architecture(LLAMA, "score"),
+        "Qwen2ForCausalLM": Architecture(LLAMA, "lm"),
+        "Qwen2ForSequenceClassification": Architecture(LLAMA, "score"),
+        "Qwen3ForCausalLM": Architecture(LLAMA, "lm"),
+        "Qwen3ForSequenceClassification": Architecture(LLAMA, "score"),
+        "BloomForCausalLM": Architecture(BLOOM, "lm"),
+        "BloomForSequenceClassification": Architecture(BLOOM, "score"),
+    }
+)
+
+
+def read_architecture(fields: Fields) -> tuple[str, Architecture]:
+    """The architecture that a config.json names, and its entry."""
+    names = fields.strings("architectures") or []
+    found = [(name, ARCHITECTURES[name]) for name in names if name in ARCHITECTURES]
+    if len(found) != 1:
+        raise fields.error("architectures", "one of " + ", ".join(ARCHITECTURES))
+    return found[0]

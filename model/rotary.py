@@ -1,0 +1,173 @@
+"""Rotary position embedding: the angles by position, with the ways of stretching them to longer contexts.
+
+Each method gives inverse frequencies w [R / 2]; row p of the tables is cos(p w) and sin(p w), times `attention_factor`.
+
+Dynamic NTK makes the base depend on the sequence's length. transformers computes it from the current length whenever
+that exceeds `max_position_embeddings`, and leaves what is already in its cache as it was rotated. Here position p is
+rotated with the frequencies for length max(p + 1, max_position_embeddings): the same as transformers token by token, and a
+function of the position alone, so that pages can be shared, recomputed and filled in chunks. Only a prompt that by itself
+is longer than `max_position_embeddings` is rotated differently (transformers then uses its whole length for every row).
+"""
+
+# pyright: reportUnknownMemberType=false  (torch annotates some tensor methods partially)
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .fields import Fields
+
+RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn"]
+
+
+# What each type reads from the config beside rope_type (formerly type), rope_theta and partial_rotary_factor.
+READS: dict[str, frozenset[str]] = {
+    "default": frozenset(),
+    "linear": frozenset({"factor"}),
+    "dynamic": frozenset({"factor"}),
+    "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor"}),
+    "yarn": frozenset({"factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"}),
+}
+COMMON = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"})
+
+
+@dataclass(frozen=True)
+class Rope:
+    """The rope fields of a config; which of them count depends on `type`."""
+
+    type: RopeType = "default"
+    theta: float = 10000.0
+    rotary_size: int = 0  # R, the rotated part of a head
+    factor: float = 1.0
+    original_context: int = 0  # what the model was trained on: llama3, yarn, dynamic
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0
+    truncate: bool = True
+
+
+def tables(rope: Rope, context: int) -> tuple[Tensor, Tensor]:
+    """cos, sin [context, R / 2] float32."""
+    positions = torch.arange(context, dtype=torch.float32)
+    if rope.type == "dynamic":
+        angles = positions.unsqueeze(-1) * _dynamic(rope, context)
+    else:
+        angles = torch.outer(positions, inverse_frequencies(rope))
+    return angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
+
+
+def inverse_frequencies(rope: Rope) -> Tensor:
+    """w [R / 2] float32 of every type whose frequencies do not depend on the position."""
+    plain = 1.0 / rope.theta ** _exponents(rope)
+    if rope.type == "linear":
+        return plain / rope.factor
+    if rope.type == "llama3":
+        return _llama3(rope, plain)
+    if rope.type == "yarn":
+        return _yarn(rope, plain)
+    return plain
+
+
+def _exponents(rope: Rope) -> Tensor:
+    return torch.arange(0, rope.rotary_size, 2, dtype=torch.float32) / rope.rotary_size
+
+
+def _dynamic(rope: Rope, context: int) -> Tensor:
+    """[context, R / 2]: base(n) = theta · (factor · n / original - (factor - 1)) ^ (R / (R - 2)), n as the header says."""
+    lengths = torch.arange(1, context + 1, dtype=torch.float64).clamp_(min=rope.original_context)
+    growth = rope.factor * lengths / rope.original_context - (rope.factor - 1)
+    base = rope.theta * growth ** (rope.rotary_size / (rope.rotary_size - 2))
+    return 1.0 / base.float().unsqueeze(-1) ** _exponents(rope)
+
+
+def _llama3(rope: Rope, plain: Tensor) -> Tensor:
+    """Long wavelengths divided by `factor`, short ones kept, a linear passage in between (Llama 3.1)."""
+    wavelength = 2 * math.pi / plain
+    share = (rope.original_context / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    share = share.clamp(0, 1)
+    return (1 - share) * plain / rope.factor + share * plain
+
+
+def _yarn(rope: Rope, plain: Tensor) -> Tensor:
+    """Between interpolated and plain frequencies by the number of turns within the original context (YaRN)."""
+
+    def dimension(turns: float) -> float:
+        """The (fractional) pair that turns so many times within the original context."""
+        turned = rope.original_context / (turns * 2 * math.pi)
+        return rope.rotary_size * math.log(turned) / (2 * math.log(rope.theta))
+
+    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rope.rotary_size - 1)
+    if low == high:
+        high += 0.001
+    ramp = ((torch.arange(rope.rotary_size // 2, dtype=torch.float32) - low) / (high - low)).clamp_(0, 1)
+    return plain / rope.factor * ramp + plain * (1 - ramp)
+
+
+def read_rope(fields: Fields, head_size: int, context: int) -> tuple[Rope, int]:
+    """The rotary embedding of a config whose max_position_embeddings is `context`, and the context it reaches.
+
+    Reads `rope_parameters` or its older form, `rope_scaling` beside `rope_theta`. The types that say by what factor they
+    stretch the context have it stretched here; for llama3, max_position_embeddings is the stretched one already.
+    """
+    given = fields.object("rope_parameters", "rope_scaling")
+    type_name = "rope_type" if given.get("rope_type") is not None else "type"
+    kind = given.choice(type_name, allowed=tuple(READS), default="default")
+    for name in given.values:
+        if name not in READS[kind] | COMMON:
+            raise given.error(name, f"leaving it out (rope_type {kind!r} does not read it)")
+    given.only("partial_rotary_factor", 1.0)
+    fields.only("partial_rotary_factor", 1.0)
+    theta = given.number("rope_theta", fields.number("rope_theta", 10000.0))
+    if kind == "default":
+        return Rope("default", theta, head_size), context
+    outside = fields if fields.get("original_max_position_embeddings") is not None else given
+    original = outside.integer("original_max_position_embeddings", default=context)
+    factor = given.number("factor")
+    rope = Rope(kind, theta, head_size, factor, original)  # pyright: ignore[reportArgumentType]  (checked by choice)
+    if kind == "llama3":
+        low, high = given.number("low_freq_factor"), given.number("high_freq_factor")
+        return replace(rope, low_freq_factor=low, high_freq_factor=high), context
+    if kind == "yarn":
+        rope = replace(
+            rope,
+            beta_fast=given.number("beta_fast", 32.0) or 32.0,
+            beta_slow=given.number("beta_slow", 1.0) or 1.0,
+            attention_factor=_yarn_attention_factor(given, factor),
+            truncate=given.flag("truncate", True),
+        )
+        return rope, max(context, int(original * factor))
+    if kind == "dynamic":
+        rope = replace(rope, original_context=context)
+    return rope, int(context * factor)
+
+
+def _yarn_attention_factor(given: Fields, factor: float) -> float:
+    """YaRN scales cos and sin by 1 + 0.1 ln(factor), or as `attention_factor` or the two mscale fields say."""
+    explicit = given.get("attention_factor")
+    if explicit is not None:
+        return given.number("attention_factor")
+
+    def grown(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    top, bottom = given.number("mscale", 0.0), given.number("mscale_all_dim", 0.0)
+    return grown(top) / grown(bottom) if top and bottom else grown(1.0)
+
+
+class Rotary(nn.Module):
+    """The tables on the model's device."""
+
+    def __init__(self, rope: Rope, context: int, device: torch.device) -> None:
+        super().__init__()
+        cos, sin = tables(rope, context)
+        self.cos, self.sin = nn.Buffer(cos.to(device)), nn.Buffer(sin.to(device))

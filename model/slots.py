@@ -1,0 +1,48 @@
+"""Where the tensors of a checkpoint go: every module with weights names the places that the loader fills."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+class Place(NamedTuple):
+    """The precision and the device in which a module's weights live."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+    def empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+
+class Slot(NamedTuple):
+    """One checkpoint tensor and the storage it is copied into.
+
+    `name` is the tensor's name in the checkpoint, without the family's prefix; `into` is a weight or one part of a fused
+    one. `transposed`: the checkpoint stores it [ins, outs] (GPT-2's Conv1D). `optional`: what `into` already holds stands
+    where the checkpoint has no such tensor. Slots with the same storage are tied: any one of them fills it.
+    """
+
+    name: str
+    into: Tensor
+    transposed: bool = False
+    optional: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape the checkpoint's tensor must have."""
+        return tuple(reversed(self.into.shape)) if self.transposed else tuple(self.into.shape)
+
+
+@runtime_checkable
+class HasSlots(Protocol):
+    """A module with weights of its own. `path` is the module's dotted place in the decoder."""
+
+    def slots(self, path: str) -> Iterator[Slot]: ...

@@ -1,0 +1,178 @@
+"""Tiny random checkpoints of every variant that Tandem serves, written by transformers.
+
+`write_checkpoint(path, "llama")` makes an ordinary Hugging Face directory: config, safetensors and, if asked for, a
+byte-level BPE tokenizer with special tokens and a chat template. Weights are scaled so that greedy text varies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+VOCAB = 320  # 256 bytes, the special tokens, merges
+SPECIAL = ["<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>"]
+PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+TEXT = [
+    "The cat sat on the mat and the dog ran after the ball.",
+    "What is the answer to this question? The answer is the one that is true.",
+    "One, two, three, four, five; then there were ten of them in the other room.",
+    "猫坐在垫子上，狗在追球。这个问题的答案是什么？",
+]
+
+LLAMA: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": BOS_ID,
+    "eos_token_id": EOS_ID,
+    "pad_token_id": None,
+    "tie_word_embeddings": False,
+}
+QWEN3 = LLAMA | {"head_dim": 24}
+GPT2 = {
+    "vocab_size": VOCAB,
+    "n_positions": 512,
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "bos_token_id": BOS_ID,
+    "eos_token_id": EOS_ID,
+}
+BLOOM = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "seq_length": 512,
+    "bos_token_id": BOS_ID,
+    "eos_token_id": EOS_ID,
+}
+
+
+def _rope(**parameters: Any) -> dict[str, Any]:
+    return LLAMA | {"rope_parameters": {"rope_theta": 10000.0, **parameters}}
+
+
+# Variant -> architecture, fields of its config.
+LANGUAGE_MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("GPT2LMHeadModel", GPT2),
+    "gpt2-scaled": (
+        "GPT2LMHeadModel",
+        GPT2 | {"scale_attn_by_inverse_layer_idx": True, "activation_function": "gelu", "n_inner": 80},
+    ),
+    "llama": ("LlamaForCausalLM", LLAMA | {"num_key_value_heads": 4}),
+    "llama-gqa": ("LlamaForCausalLM", LLAMA),
+    "llama-bias": ("LlamaForCausalLM", LLAMA | {"attention_bias": True, "mlp_bias": True}),
+    "llama-tied": ("LlamaForCausalLM", LLAMA | {"tie_word_embeddings": True}),
+    "llama-linear": ("LlamaForCausalLM", _rope(rope_type="linear", factor=4.0)),
+    "llama-dynamic": ("LlamaForCausalLM", _rope(rope_type="dynamic", factor=2.0) | {"max_position_embeddings": 96}),
+    "llama-llama3": (
+        "LlamaForCausalLM",
+        _rope(
+            rope_type="llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=64,
+        ),
+    ),
+    "llama-yarn": ("LlamaForCausalLM", _rope(rope_type="yarn", factor=8.0, original_max_position_embeddings=64)),
+    "mistral": ("MistralForCausalLM", LLAMA | {"sliding_window": 24}),
+    "qwen2": ("Qwen2ForCausalLM", LLAMA),
+    "qwen2-window": (
+        "Qwen2ForCausalLM",
+        LLAMA | {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1},
+    ),
+    "qwen3": ("Qwen3ForCausalLM", QWEN3),
+    "bloom": ("BloomForCausalLM", BLOOM),
+    "bloom-6": ("BloomForCausalLM", BLOOM | {"n_head": 6, "hidden_size": 72}),
+    "bloom-post": ("BloomForCausalLM", BLOOM | {"apply_residual_connection_post_layernorm": True}),
+}
+REWARD_MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "gpt2-reward": ("GPT2ForSequenceClassification", GPT2 | {"num_labels": 1}),
+    "llama-reward": ("LlamaForSequenceClassification", LLAMA | {"num_labels": 1}),
+    "mistral-reward": ("MistralForSequenceClassification", LLAMA | {"num_labels": 1, "sliding_window": 24}),
+    "qwen2-reward": ("Qwen2ForSequenceClassification", LLAMA | {"num_labels": 3}),
+    "qwen3-reward": ("Qwen3ForSequenceClassification", QWEN3 | {"num_labels": 1}),
+    "bloom-reward": ("BloomForSequenceClassification", BLOOM | {"num_labels": 2}),
+}
+VARIANTS = [*LANGUAGE_MODELS, *REWARD_MODELS]
+
+
+def make_model(variant: str, *, seed: int = 0, **config_overrides: Any) -> PreTrainedModel:
+    """A random model in float32 and eval mode, as transformers computes it."""
+    architecture, fields = (LANGUAGE_MODELS | REWARD_MODELS)[variant]
+    model_class = getattr(transformers, architecture)
+    model = model_class(model_class.config_class(**(fields | config_overrides))).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            noise = torch.randn(tensor.shape, generator=generator)
+            if tensor.dim() > 1:
+                tensor.copy_(noise * (0.5 if "emb" in name or "wte" in name else 0.2))
+            else:
+                tensor.copy_(1 + 0.2 * noise if name.endswith("weight") else 0.1 * noise)
+    return model
+
+
+def write_checkpoint(
+    path: Path | str, variant: str, *, seed: int = 0, tokenizer: bool = True, **config_overrides: Any
+) -> Path:
+    """Write the variant's checkpoint to directory `path` and return it. `config_overrides` go into its config."""
+    make_model(variant, seed=seed, **config_overrides).save_pretrained(path)
+    if tokenizer:
+        make_tokenizer().save_pretrained(path)
+    return Path(path)
+
+
+@cache
+def _bpe() -> str:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXT * 2, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS_ID)]
+    )
+    return tokenizer.to_str()
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE of VOCAB tokens that puts <s> before a text; the chat template writes <s> itself."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_bpe()),
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens=SPECIAL[3:],
+        chat_template=CHAT_TEMPLATE,
+    )
