@@ -1,0 +1,165 @@
+"""POST /v1/chat/completions"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterable
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from ..engine.request import ModelCard
+from ..text.text import Text
+from . import body as bodies
+from . import fields, logprobs
+from .choices import Choice
+from .errors import invalid
+from .generation import Generation, generate
+from .logprobs import Wording
+from .protocol import ChatBody, StreamOptions
+from .sampling import Length, requests_of
+from .service import LONG_TEXT, Service, check_ids, in_thread_if
+from .streaming import JsonAnswer, stream, tail_of, to_json, whole
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions")
+async def create(request: Request) -> Response:
+    service = Service.of(request)
+    body, headers = await bodies.read(request, ChatBody, fields.CHAT, service.options)
+    card = service.card(body.model, generates=True)
+    text = service.texts(card)
+    check(body)
+    ids = await render(body, card, text)
+    requests = requests_of(
+        service,
+        body,
+        card,
+        text,
+        [ids],
+        "messages",
+        Length("max_tokens", body.max_tokens)
+        if body.max_completion_tokens is None
+        else Length("max_completion_tokens", body.max_completion_tokens),
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+    )
+    generation = generate(service.client, body, text, requests, request.state.request_id)
+    shape = Chat(body, card, text, generation)
+    if body.stream:
+        return await stream(request, generation, shape, service.options, headers)
+    await whole(request, generation)
+    return JsonAnswer(shape.answer(), headers)
+
+
+def check(body: ChatBody) -> None:
+    if body.top_logprobs and not body.logprobs:
+        raise invalid("top_logprobs is for logprobs: true", "top_logprobs")
+    if body.tools and body.tool_choice != "none":
+        raise invalid("tools are not supported yet, but with tool_choice 'none'", "tools", "unsupported")
+    if body.tool_choice not in (None, "none", "auto"):
+        raise invalid("tools are not supported yet; tool_choice may be 'none' or 'auto'", "tool_choice", "unsupported")
+    kind = (body.response_format or {"type": "text"}).get("type")
+    if kind != "text":
+        known = kind in ("json_object", "json_schema")
+        reason = "is not supported yet" if known else "is none of text, json_object, json_schema"
+        raise invalid(f"response_format.type {str(kind)[:80]!r} {reason}", "response_format", "unsupported")
+
+
+async def render(body: ChatBody, card: ModelCard, text: Text) -> list[int]:
+    opens = not body.continue_final_message if body.add_generation_prompt is None else body.add_generation_prompt
+    size = sum(len(str(message.get("content"))) for message in body.messages)
+    ids = await in_thread_if(
+        size > LONG_TEXT,
+        lambda: text.render(
+            body.messages,
+            add_generation_prompt=opens,
+            continue_final_message=body.continue_final_message,
+            kwargs=body.chat_template_kwargs,
+            add_special_tokens=bool(body.add_special_tokens),
+        ),
+    )
+    if not ids:
+        raise invalid("the chat template makes nothing of these messages", "messages")
+    check_ids(ids, card, "messages")
+    return ids
+
+
+class Chat:
+    """The wording of the answer, whole or as chunks."""
+
+    def __init__(self, body: ChatBody, card: ModelCard, text: Text, generation: Generation) -> None:
+        self._generation = generation
+        self._wording = Wording(text, body.return_tokens_as_token_ids)
+        self._options = body.stream_options or StreamOptions()
+        self._logprobs = body.logprobs
+        self._ids = body.return_token_ids
+        self._about: dict[str, Any] = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "object": "chat.completion.chunk" if body.stream else "chat.completion",
+            "created": int(time.time()),
+            "model": card.name,
+        }
+        self._head = f'data: {to_json(self._about)[:-1]},"choices":['
+
+    def answer(self) -> dict[str, Any]:
+        generation, part = self._generation, self._generation.parts[0]
+        prompt_ids = part.request.token_ids
+        extras: dict[str, Any] = {"prompt_token_ids": prompt_ids} if self._ids else {}
+        if part.prompt_logprobs is not None:
+            extras["prompt_logprobs"] = logprobs.prompt(self._wording, prompt_ids, part.prompt_logprobs)
+        return {
+            **self._about,
+            "choices": [self._choice(choice) for choice in generation.choices],
+            "usage": generation.usage(),
+            "weight_version": generation.weight_version,
+            **extras,
+        }
+
+    def _choice(self, choice: Choice) -> dict[str, Any]:
+        delta = choice.take()
+        columns = delta.logprobs
+        return {
+            "index": choice.index,
+            "message": {"role": "assistant", "content": delta.text, "refusal": None},
+            "logprobs": logprobs.chat(self._wording, delta.token_ids, columns) if columns else None,
+            "finish_reason": choice.finish_reason,
+            "stop_reason": choice.stop_reason,
+            **({"token_ids": delta.token_ids} if self._ids else {}),
+        }
+
+    def opening(self) -> str:
+        delta = {"role": "assistant", "content": "", "refusal": None}
+        tail = tail_of(self._generation, self._options)
+        if self._ids:
+            ids = to_json(self._generation.parts[0].request.token_ids)
+            tail = f'],"prompt_token_ids":{ids}{tail[1:]}'
+        return "".join(self._event(choice, delta, None, "", tail) for choice in self._generation.choices)
+
+    def changes(self, choices: Iterable[Choice]) -> str:
+        events: list[str] = []
+        tail = tail_of(self._generation, self._options)
+        for choice in choices:
+            delta = choice.take()
+            columns = logprobs.chat(self._wording, delta.token_ids, delta.logprobs) if delta.logprobs else None
+            extra = f',"token_ids":{to_json(delta.token_ids)}' if self._ids and delta.token_ids else ""
+            if delta.text or columns or extra:
+                events.append(self._event(choice, {"content": delta.text}, columns, extra, tail))
+            if choice.finish_reason is not None:
+                extra = f',"stop_reason":{to_json(choice.stop_reason)}'
+                events.append(self._event(choice, {}, None, extra, tail, to_json(choice.finish_reason)))
+        return "".join(events)
+
+    def closing(self) -> str:
+        return self._head + tail_of(self._generation, self._options, last=True) if self._options.include_usage else ""
+
+    def _event(
+        self, choice: Choice, delta: dict[str, Any], columns: object, extra: str, tail: str, finish: str = "null"
+    ) -> str:
+        shown = to_json(columns) if columns else "null"
+        return (
+            f'{self._head}{{"index":{choice.index},"delta":{to_json(delta)},"logprobs":{shown},'
+            f'"finish_reason":{finish}{extra}}}{tail}'
+        )

@@ -1,0 +1,101 @@
+"""What becomes of every field a client may send: honoured, ignored because it cannot matter here, or refused and why.
+
+`openai_fields` lists what the installed SDK can send; a test holds these tables against it and against `protocol`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    fate: Literal["honoured", "ignored", "refused"]
+    reason: str = ""
+    neutral: tuple[object, ...] = ()  # values of a refused field that ask for nothing
+
+    def lets_pass(self, value: object) -> bool:
+        return value is None or any(type(value) is type(other) and value == other for other in self.neutral)
+
+
+HONOURED = Field("honoured")
+
+
+def ignored(reason: str) -> Field:
+    return Field("ignored", reason)
+
+
+def refused(reason: str, *neutral: object) -> Field:
+    return Field("refused", reason, neutral)
+
+
+def honoured(*names: str) -> dict[str, Field]:
+    return dict.fromkeys(names, HONOURED)
+
+
+LATER = "this server does not do it yet"
+ACCOUNT = ignored("bookkeeping of OpenAI's accounts")
+STRUCTURED = refused("structured output is not supported yet")
+
+_GENERATION = {  # chat and completions
+    **honoured("model", "n", "stream", "stream_options", "stop", "seed", "max_tokens", "min_tokens"),
+    **honoured("temperature", "top_p", "top_k", "min_p", "logit_bias", "logprobs", "logprobs_mode", "prompt_logprobs"),
+    **honoured("presence_penalty", "frequency_penalty", "repetition_penalty", "allowed_token_ids", "bad_words"),
+    **honoured("stop_token_ids", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens"),
+    **honoured("return_token_ids", "return_tokens_as_token_ids", "truncate_prompt_tokens", "add_special_tokens"),
+    **honoured("priority", "cache_salt", "timeout"),
+    "user": ACCOUNT,
+    "request_id": ignored("the x-request-id header names a request"),
+    "structured_outputs": STRUCTURED,
+    "guided_json": STRUCTURED,
+    "guided_regex": STRUCTURED,
+    "guided_choice": STRUCTURED,
+    "guided_grammar": STRUCTURED,
+    "best_of": refused(LATER, 1),
+    "rank_by": refused(LATER),
+    "echo": refused(LATER, False),
+    "use_beam_search": refused("there is no beam search", False),
+    "length_penalty": refused("it belongs to beam search, and there is none", 1, 1.0),
+    "spaces_between_special_tokens": refused("special tokens are decoded as the tokenizer has them", True),
+    "mm_processor_kwargs": refused("the models read text only"),
+}
+
+CHAT: dict[str, Field] = {
+    **_GENERATION,
+    **honoured("messages", "max_completion_tokens", "top_logprobs", "response_format", "tools", "tool_choice"),
+    **honoured("add_generation_prompt", "continue_final_message", "chat_template_kwargs"),
+    "metadata": ACCOUNT,
+    "store": ACCOUNT,
+    "service_tier": ACCOUNT,
+    "safety_identifier": ACCOUNT,
+    "prompt_cache_key": ignored("every prompt prefix is cached"),
+    "prompt_cache_options": ignored("every prompt prefix is cached"),
+    "prompt_cache_retention": ignored("every prompt prefix is cached"),
+    "parallel_tool_calls": ignored("it only matters with tools"),
+    "reasoning_effort": ignored("the models have no such dial"),
+    "verbosity": ignored("the models have no such dial"),
+    "audio": refused("the models write text only"),
+    "modalities": refused("the models write text only", ["text"]),
+    "moderation": refused("there is no moderation model"),
+    "prediction": refused("predicted outputs are not supported"),
+    "web_search_options": refused("there is no web search"),
+    "functions": refused("tools replace it", []),
+    "function_call": refused("tool_choice replaces it", "none"),
+    "chat_template": refused("a template from a request is never run; start the server with --chat-template"),
+    "documents": refused("pass what the template needs in chat_template_kwargs"),
+}
+
+COMPLETIONS: dict[str, Field] = {
+    **_GENERATION,
+    **honoured("prompt"),
+    "suffix": refused("the models only write on from a prompt", ""),
+    "prompt_embeds": refused("send a prompt as text or token ids"),
+}
+
+REWARDS: dict[str, Field] = {
+    **honoured("model", "input", "conversations", "add_special_tokens", "chat_template_kwargs"),
+    **honoured("priority", "cache_salt", "timeout"),
+    "user": ACCOUNT,
+    "request_id": ignored("the x-request-id header names a request"),
+}

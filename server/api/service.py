@@ -1,0 +1,89 @@
+"""What every route needs: the engine's client, the texts of its models, the options."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from fastapi import Request as HttpRequest
+
+from ..engine.link import EngineClient
+from ..engine.request import Catalog, ModelCard
+from ..text.text import Text, TextError
+from .errors import invalid, no_such_model, unavailable
+from .options import ApiOptions
+from .protocol import Common, Prompt
+
+LONG_TEXT = 16_384  # characters; what takes longer than a few milliseconds to encode leaves the event loop
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    client: EngineClient
+    texts: Callable[[ModelCard], Text]
+    options: ApiOptions
+
+    @classmethod
+    def of(cls, request: HttpRequest) -> Service:
+        return request.app.state.service
+
+    def catalog(self) -> Catalog:
+        if self.client.catalog is None:
+            raise unavailable(self.client.cause or "the engine is starting")
+        return self.client.catalog
+
+    def card(self, name: str | None, generates: bool) -> ModelCard:
+        """The model of that name, or the first of the kind a route can use."""
+        catalog = self.catalog()
+        kind = "writes text" if generates else "gives scores"
+        if name is None:
+            first = next((card for card in catalog.models if card.generates is generates), None)
+            if first is None:
+                raise invalid(f"no hosted model {kind}", "model")
+            return first
+        card = catalog.find(name)
+        if card is None:
+            raise no_such_model(name, catalog)
+        if card.generates is not generates:
+            others = ", ".join(card.name for card in catalog.models if card.generates is generates) or "none"
+            raise invalid(f"the model {name!r} is a {card.role} model; what {kind} here: {others}", "model")
+        return card
+
+    def deadline(self, body: Common) -> float:
+        seconds = self.options.max_request_seconds
+        return time.monotonic() + (seconds if body.timeout is None else min(seconds, body.timeout))
+
+
+async def encode(text: Text, prompts: Sequence[Prompt], special: bool, card: ModelCard, param: str) -> list[list[int]]:
+    """Prompts as the token ids the model is given; ids are taken as they are once they are in its vocabulary."""
+    encoded: list[list[int]] = []
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            ids = await in_thread_if(
+                len(prompt) > LONG_TEXT, lambda prompt=prompt: text.encode(prompt, special, param=param)
+            )
+        else:
+            ids = prompt
+            check_ids(ids, card, param)
+        if not ids:
+            raise invalid(f"{param} is empty: a model needs at least one token", param)
+        encoded.append(ids)
+    return encoded
+
+
+async def in_thread_if(slow: bool, work: Callable[[], Result]) -> Result:
+    try:
+        return await asyncio.to_thread(work) if slow else work()
+    except TextError as error:
+        raise invalid(str(error), error.param) from None
+
+
+def check_ids(ids: Sequence[int], card: ModelCard, param: str) -> None:
+    for extreme in (min(ids), max(ids)) if ids else ():
+        if not 0 <= extreme < card.vocab_size:
+            raise invalid(f"{param} holds token id {extreme}; the vocabulary has ids 0 to {card.vocab_size - 1}", param)
