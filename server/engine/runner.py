@@ -1,0 +1,220 @@
+"""One step of one model on tensors: a Plan of integers in, tokens, scores and log-probabilities out.
+
+Everything a step needs of a sequence lies in arrays by slot that live as long as the runner: its tokens, its page
+table, its sampling parameters. A plan says what changed; the batch of a step is gathered from the arrays, without a
+loop over tokens, and a pure decode that goes on as before only counts its positions on.
+
+Letters: T tokens of the step, B rows of the plan, S page size, M page-table width, R draws.
+"""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# torch types some of the functions used here only in part, and Tensor.tolist not at all.
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ...kernels import ops
+from ...kernels.ops import Sequences
+from ...model.batch import Batch
+from ...model.kv_cache import KVCache
+from ...model.model import Model
+from .plan import Plan, PromptRows, Sampled
+from .request import Logprobs, Request
+from .sampler import Sampler
+
+Integers = NDArray[np.int64]
+
+
+class Runner:
+    """`context` is the most tokens of one sequence; slots go from 0 to `max_seqs` - 1.
+
+    What a Sampled holds for a failed computation is visible as such: token -1, NaN or infinite scores and
+    log-probabilities. The engine turns them into errors.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        cache: KVCache,
+        *,
+        max_seqs: int,
+        context: int,
+        end_ids: tuple[int, ...],
+        device: str = "cpu",
+    ) -> None:
+        self.model, self._cache = model, cache
+        self._page_size = cache.page_size
+        self._context = context
+        self._device = torch.device(device)
+        self._history = np.zeros((max_seqs, context), np.int32)
+        self._table = np.zeros((max_seqs, -(-context // cache.page_size)), np.int32)
+        self._requests: list[Request | None] = [None] * max_seqs
+        self._sampler = Sampler(self._history, model.config.vocab_size, end_ids)
+        self._row_numbers = np.arange(max_seqs + 1, dtype=np.int32)
+        # Of the last pure decode: slots, positions, page table, and the columns of that table.
+        self._slots = self._starts = np.zeros(0, np.int64)
+        self._pages: Tensor | None = None
+
+    def request(self, slot: int) -> Request:
+        """The request in a slot."""
+        request = self._requests[slot]
+        assert request is not None, f"slot {slot} is empty"
+        return request
+
+    @torch.inference_mode()
+    def execute(self, plan: Plan) -> Sampled:
+        self._apply(plan)
+        if plan.decodes == len(plan.slots):
+            batch, ends = self._decode_batch(plan), None
+        else:
+            batch, ends = self._mixed_batch(plan)
+        hidden = self.model.forward(batch, self._cache)
+        result = Sampled([])
+        if plan.samples:
+            self._sample(plan, hidden, ends, result)
+        if plan.scores:
+            assert ends is not None
+            rows = ends[[row for row, _ in plan.scores]]
+            result.scores = self.model.scores(hidden[self._tensor(rows)]).tolist()
+        if plan.prompt_logprobs:
+            assert ends is not None
+            result.prompt_logprobs = self._prompt_logprobs(plan, hidden, ends)
+        return result
+
+    def _apply(self, plan: Plan) -> None:
+        """Takes over what changed in the slots; copies pages."""
+        for slot in plan.left:
+            self._requests[slot] = None
+        for entered in plan.entered:
+            slot, request = entered.slot, entered.request
+            prompt, generated = len(request.token_ids), len(entered.generated)
+            self._history[slot, :prompt] = request.token_ids
+            if generated:
+                self._history[slot, prompt : prompt + generated] = entered.generated
+            self._requests[slot] = request
+            if request.sampling is not None:
+                self._sampler.enter(slot, request.sampling, entered.choice, prompt)
+        if plan.page_updates:
+            updates = np.array(plan.page_updates)
+            self._table[updates[:, 0], updates[:, 1]] = updates[:, 2]
+            self._pages = None
+        if plan.copies:
+            pages = self._tensor(np.array(plan.copies))
+            self._cache.copy_pages(pages[:, 0], pages[:, 1])
+
+    def _decode_batch(self, plan: Plan) -> Batch:
+        """One token per row."""
+        if plan.steady and len(self._slots) == len(plan.slots):
+            self._starts += 1
+        else:
+            self._slots, self._starts = np.array(plan.slots), np.array(plan.starts)
+            self._pages = None
+        slots, starts = self._slots, self._starts
+        rows, longest = len(slots), int(starts.max()) + 1
+        page, offset = np.divmod(starts, self._page_size)
+        if self._pages is None:
+            self._pages = self._page_table(slots, longest)
+        return Batch(
+            self._tensor(self._history[slots, starts].astype(np.int64)),
+            self._tensor(starts.copy()),
+            self._tensor(self._table[slots, page] * np.int64(self._page_size) + offset),
+            Sequences(
+                self._tensor(self._row_numbers[: rows + 1]),
+                self._tensor((starts + 1).astype(np.int32)),
+                self._pages,
+                rows,
+                1,
+                longest,
+            ),
+        )
+
+    def _mixed_batch(self, plan: Plan) -> tuple[Batch, Integers]:
+        """Rows of any length, and where in the batch each row's last token stands, [B]."""
+        self._slots = np.zeros(0, np.int64)
+        slots, starts, counts = np.array(plan.slots), np.array(plan.starts), np.array(plan.counts)
+        firsts = np.zeros(len(slots) + 1, np.int64)
+        np.cumsum(counts, out=firsts[1:])
+        positions = np.arange(plan.tokens) + np.repeat(starts - firsts[:-1], counts)
+        slot = np.repeat(slots, counts)
+        lengths = starts + counts
+        longest = int(lengths.max())
+        page, offset = np.divmod(positions, self._page_size)
+        batch = Batch(
+            self._tensor(self._history[slot, positions].astype(np.int64)),
+            self._tensor(positions),
+            self._tensor(self._table[slot, page] * np.int64(self._page_size) + offset),
+            Sequences(
+                self._tensor(firsts.astype(np.int32)),
+                self._tensor(lengths.astype(np.int32)),
+                self._page_table(slots, longest),
+                plan.decodes,
+                int(counts.max()),
+                longest,
+            ),
+        )
+        return batch, firsts[1:] - 1
+
+    def _page_table(self, slots: Integers, longest: int) -> Tensor:
+        """[B, M] int32, as wide as the longest sequence needs."""
+        return self._tensor(self._table[slots, : -(-longest // self._page_size)])
+
+    def _sample(self, plan: Plan, hidden: Tensor, ends: Integers | None, result: Sampled) -> None:
+        """Draws the tokens and writes them behind their sequences."""
+        if ends is None:  # pure decode: every row, in order
+            slots, lengths = self._slots, self._starts + 1
+            logits = self.model.logits(hidden)
+        else:
+            pairs = np.array(plan.samples)
+            rows, slots = pairs[:, 0], pairs[:, 1]
+            lengths = (np.array(plan.starts) + np.array(plan.counts))[rows]
+            needed, copies = np.unique(rows, return_inverse=True)
+            logits = self.model.logits(hidden[self._tensor(ends[needed])])
+            if len(needed) < len(rows):  # several choices draw from one row
+                logits = logits[self._tensor(copies)]
+        drawn, result.logprobs = self._sampler.sample(logits, slots, lengths)
+        tokens = drawn.cpu().numpy()
+        if int(lengths.max()) < self._context:
+            self._history[slots, lengths] = tokens
+        else:  # a last token at the very end of the context is never read again
+            fits = lengths < self._context
+            self._history[slots[fits], lengths[fits]] = tokens[fits]
+        result.tokens = tokens.tolist()
+
+    def _prompt_logprobs(self, plan: Plan, hidden: Tensor, ends: Integers) -> list[Logprobs]:
+        """The columns of each entry of `plan.prompt_logprobs`; all entries go through the head together."""
+
+        def rows(wanted: PromptRows) -> Integers:
+            last = ends[wanted.row] - (plan.starts[wanted.row] + plan.counts[wanted.row] - 1)
+            return np.arange(last + wanted.first, last + wanted.end)
+
+        entries = plan.prompt_logprobs
+        slots = [plan.slots[wanted.row] for wanted in entries]
+        top = [self.request(slot).prompt_logprobs or 0 for slot in slots]
+        index = np.concatenate([rows(wanted) for wanted in entries])
+        targets = np.concatenate(
+            [
+                self._history[slot, wanted.first + 1 : wanted.end + 1]
+                for slot, wanted in zip(slots, entries, strict=True)
+            ]
+        )
+        found = ops.logprobs_of(
+            hidden[self._tensor(index)], self.model.head_weight, self._tensor(targets.astype(np.int64)), max(top)
+        )
+        values, ranks, top_values, top_ids = (column.tolist() for column in found)
+        columns: list[Logprobs] = []
+        begin = 0
+        for wanted, k in zip(entries, top, strict=True):
+            part = slice(begin, begin + wanted.end - wanted.first)
+            begin = part.stop
+            ids, likely = ([row[:k] for row in column[part]] for column in (top_ids, top_values))
+            columns.append(Logprobs(values[part], ranks[part], ids, likely))
+        return columns
+
+    def _tensor(self, array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(array).to(self._device)
