@@ -1,0 +1,173 @@
+"""One hosted model: its scheduler, its runner, and what the rest of the server knows of it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from ...model.kv_cache import KVCache
+from ...model.model import Model
+from .options import EngineOptions
+from .plan import Plan, Sampled
+from .request import EngineError, ModelCard, Output, Request
+from .runner import Runner
+from .scheduler import Counts, Scheduler
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Gauges and counters of one model at one moment."""
+
+    waiting: int
+    running: int
+    pages: int
+    pages_used: int
+    pages_cached: int
+    counts: Counts
+
+
+class Engine:
+    """`card.context` and `card.end_ids` hold; `pages` of the KV cache are taken at once.
+
+    `step` and everything else is called from one thread.
+    """
+
+    def __init__(self, card: ModelCard, model: Model, *, pages: int, options: EngineOptions) -> None:
+        self.kv_pages, self.kv_tokens = pages, pages * options.page_size
+        self.kv_bytes = pages * KVCache.bytes_per_page(model.config, options.page_size, model.dtype)
+        self.weight_bytes, self.digest = model.weight_bytes, model.digest
+        self.card = replace(card, max_request_tokens=min(card.context, self.kv_tokens))
+        self.decoding = 0  # sequences that wait for their next token
+        self.last_plan = (0, True)  # its tokens, and whether all were decodes
+        self.scheduler = Scheduler(
+            pages=pages,
+            page_size=options.page_size,
+            max_seqs=options.max_num_seqs,
+            max_batched_tokens=options.max_num_batched_tokens,
+            context=card.context,
+            end_ids=card.end_ids,
+            max_waiting_requests=options.max_waiting_requests,
+            max_waiting_tokens=options.max_waiting_tokens,
+            prefix_caching=options.enable_prefix_caching,
+            weight_version=card.weight_version,
+        )
+        self.runner = Runner(
+            model,
+            KVCache(model.config, pages, options.page_size, model.dtype, options.device),
+            max_seqs=options.max_num_seqs,
+            context=card.context,
+            end_ids=card.end_ids,
+            device=options.device,
+        )
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    @property
+    def stats(self) -> EngineStats:
+        scheduler, pages = self.scheduler, self.scheduler.pages
+        return EngineStats(
+            scheduler.waiting, scheduler.running, pages.count, pages.used, pages.cached, replace(scheduler.counts)
+        )
+
+    def add(self, request: Request) -> EngineError | None:
+        """Takes a request, or says why it cannot be answered."""
+        return self._refusal(request) or self.scheduler.add(request)
+
+    def abort(self, request_id: int, choice: int | None = None) -> list[Output]:
+        return self.scheduler.abort(request_id, choice)
+
+    def expire(self, now: float) -> list[Output]:
+        return self.scheduler.expire(now)
+
+    def step(self, budget: int | None = None) -> list[Output]:
+        """Computes up to `budget` tokens and says what came of it. A step that fails ends its own requests alone."""
+        plan = self.scheduler.plan(budget)
+        if plan is None:
+            self.last_plan = (0, True)
+            return []
+        self.last_plan = (plan.tokens, plan.decodes == plan.tokens)
+        try:
+            sampled = self.runner.execute(plan)
+        except Exception as error:
+            log.exception("a step of model %s with %d rows failed", self.card.name, len(plan.slots))
+            self.decoding = 0
+            what = f"a step of model {self.card.name} failed ({type(error).__name__}); the log has the traceback"
+            return self.scheduler.fail(plan, EngineError("internal", what))
+        failures = self._failures(plan, sampled)
+        outputs = [self._fail(request, error) for request, error in failures]
+        outputs += self.scheduler.commit(plan, sampled)
+        self.decoding = sum(output.finish is None for output in outputs)
+        return outputs
+
+    def _refusal(self, request: Request) -> EngineError | None:
+        card, sampling, want = self.card, request.sampling, request.want
+        if request.adapter:
+            return EngineError("not_found", f"model {card.name} has no adapter {request.adapter!r}", "model")
+        if want & {"values", "embedding"}:
+            asked = ", ".join(sorted(want & {"values", "embedding"}))
+            return EngineError("invalid", f"model {card.name} ({card.role}) gives no {asked}", "model")
+        if card.generates and "score" in want:
+            return EngineError("invalid", f"model {card.name} is a language model: it gives no scores", "model")
+        if not card.generates and (want - {"score"} or sampling is not None):
+            return EngineError("invalid", f"model {card.name} is a reward model: it gives scores, no tokens", "model")
+        if "tokens" in want and sampling is None:
+            return EngineError("invalid", "tokens are wanted, but no sampling parameters are given", "sampling")
+        return (
+            self._outside("prompt", request.token_ids)
+            or (sampling and self._outside("stop_token_ids", sampling.stop_ids))
+            or (sampling and self._outside("logit_bias", (token for token, _ in sampling.logit_bias)))
+            or (sampling and self._outside("allowed_token_ids", sampling.allowed_ids))
+            or (sampling and self._outside("bad_words", (token for word in sampling.bad_words for token in word)))
+        )
+
+    def _outside(self, param: str, token_ids: Iterable[int]) -> EngineError | None:
+        """An id that the model does not have would end the whole step."""
+        ids = token_ids if isinstance(token_ids, list) else list(token_ids)
+        size = self.card.vocab_size
+        if not ids or (min(ids) >= 0 and max(ids) < size):
+            return None
+        wrong = next(token for token in ids if not 0 <= token < size)
+        return EngineError("invalid", f"token id {wrong} in {param} is outside the vocabulary of {size}", param)
+
+    def _failures(self, plan: Plan, sampled: Sampled) -> list[tuple[Request, EngineError]]:
+        """Requests of the step for which nothing usable came out: a failed score is an error, never a number."""
+        failed: dict[int, tuple[Request, EngineError]] = {}
+
+        def note(slot: int, what: str) -> None:
+            request, name = self.runner.request(slot), self.card.name
+            sampling = request.sampling
+            excludes = sampling and (
+                sampling.allowed_ids or sampling.bad_words or sampling.min_tokens or sampling.logit_bias
+            )
+            if what == "token" and excludes:
+                message = "allowed_token_ids, bad_words, logit_bias and min_tokens leave no token that may come next"
+                failed[request.id] = (request, EngineError("invalid", message, "allowed_token_ids"))
+            else:
+                failed[request.id] = (
+                    request,
+                    EngineError("internal", f"model {name} gave a {what} that is not finite"),
+                )
+
+        if sampled.tokens and min(sampled.tokens) < 0:
+            for (_, slot), token in zip(plan.samples, sampled.tokens, strict=True):
+                if token < 0:
+                    note(slot, "token")
+        for (_, slot), scores in zip(plan.scores, sampled.scores, strict=True):
+            if not all(map(math.isfinite, scores)):
+                note(slot, "score")
+        for rows, logprobs in zip(plan.prompt_logprobs, sampled.prompt_logprobs, strict=True):
+            if any(map(math.isnan, logprobs.values)):
+                note(plan.slots[rows.row], "log-probability")
+        return list(failed.values())
+
+    def _fail(self, request: Request, error: EngineError) -> Output:
+        if error.kind == "internal":
+            log.error("request %d: %s", request.id, error.message)
+        self.scheduler.abort(request.id)
+        return Output(request.id, finish="error", weight_version=self.scheduler.weight_version, error=error)

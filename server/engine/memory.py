@@ -1,0 +1,59 @@
+"""How much memory the KV caches get, and how the hosted models divide it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from .options import EngineOptions, ModelSpec, OptionsError
+
+CPU_PART = 0.25  # of the memory that is free once the weights are loaded ...
+CPU_MOST = 4 << 30  # ... and no more than that: the machine is not the server's alone
+FULL_SEQUENCES = 2  # more pages than this many times what all running sequences can fill are not taken
+
+
+def available_memory() -> int:
+    """Bytes that this process may still take: what the machine has free, within the control group's limit."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            most, taken = (Path("/sys/fs/cgroup", name).read_text().strip() for name in (limit, used))
+        except OSError:
+            continue
+        if most.isdigit():
+            free = min(free, max(0, int(most) - int(taken)))
+    return free
+
+
+def kv_cache_bytes(options: EngineOptions, available: int) -> int:
+    """Bytes for the KV caches of all models together."""
+    if options.kv_cache_memory_bytes is not None:
+        return options.kv_cache_memory_bytes
+    return min(int(available * CPU_PART), CPU_MOST)
+
+
+def shares(specs: Sequence[ModelSpec]) -> list[float]:
+    """Each model's part of the memory: what it asks for, or an equal part of what is left by those that ask."""
+    asked = [spec.kv_share for spec in specs if spec.kv_share is not None]
+    rest = 1 - sum(asked)
+    silent = len(specs) - len(asked)
+    if any(not 0 < share <= 1 for share in asked) or rest < -1e-9 or (silent and rest <= 1e-9):
+        given = ", ".join(f"{spec.name} {spec.kv_share:.0%}" for spec in specs if spec.kv_share is not None)
+        raise OptionsError(f"kv shares ({given}) must be above 0 and leave something for each of {len(specs)} models")
+    return [spec.kv_share if spec.kv_share is not None else rest / silent for spec in specs]
+
+
+def page_count(name: str, memory: int, bytes_per_page: int, options: EngineOptions, context: int) -> int:
+    """Pages that fit into `memory` bytes, but no more than `FULL_SEQUENCES` times what can be in use at once."""
+    useful = FULL_SEQUENCES * options.max_num_seqs * -(-context // options.page_size)
+    pages = min(memory // bytes_per_page, useful)
+    if pages < 2:
+        raise OptionsError(
+            f"the KV cache of model {name} gets {memory:,} bytes, less than two pages of {bytes_per_page:,}: "
+            "raise kv_cache_memory_bytes or the model's kv share"
+        )
+    return pages
