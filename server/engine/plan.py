@@ -8,11 +8,11 @@ parameters) and applies a plan in this order:
    entered again without having left (another choice takes over the prompt that is being computed); its pages stay.
 3. `page_updates`: entries of the slots' page tables. Entries past a sequence's length are stale and never read.
 4. `copies`: whole pages, before anything is written. No page is both a source and a destination, destinations differ.
-5. the forward pass over the rows, then `samples`, `scores` and `prompt_logprobs` from its hidden states. A token sampled
-   for a slot from row r stands at position `starts[r] + counts[r]` of *that slot's* history; with `steady` or not, the
-   slot's next row starts exactly there, so the runner writes it into the history without being told.
+5. the forward pass over the rows, then `samples`, `scores` and `prompt_logprobs` from its hidden states. A token
+   sampled for a slot from row r stands at position `starts[r] + counts[r]` of *that slot's* history; the slot's next
+   row starts exactly there, so the runner writes it into the history without being told.
 
-Lists of a plan may be reused by the next one: read them before `Scheduler.plan` is called again, and do not change them.
+Lists of a plan may be reused by the next one: read them before `Scheduler.plan` is called again; do not change them.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class PromptRows:
 
 @dataclass(slots=True)
 class Plan:
-    """One step of one model. `slots`, `starts`, `counts` have one entry per row, the first `decodes` rows being decodes.
+    """One step of one model. `slots`, `starts`, `counts` have one entry per row; the first `decodes` rows are decodes.
 
     Row r computes positions `starts[r] .. starts[r] + counts[r] - 1` of the sequence in slot `slots[r]`; a slot has at
     most one row per plan. `counts` is 1 for decodes.
@@ -64,13 +64,13 @@ class Plan:
     decodes: int
     tokens: int  # sum of counts
     samples: list[tuple[int, int]]  # (row, slot); several slots sample from one row where a prompt forks into choices
-    scores: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])  # (row, slot): from the row's last position
+    scores: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])  # (row, slot): the row's last position
     prompt_logprobs: list[PromptRows] = field(default_factory=list[PromptRows])
     left: list[int] = field(default_factory=list[int])
     entered: list[Entered] = field(default_factory=list[Entered])
     page_updates: list[tuple[int, int, int]] = field(default_factory=list[tuple[int, int, int]])  # (slot, index, page)
     copies: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])  # (source page, destination page)
-    steady: bool = False  # pure decode by the same slots in the same order as the plan before: `starts` grew by one each
+    steady: bool = False  # the rows and samples of the plan before, all decodes, each start one further
 
 
 @dataclass(slots=True)

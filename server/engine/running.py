@@ -1,0 +1,172 @@
+"""The sequences that run: which slot and which pages each has, and what the runner must be told of it."""
+
+from __future__ import annotations
+
+from bisect import insort
+from itertools import repeat
+from operator import attrgetter
+
+from .pages import Chain, Pages, Root
+from .plan import Entered, Plan
+from .sequence import Sequence
+
+by_rank = attrgetter("rank")
+
+
+class Running:
+    """Sequences with a slot: `prefills`, whose known tokens are being computed, and `decodes`; both by rank.
+
+    Between two plans it collects the changes that the next plan carries to the runner.
+    """
+
+    def __init__(self, pages: Pages, slots: int, prefix_caching: bool) -> None:
+        self.pages = pages
+        self.prefills: list[Sequence] = []
+        self.decodes: list[Sequence] = []
+        self.changed = True  # `decodes` has changed since somebody reset this
+        self._prefix_caching = prefix_caching
+        self._slots = list(range(slots - 1, -1, -1))  # free ones
+        self._left: list[int] = []
+        self._entered: list[Entered] = []
+        self._page_updates: list[tuple[int, int, int]] = []
+        self._copies: list[tuple[int, int]] = []
+        self._held: list[int] = []  # references to sources of `_copies`
+
+    def __len__(self) -> int:
+        return len(self.prefills) + len(self.decodes)
+
+    def all(self) -> list[Sequence]:
+        return [*self.prefills, *self.decodes]
+
+    def last(self) -> Sequence | None:
+        """The one that is preempted first."""
+        return max((line[-1] for line in (self.prefills, self.decodes) if line), key=by_rank, default=None)
+
+    def pages_for(self, sequence: Sequence) -> int:
+        return -(-len(sequence.token_ids) // self.pages.page_size)
+
+    def start(self, sequence: Sequence, version: int) -> bool:
+        """Gives a waiting sequence a slot and pages for all its tokens, reusing cached ones, or changes nothing.
+
+        One available page for each running sequence is left, so that their very next steps do not preempt it.
+        """
+        if not self._slots:
+            return False
+        pages, job, token_ids = self.pages, sequence.job, sequence.token_ids
+        request = job.request
+        anew = not job.announced and len(token_ids) == sequence.prompt
+        root = Root(request.model, version, request.adapter, request.cache_salt)
+        table: list[int] = []
+        if self._prefix_caching:
+            table = pages.match(root, token_ids, job.needed_row if anew else len(token_ids) - 1)
+        missing = self.pages_for(sequence) - len(table)
+        if missing + len(self) > pages.available:
+            pages.release(table)
+            return False
+        sequence.chain = pages.chain(root, table) if self._prefix_caching else None
+        sequence.computed = len(table) * pages.page_size
+        sequence.table = table + (pages.allocate(missing) or [])
+        sequence.rows_from = job.needed_row if anew and request.prompt_logprobs is not None else None
+        sequence.prompt_logprobs = None
+        self._enter(sequence)
+        insort(self.prefills, sequence, key=by_rank)
+        return True
+
+    def fork(self, sequence: Sequence, choice: int, reserved: int) -> Sequence | None:
+        """Another choice on the same pages, in a slot of its own, that `join`s later; None if there is no room.
+
+        It will soon need one page of its own; `reserved` of the available ones are spoken for.
+        """
+        if not self._slots or self.pages.available <= reserved:
+            return None
+        child = sequence.sibling(choice)
+        child.table = self.pages.fork(sequence.table)
+        child.forked = sequence.forked = True
+        self._enter(child)
+        return child
+
+    def join(self, sequence: Sequence, parent: Sequence | None = None) -> None:
+        """Its known tokens (or those of the parent that it forked from) are computed: from now on it decodes."""
+        if parent is None:
+            self.prefills.remove(sequence)
+        elif parent.chain:
+            sequence.chain = Chain(parent.chain.digest, parent.chain.pages)
+        sequence.decoding = True
+        insort(self.decodes, sequence, key=by_rank)
+        self.changed = True
+
+    def replace(self, sequence: Sequence) -> None:
+        """The sequence has become another choice of its request; its slot and pages stay."""
+        if sequence.slot >= 0:
+            self._entered.append(Entered(sequence.slot, sequence.job.request, sequence.choice, []))
+
+    def publish(self, sequence: Sequence) -> None:
+        if sequence.chain:
+            self.pages.publish(sequence.chain, sequence.table, sequence.token_ids, sequence.done)
+
+    def grow(self, sequence: Sequence) -> bool:
+        """Makes the position that a decode computes next writable; False if that takes a page and there is none."""
+        pages, table = self.pages, sequence.table
+        index = (len(sequence.token_ids) - 1) // pages.page_size
+        if index == len(table):
+            self.publish(sequence)
+            fresh = pages.allocate(1)
+            if fresh is None:
+                return False
+            table += fresh
+        elif pages.shared(table[index]):
+            if not pages.available:
+                return False
+            copy = pages.writable(table, index)
+            assert copy is not None
+            self._copies.append(copy)
+        else:
+            sequence.forked = False
+            return True
+        self._page_updates.append((sequence.slot, index, table[index]))
+        sequence.forked = False
+        return True
+
+    def leave(self, sequence: Sequence) -> None:
+        """Takes slot and pages of a running sequence; what it computed stays published."""
+        self.publish(sequence)
+        table, slot = sequence.table, sequence.slot
+        if self._copies:  # freed now, a source could become the destination of another copy of the same plan
+            sources = {source for source, _ in self._copies}
+            self._held += [page for page in table if page in sources]
+            table = [page for page in table if page not in sources]
+        self.pages.release(table)
+        if sequence.decoding:
+            self.decodes.remove(sequence)
+            self.changed = True
+        elif sequence in self.prefills:
+            self.prefills.remove(sequence)
+        sequence.table = []
+        sequence.chain = None
+        sequence.decoding = sequence.forked = False
+        sequence.computed = 0
+        sequence.slot = -1
+        self._slots.append(slot)
+        self._left.append(slot)
+        self._entered = [entry for entry in self._entered if entry.slot != slot]
+        self._page_updates = [update for update in self._page_updates if update[0] != slot]
+
+    def undelivered(self, plan: Plan) -> None:
+        """The plan did not run: the slots that it emptied are named again by the next one."""
+        self._left = plan.left + self._left
+
+    def deliver(self, plan: Plan) -> bool:
+        """Hands the collected changes to the plan; whether that made pages available."""
+        plan.left, self._left = self._left, []
+        plan.entered, self._entered = self._entered, []
+        plan.page_updates, self._page_updates = self._page_updates, []
+        plan.copies, self._copies = self._copies, []
+        held, self._held = self._held, []
+        self.pages.release(held)
+        return bool(held)
+
+    def _enter(self, sequence: Sequence) -> None:
+        slot = sequence.slot = self._slots.pop()
+        generated = sequence.token_ids[sequence.prompt :]
+        self._entered.append(Entered(slot, sequence.job.request, sequence.choice, generated))
+        self._page_updates += zip(repeat(slot), range(len(sequence.table)), sequence.table, strict=False)

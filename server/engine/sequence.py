@@ -1,0 +1,121 @@
+"""What the scheduler knows of a request and of each of its choices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .pages import Chain
+from .request import Logprobs, Output, Request
+
+Rank = tuple[int, int, int]  # priority, arrival, choice: the lower goes first; no two sequences have the same
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A request that is not finished: `sequences` are its choices; `Sequence.siblings` names those yet to fork."""
+
+    request: Request
+    arrived: float
+    sequences: dict[int, Sequence] = field(default_factory=dict[int, "Sequence"])
+    cached_tokens: int | None = None  # None until it runs for the first time
+    prompt_logprobs: Logprobs | None = None
+    scores: list[float] | None = None
+    announced: bool = False  # the first output is out, and these three with it
+
+    @property
+    def prompt(self) -> int:
+        """Its length in tokens."""
+        return len(self.request.token_ids)
+
+    @property
+    def needed_row(self) -> int:
+        """The request's, and 0 where the prompt's log-probabilities are wanted and nothing says from which row."""
+        if self.request.prompt_logprobs is not None and self.request.first_needed_row is None:
+            return 0
+        return self.request.needed_row
+
+    def first_sequence(self, arrival: int, context: int, end_ids: frozenset[int]) -> Sequence:
+        """The one that computes the prompt; with n > 1 the other choices fork from it."""
+        request, sampling, prompt = self.request, self.request.sampling, self.prompt
+        answer = sampling.max_tokens if sampling else 0
+        stops = frozenset[int]() if sampling and sampling.ignore_eos else end_ids
+        first = self.sequences[0] = Sequence(
+            self,
+            request.id,
+            choice=0,
+            rank=(request.priority, arrival, 0),
+            token_ids=list(request.token_ids),
+            prompt=prompt,
+            draws=answer > 0,
+            limit=min(prompt + answer, context),
+            stops=stops | frozenset(sampling.stop_ids) if sampling and sampling.stop_ids else stops,
+            stops_from=prompt + (sampling.min_tokens if sampling else 0),
+            siblings=list(range(1, request.n)) if answer else [],
+        )
+        return first
+
+    def announce(self, output: Output) -> None:
+        """Puts into the request's first output what only that one carries."""
+        if not self.announced:
+            self.announced = True
+            output.cached_tokens = self.cached_tokens
+            output.prompt_logprobs = self.prompt_logprobs
+            output.scores = self.scores
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One choice of a request. Waiting: slot -1, no pages. Running: a slot, and pages for all its tokens but the last.
+
+    `computed` counts the positions whose keys and values stand in its pages. Once `decoding`, that is all but the last
+    token and `computed` is not kept up to date.
+    """
+
+    job: Job
+    id: int  # the request's
+    choice: int
+    rank: Rank
+    token_ids: list[int]  # prompt and answer
+    prompt: int  # length of the prompt
+    draws: bool  # whether tokens are drawn at all
+    limit: int  # the most tokens it may reach, prompt included
+    stops: frozenset[int]
+    stops_from: int  # a stop counts once there are more tokens than this
+    siblings: list[int] = field(default_factory=list[int])  # choices that fork from this one at the prompt's end
+    slot: int = -1
+    table: list[int] = field(default_factory=list[int])
+    computed: int = 0
+    decoding: bool = False
+    forked: bool = False  # the page it writes next may be shared
+    chain: Chain | None = None  # None: its pages are not published
+    rows_from: int | None = None  # the prompt row from which log-probabilities are collected, None if they are not
+    prompt_logprobs: Logprobs | None = None
+    gone: bool = False
+
+    @property
+    def done(self) -> int:
+        """How many positions are computed."""
+        return len(self.token_ids) - 1 if self.decoding else self.computed
+
+    def collect(self, found: Logprobs) -> None:
+        """More of the prompt's log-probabilities."""
+        known = self.prompt_logprobs = self.prompt_logprobs or Logprobs()
+        known.values += found.values
+        known.ranks += found.ranks
+        known.top_ids += found.top_ids
+        known.top_values += found.top_values
+
+    def sibling(self, choice: int) -> Sequence:
+        """Another choice of the same request, with the same tokens so far."""
+        return Sequence(
+            self.job,
+            self.id,
+            choice,
+            rank=(*self.rank[:2], choice),
+            token_ids=list(self.token_ids),
+            prompt=self.prompt,
+            draws=self.draws,
+            limit=self.limit,
+            stops=self.stops,
+            stops_from=self.stops_from,
+        )
