@@ -10,6 +10,7 @@ that is already there.
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from datetime import datetime
@@ -25,6 +26,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_CHARACTERS = 1 << 25
 MAX_NUMBER = 1 << 20  # of repetitions, columns, digits
+
+WIDTHS = re.compile(r"(%|\{[^{}]*:)[^a-zA-Z{}%]*(\d{6}|\*)")
 
 DEADLINE = "tandem deadline"  # context variable, no identifier: a template cannot name it
 
@@ -56,6 +59,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
             "tandem_size": bounded,
             "center": bounded_arguments(FILTERS["center"]),
             "indent": bounded_arguments(FILTERS["indent"]),
+            "format": bounded_arguments(FILTERS["format"]),
         }
         self.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
         del self.globals["lipsum"]
@@ -72,6 +76,12 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         check_numbers(kwargs.values())
         return super().call(context, obj, *args, **kwargs)
 
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        wrapped = super().wrap_str_format(value)
+        if wrapped is not None:
+            check_widths(value.__self__)
+        return wrapped
+
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "*":
             for value, count in ((left, right), (right, left)):
@@ -79,8 +89,8 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
                     raise OverBudget(f"builds more than {MAX_CHARACTERS} characters")
         elif operator == "**" and isinstance(left, int) and isinstance(right, int) and right > 1024:
             raise OverBudget(f"raises to the power {right}")
-        elif operator == "%" and isinstance(left, str):
-            raise OverBudget("uses % on a string; use ~ or format_map")
+        elif operator == "%":
+            check_widths(left)
         return bounded(super().call_binop(context, operator, left, right))
 
 
@@ -136,10 +146,17 @@ def check_numbers(values: Iterable[Any]) -> None:
             raise OverBudget(f"calls with the number {value}")
 
 
+def check_widths(pattern: object) -> None:
+    """A format string may not ask for more columns than it could ever need."""
+    if isinstance(pattern, str) and WIDTHS.search(pattern):
+        raise OverBudget("formats with a width of 100,000 or more")
+
+
 def bounded_arguments(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         check_numbers(args)
         check_numbers(kwargs.values())
+        check_widths(args[0])
         return bounded(function(*args, **kwargs))
 
     return call

@@ -51,7 +51,8 @@ def load_tokenizer(path: Path) -> LoadedTokenizer:
     tokenizer.no_padding()
     tokens = named_tokens(CLASS_TOKENS.get(kind, {}), read_json(path / "special_tokens_map.json"), config)
     add_missing_tokens(tokenizer, config, tokens)
-    set_post_processor(tokenizer, config, tokens)
+    if not (path / "tokenizer.json").is_file():  # a tokenizer.json says itself what it adds, and is believed
+        set_post_processor(tokenizer, config, tokens)
     bos = tokens.get("bos_token")
     bos_id = None if bos is None else tokenizer.token_to_id(bos)
     adds_bos = bos_id is not None and tokenizer.encode("", add_special_tokens=True).ids[:1] == [bos_id]
@@ -137,9 +138,7 @@ def add_missing_tokens(tokenizer: Tokenizer, config: Mapping[str, Any], tokens: 
 
 
 def set_post_processor(tokenizer: Tokenizer, config: Mapping[str, Any], tokens: Mapping[str, str]) -> None:
-    """`add_bos_token` and `add_eos_token`, where tokenizer_config.json has them, replace what tokenizer.json does."""
-    if "add_bos_token" not in config and "add_eos_token" not in config:
-        return
+    """What tokenizer_config.json's `add_bos_token` and `add_eos_token` ask for."""
     bos = tokens.get("bos_token") if config.get("add_bos_token") else None
     eos = tokens.get("eos_token") if config.get("add_eos_token") else None
     single = [token for token in (bos, "$A", eos) if token is not None]
