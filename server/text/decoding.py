@@ -67,16 +67,23 @@ class ByteTable(dict[int, bytes]):
         return data
 
 
+def open_bytes(data: bytes) -> bytes:
+    """The beginning of a character at the end."""
+    return data[codecs.utf_8_decode(data, "replace", False)[1] :]
+
+
 class ByteStream:
     def __init__(self, table: ByteTable, prompt_ids: Sequence[int]) -> None:
         self._table = table
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-        if prompt_ids:  # a character that the prompt leaves open is completed here
-            self._decode(b"".join([table[i] for i in prompt_ids[-CONTEXT:]])[-3:])
+        # Bytes of a character that is not complete; one that the prompt leaves open is completed here.
+        self._open = open_bytes(b"".join([table[i] for i in prompt_ids[-CONTEXT:]]))
 
     def feed(self, ids: Sequence[int], final: bool = False) -> str:
         table = self._table
-        return self._decode(b"".join([table[i] for i in ids]), final)
+        data = self._open + (table[ids[0]] if len(ids) == 1 else b"".join([table[i] for i in ids]))
+        text, used = codecs.utf_8_decode(data, "replace", final)
+        self._open = data[used:]
+        return text
 
 
 class PieceTable(dict[int, "str | bytes | None"]):
@@ -133,9 +140,7 @@ class PieceStream:
             piece = self._table[i]
             if piece is not None:
                 run = run + piece if isinstance(piece, bytes) else b""
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        decoder.decode(run)
-        return decoder.getstate()[0]
+        return open_bytes(run)
 
     def feed(self, ids: Sequence[int], final: bool = False) -> str:
         table, run = self._table, self._run

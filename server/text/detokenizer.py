@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from .decoding import Stream
 from .stops import Stops
@@ -16,7 +16,7 @@ class Piece:
     text: str
     stop: str | None  # the stop string that ended the answer; set again in every later piece
     tokens: int  # of all tokens pushed so far, those that belong to the answer: up to the one that completed the stop
-    offsets: list[int] = field(default_factory=list[int])  # if asked for: where in the answer each new token starts
+    offsets: Sequence[int] = ()  # if asked for: where in the answer each new token starts
 
 
 class Detokenizer:
@@ -55,7 +55,8 @@ class Detokenizer:
         parts: list[str] = []
         offsets: list[int] = []
         for index, token_id in enumerate(ids):
-            offsets.append(self._length)
+            if self._offsets:
+                offsets.append(self._length)
             self._tokens += 1
             if index < shown:
                 parts.append(self._take(self._stream.feed((token_id,))))
@@ -65,7 +66,7 @@ class Detokenizer:
             parts.append(self._take(self._stream.feed((), True)))
             if self._stops is not None and self._stop is None:
                 parts.append(self._stops.rest())
-        return Piece("".join(parts), self._stop, self._tokens, offsets if self._offsets else [])
+        return Piece("".join(parts), self._stop, self._tokens, offsets)
 
     def _take(self, text: str) -> str:
         self._length += len(text)

@@ -13,6 +13,7 @@ class Stops:
 
     def __init__(self, stops: Iterable[str], include: bool) -> None:
         self._stops = tuple(dict.fromkeys(stop for stop in stops if stop))
+        self._firsts = {stop[0] for stop in self._stops}
         self._include = include
         self._longest = max(map(len, self._stops), default=1)
         self._held = ""
@@ -22,6 +23,8 @@ class Stops:
 
         While not `active`, matches that end in `text` do not count, now or later.
         """
+        if not self._held and self._firsts.isdisjoint(text):
+            return text, None
         known = len(self._held)
         buffer = self._held + text
         if active:
