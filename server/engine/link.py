@@ -280,6 +280,7 @@ class EngineServer:
         self._beaten = -math.inf
         self._open: dict[int, dict[int, set[int]]] = {}  # worker -> request id -> unfinished choices
         self._backlog: dict[int, dict[tuple[int, int], Output]] = {}  # of stalled workers
+        self._behind: set[int] = set()  # workers that have not got the catalog
         self._orphans: list[Abort] = []
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
@@ -313,8 +314,9 @@ class EngineServer:
             elif isinstance(message, Abort):
                 self._finished(message.request_id, message.choice)
                 arrived.append(message)
-            elif self._catalog is not None:
-                self._post(worker, self._encode(News(self._epoch, self._catalog)))
+            else:
+                self._behind.add(worker)
+                self._inform()
         return arrived
 
     def send(self, outputs: Iterable[Output]) -> None:
@@ -333,21 +335,23 @@ class EngineServer:
     def publish(self, catalog: Catalog) -> None:
         """From now on every worker, present or to come, knows this catalog."""
         self._catalog = catalog
-        message = self._encode(News(self._epoch, catalog))
-        for worker in list(self._open):
-            self._post(worker, message)
+        self._behind = set(self._open)
+        self._inform()
 
-    def beat(self) -> None:
-        """Called by the engine's loop on every turn; tells the workers every `BEAT_SECONDS`, and finds the dead."""
-        now = self._clock()
+    def beat(self) -> bool:
+        """Called by the engine's loop on every turn. Every `BEAT_SECONDS` it tells the workers, finds the dead ones,
+        and returns True."""
         for worker in list(self._backlog):
             self._keep(worker, [])
+        now = self._clock()
         if now - self._beaten < BEAT_SECONDS:
-            return
+            return False
         self._beaten = now
+        self._inform()
         message = self._encode(Beat(self._epoch))
         for worker in list(self._open):
             self._post(worker, message)
+        return True
 
     def close(self) -> None:
         self._socket.close(linger=500)
@@ -366,6 +370,12 @@ class EngineServer:
             opened = self._open.pop(worker, {})
             self._orphans += [Abort(self._epoch, request_id, None) for request_id in opened]
         return True
+
+    def _inform(self) -> None:
+        """Send the catalog to those that have not got it."""
+        if self._catalog is not None and self._behind:
+            message = self._encode(News(self._epoch, self._catalog))
+            self._behind = {worker for worker in self._behind if not self._post(worker, message)}
 
     def _keep(self, worker: int, outputs: list[Output]) -> None:
         """Merge into what a stalled worker has to get, and try to send that."""

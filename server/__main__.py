@@ -1,0 +1,5 @@
+"""`python -m tandem.server` is the `tandem` command."""
+
+from .cli import main
+
+main()

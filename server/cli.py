@@ -1,0 +1,261 @@
+"""The `tandem` command: words to options. What only one command needs is imported there, so that starts are quick."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_args
+
+import typer
+
+from .api.options import ApiOptions
+from .engine.control import Ready, as_flags, log_to_stderr
+from .engine.options import Dtype, EngineOptions, ModelSpec, OptionsError
+from .engine.request import LogprobsMode
+from .options import LogLevel, ServeOptions, bundled_models, parse_model, parse_quantity, read_config_file
+
+if TYPE_CHECKING:
+    from .supervisor import Supervisor
+
+app = typer.Typer(
+    help="Serve a language model and the reward model that judges it.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+ENGINE, API = EngineOptions(), ApiOptions()
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        try:
+            typer.echo(f"tandem {version('tandem')}")
+        except PackageNotFoundError:
+            typer.echo("tandem (not installed)")
+        raise typer.Exit
+
+
+def _take_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Makes the file's values the defaults, so that the command line wins."""
+    if path is not None:
+        known: dict[str, str] = {}
+        for parameter in context.command.params:
+            if parameter.name not in ("config", "help"):
+                known |= {word.lstrip("-"): parameter.name for word in parameter.opts}
+        try:
+            values = read_config_file(path, known)
+        except OptionsError as error:
+            raise typer.BadParameter(str(error)) from None
+        context.default_map = {**(context.default_map or {}), **values}
+    return path
+
+
+@app.callback()
+def tandem(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def serve(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[[NAME=]PATH[,role=…,dtype=…,kv=…%,alias=a|b,chat_template=…,max_model_len=…,weight=…]]…",
+            help="Directories of Hugging Face checkpoints. None: the bundled demo policy and reward model.",
+            show_default=False,
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(callback=_take_config, is_eager=True, help="YAML file; its keys are these flags' names."),
+    ] = None,
+    host: Annotated[str, typer.Option(help="0.0.0.0 or :: for every address.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8000,
+    served_model_name: Annotated[
+        list[str] | None, typer.Option(help="The one model's name; repeated: further names.", show_default=False)
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16, where a model names none.")] = "auto",
+    max_model_len: Annotated[
+        str | None, typer.Option(help="Tokens of prompt and answer; 4096, 4k (4,000) or 4K (4,096).")
+    ] = None,
+    max_num_seqs: Annotated[int, typer.Option(help="Sequences of one model that run at once.")] = ENGINE.max_num_seqs,
+    max_num_batched_tokens: Annotated[str, typer.Option(help="Tokens of one step.")] = str(
+        ENGINE.max_num_batched_tokens
+    ),
+    max_waiting_requests: Annotated[int, typer.Option(help="Of one model; more are refused.")] = (
+        ENGINE.max_waiting_requests
+    ),
+    max_waiting_tokens: Annotated[str, typer.Option(help="Of one model; more are refused.")] = str(
+        ENGINE.max_waiting_tokens
+    ),
+    max_request_seconds: Annotated[float, typer.Option(min=0.001, help="A request is answered by then.")] = (
+        API.max_request_seconds
+    ),
+    kv_cache_memory_bytes: Annotated[
+        str | None, typer.Option(help="All models together, such as 4G. None: by the memory that is free.")
+    ] = None,
+    enable_prefix_caching: Annotated[
+        bool, typer.Option("--enable-prefix-caching/--no-enable-prefix-caching")
+    ] = ENGINE.enable_prefix_caching,
+    cpu_decode_copy: Annotated[
+        str | None, typer.Option(help="fp16: a second copy of the weights, faster for one or two sequences on a CPU.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the engine.")] = None,
+    step_target_ms: Annotated[
+        float | None, typer.Option(min=0.001, help="Longest step of one model while another one writes.")
+    ] = None,
+    api_key: Annotated[list[str] | None, typer.Option(help="Repeatable; any of them opens every route.")] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="One key per line.")] = None,
+    api_workers: Annotated[int, typer.Option(min=1, max=64, help="HTTP processes.")] = 1,
+    drain_seconds: Annotated[float, typer.Option(min=0.0, help="For running requests, at the end.")] = 30.0,
+    stream_timeout: Annotated[float, typer.Option(min=0.001, help="A reader that takes nothing is aborted.")] = (
+        API.stream_timeout
+    ),
+    max_body: Annotated[str, typer.Option(help="Bytes of a request, such as 8M.")] = str(API.max_body),
+    max_logprobs: Annotated[int, typer.Option(min=0, help="Most alternatives per token.")] = API.max_logprobs,
+    logprobs_mode: Annotated[str, typer.Option(help="raw or processed.")] = API.logprobs_mode,
+    ignore_unknown_fields: Annotated[
+        bool, typer.Option("--ignore-unknown-fields", help="Warn in a header instead of refusing.")
+    ] = False,
+    chat_template: Annotated[
+        str | None, typer.Option(help="File, or alpaca, vicuna, chatml, plain, for models that name none.")
+    ] = None,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    access_log: Annotated[bool, typer.Option("--access-log", help="A line per request.")] = False,
+) -> None:
+    """Serve models over HTTP, with the OpenAI API and /v1/rewards."""
+    from .supervisor import CannotServe, Supervisor, bind
+
+    try:
+        defaults = {"dtype": _one_of("--dtype", dtype, get_args(Dtype)), "chat_template": chat_template}
+        options = ServeOptions(
+            models=_models(models or [], served_model_name or [], defaults),
+            engine=EngineOptions(
+                threads=threads,
+                max_model_len=None if max_model_len is None else parse_quantity(max_model_len, "--max-model-len"),
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=parse_quantity(max_num_batched_tokens, "--max-num-batched-tokens"),
+                kv_cache_memory_bytes=(
+                    None
+                    if kv_cache_memory_bytes is None
+                    else parse_quantity(kv_cache_memory_bytes, "--kv-cache-memory-bytes")
+                ),
+                enable_prefix_caching=enable_prefix_caching,
+                max_waiting_requests=max_waiting_requests,
+                max_waiting_tokens=parse_quantity(max_waiting_tokens, "--max-waiting-tokens"),
+                cpu_decode_copy=_one_of("--cpu-decode-copy", cpu_decode_copy, ("fp16",)),
+                step_target_ms=step_target_ms,
+            ),
+            api=ApiOptions(
+                api_keys=_api_keys(api_key or [], api_key_file),
+                max_body=parse_quantity(max_body, "--max-body"),
+                max_request_seconds=max_request_seconds,
+                stream_timeout=stream_timeout,
+                ignore_unknown_fields=ignore_unknown_fields,
+                max_logprobs=max_logprobs,
+                logprobs_mode=_one_of("--logprobs-mode", logprobs_mode, get_args(LogprobsMode)),
+            ),
+            host=host,
+            port=port,
+            api_workers=api_workers,
+            drain_seconds=drain_seconds,
+            log_level=_one_of("--log-level", log_level, get_args(LogLevel)),
+            access_log=access_log,
+        )
+        log_to_stderr("tandem", options.log_level)
+        sockets = bind(host, port)
+        bound = sockets[0].getsockname()[1]
+        supervisor: Supervisor = Supervisor(options, sockets, lambda ready: _announce(ready, host, bound))
+    except (OptionsError, CannotServe) as error:
+        typer.echo(f"tandem serve: {as_flags(str(error))}", err=True)
+        raise typer.Exit(2) from None
+    raise typer.Exit(supervisor.run())
+
+
+def _models(words: list[str], names: list[str], defaults: dict[str, Any]) -> tuple[ModelSpec, ...]:
+    specs = tuple(parse_model(word) for word in words) or bundled_models()
+    if names:
+        if len(words) != 1:
+            raise OptionsError("--served-model-name names exactly one model; use NAME=PATH,alias=a|b for several")
+        specs = (replace(specs[0], name=names[0], aliases=(*names[1:], *specs[0].aliases)),)
+    return tuple(
+        replace(
+            spec,
+            dtype=defaults["dtype"] if spec.dtype == "auto" else spec.dtype,
+            chat_template=spec.chat_template or defaults["chat_template"],
+        )
+        for spec in specs
+    )
+
+
+def _one_of(flag: str, value: str | None, allowed: tuple[str, ...]) -> Any:
+    if value is not None and value not in allowed:
+        raise OptionsError(f"{flag} {value}: one of {', '.join(allowed)}")
+    return value
+
+
+def _api_keys(keys: list[str], file: Path | None) -> tuple[str, ...]:
+    if file is not None:
+        try:
+            keys = [*keys, *(line.strip() for line in file.read_text("utf-8").splitlines() if line.strip())]
+        except (OSError, ValueError) as error:
+            raise OptionsError(f"--api-key-file {file}: {error}") from None
+        if not keys:
+            raise OptionsError(f"--api-key-file {file}: it holds no key")
+    if not all(key.isascii() and key.isprintable() and key for key in keys):
+        raise OptionsError("--api-key: a key is one or more printable ASCII characters")
+    return tuple(keys)
+
+
+def _announce(ready: Ready, host: str, port: int) -> None:
+    """The one table of a start, and where to find the server."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from .supervisor import process_age
+
+    age = process_age()
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)
+    table = Table(caption=ready.division, caption_justify="left", title_justify="left")
+    for column in ("model", "role", "architecture", "dtype"):
+        table.add_column(column)
+    for column in ("context", "weights MiB", "KV pages", "KV tokens", "KV MiB"):
+        table.add_column(column, justify="right")
+    for model in ready.models:
+        numbers = (model.context, model.weight_bytes / 2**20, model.kv_pages, model.kv_tokens, model.kv_bytes / 2**20)
+        shown = [f"{number:,.1f}" if isinstance(number, float) else f"{number:,}" for number in numbers]
+        table.add_row(model.name, model.role, model.architecture, model.dtype, *shown)
+    console.print(table)
+    parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in ready.seconds.items())
+    address = f"[{host}]" if ":" in host else host
+    print(f"Serving on http://{address}:{port} after {age:.1f} s ({parts})", flush=True)
+
+
+@app.command()
+def chat(
+    url: Annotated[str, typer.Option(help="Where the server is.")] = "http://127.0.0.1:8000",
+    model: Annotated[str | None, typer.Option(help="None: the first one that can chat.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    api_key: Annotated[str | None, typer.Option(help="The server's key, where it wants one.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="None: the server's default.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Of an answer; none: as the context allows.")] = None,
+) -> None:
+    """Talk to a served model in the terminal."""
+    from .chat import run
+
+    raise typer.Exit(
+        run(url=url, model=model, system=system, api_key=api_key, temperature=temperature, max_tokens=max_tokens)
+    )
+
+
+def main() -> None:
+    app(prog_name="tandem")

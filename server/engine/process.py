@@ -1,0 +1,132 @@
+"""The engine process: a `Hub` stepped in a loop between what comes in over the link and what goes out.
+
+Started by the supervisor as `python -m tandem.server.engine.process DESCRIPTOR PARENT`. torch is imported once the
+start order is in and the link's socket is bound, so workers may come at any time.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import logging
+import sys
+import time
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
+
+from .control import Failed, HostedModel, Ready, StartEngine, Stop, as_flags, enter, log_to_stderr
+from .link import BEAT_SECONDS, EngineServer
+from .options import OptionsError
+from .request import EngineError, Output, Request
+
+if TYPE_CHECKING:
+    from .hub import Hub
+
+log = logging.getLogger(__name__)
+
+
+class WeightsLost(Exception):
+    """A restarted engine cannot serve what the one before it served."""
+
+
+def load(order: StartEngine) -> Hub:
+    """Raises what `Hub.load` raises; on a restart WeightsLost where the checkpoints are no longer the same."""
+    from ...model.errors import CheckpointError
+    from .hub import Hub
+
+    if order.digests is None:
+        return Hub.load(order.models, order.options, epoch=order.epoch)
+    try:
+        hub = Hub.load(order.models, order.options, epoch=order.epoch)
+    except (CheckpointError, OSError) as error:
+        raise WeightsLost(f"weights lost: {error}") from error
+    for engine in hub.engines:
+        if order.digests.get(engine.card.name) != engine.digest:
+            raise WeightsLost(
+                f"weights lost: the files of model {engine.card.name} in {engine.card.path} "
+                "have changed since they were loaded; restart the server to serve them as they are now"
+            )
+    return hub
+
+
+def serve(hub: Hub, server: EngineServer, control: Connection[object, object]) -> None:
+    """Until the supervisor says stop."""
+    server.publish(hub.catalog)
+    while True:
+        busy = hub.has_work
+        outputs: list[Output] = []
+        for message in server.receive(0.0 if busy else BEAT_SECONDS):
+            if isinstance(message, Request):
+                outputs += _submit(hub, message)
+            else:
+                outputs += hub.abort(message.request_id, message.choice)
+        outputs += hub.expire(time.monotonic())
+        outputs += hub.step()
+        if outputs:
+            server.send(outputs)
+        if (server.beat() or not busy) and control.poll() and isinstance(control.recv(), Stop):
+            return
+
+
+def _submit(hub: Hub, request: Request) -> list[Output]:
+    """One request can break nothing but its own answer."""
+    try:
+        return hub.submit(request)
+    except Exception as error:
+        log.exception("request %d could not be taken", request.id)
+        what = f"the engine could not take this request ({type(error).__name__}); the log has the traceback"
+        return [*hub.abort(request.id), Output(request.id, finish="error", error=EngineError("internal", what))]
+
+
+def hosted(hub: Hub) -> tuple[HostedModel, ...]:
+    return tuple(
+        HostedModel(
+            name=engine.card.name,
+            role=engine.card.role,
+            architecture=engine.card.architecture,
+            dtype=engine.card.dtype,
+            context=engine.card.context,
+            weight_bytes=engine.weight_bytes,
+            kv_pages=engine.kv_pages,
+            kv_tokens=engine.kv_tokens,
+            kv_bytes=engine.kv_bytes,
+            digest=engine.digest,
+        )
+        for engine in hub.engines
+    )
+
+
+def explain(error: Exception) -> Failed:
+    """The error as the last line that the user sees."""
+    text = as_flags(str(error)) if isinstance(error, OptionsError) else str(error)
+    if not isinstance(error, (ValueError, OSError, WeightsLost)):
+        log.error("the engine cannot start", exc_info=error)
+        text = f"{type(error).__name__}: {text}"
+    return Failed(text or type(error).__name__, lost=isinstance(error, WeightsLost))
+
+
+def main(descriptor: int, parent: int) -> int:
+    began = time.monotonic()
+    control = enter("engine", descriptor, parent)
+    order = control.recv()
+    assert isinstance(order, StartEngine)
+    log_to_stderr("engine", order.log_level)
+    server = EngineServer(order.directory, order.epoch, wake=control.fileno())
+    try:
+        importlib.import_module("torch")  # by itself, because it is the longest part of a start
+        imported = time.monotonic()
+        hub = load(order)
+        gc.collect()
+        gc.freeze()  # what stays for good is not walked over between steps
+        seconds = {"import torch": imported - began, "load": time.monotonic() - imported}
+        control.send(Ready(hosted(hub), hub.division, seconds))
+        serve(hub, server, control)
+    except Exception as error:
+        control.send(explain(error))
+        return 1
+    server.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))

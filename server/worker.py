@@ -1,0 +1,143 @@
+"""An API worker: the HTTP application on the listening sockets that the supervisor opened. Imports no torch.
+
+Started as `python -m tandem.server.worker DESCRIPTOR PARENT`; the web libraries are imported once the parent's order is
+in, so that the supervisor can import this module's neighbours cheaply.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Generator
+from multiprocessing.connection import Connection
+
+import uvicorn
+import uvloop
+
+from .api.app import create_app
+from .engine.control import Drain, EngineLost, EngineStarted, Failed, Ready, enter, log_to_stderr
+from .engine.link import EngineClient
+from .engine.request import ModelCard
+from .options import ServeOptions, StartWorker
+from .text.text import Text
+
+FLUSH_SECONDS = 3  # for answers that are written and not yet read
+KEEP_ALIVE_SECONDS = 65  # longer than the pools of common clients and proxies keep a connection
+
+log = logging.getLogger(__name__)
+
+
+class Texts:
+    """Tokenizer and template of every hosted model; those that share path and template share one `Text`."""
+
+    def __init__(self, options: ServeOptions) -> None:
+        self._templates = {spec.name: spec.chat_template for spec in options.models}
+        self._texts: dict[tuple[str, str | None], Text] = {}
+        for spec in options.models:
+            self._load(str(spec.path), spec.chat_template)
+
+    def __call__(self, card: ModelCard) -> Text:
+        return self._load(card.path, self._templates.get(card.name))
+
+    def _load(self, path: str, template: str | None) -> Text:
+        text = self._texts.get((path, template))
+        if text is None:
+            text = self._texts[path, template] = Text.load(path, template)
+        return text
+
+
+class Server(uvicorn.Server):
+    """Leaves signals alone: the supervisor's messages say when to end."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+class Worker:
+    def __init__(self, order: StartWorker, control: Connection[object, object], seconds: dict[str, float]) -> None:
+        options = order.options
+        self._control = control
+        self._seconds = seconds
+        self._client = EngineClient(order.directory, order.number)
+        began = time.monotonic()
+        texts = Texts(options)
+        seconds["texts"] = time.monotonic() - began
+        self._sockets = [socket.socket(fileno=descriptor) for descriptor in order.descriptors]
+        self._server = Server(
+            uvicorn.Config(
+                create_app(self._client, texts, options.api),
+                loop="uvloop",
+                http="httptools",
+                ws="none",
+                log_config=None,
+                access_log=options.access_log,
+                server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
+                timeout_graceful_shutdown=FLUSH_SECONDS,
+            )
+        )
+        self._draining: asyncio.Task[None] | None = None
+
+    async def run(self) -> None:
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._control.fileno(), self._listen)
+        serving = asyncio.create_task(self._server.serve(self._sockets))
+        while not self._server.started and not serving.done():
+            await asyncio.sleep(0.002)
+        gc.freeze()
+        self._control.send(Ready(seconds=self._seconds))
+        await serving
+        loop.remove_reader(self._control.fileno())
+        self._client.close()
+
+    def _listen(self) -> None:
+        """Take the supervisor's messages; without a supervisor there is nothing left to do."""
+        try:
+            while self._control.poll():
+                message = self._control.recv()
+                if isinstance(message, EngineStarted):
+                    self._client.engine_started(message.epoch)
+                elif isinstance(message, EngineLost):
+                    self._client.engine_lost(message.cause)
+                elif isinstance(message, Drain):
+                    self._draining = asyncio.create_task(self._drain(message.seconds))
+        except (EOFError, OSError):
+            os._exit(1)
+
+    async def _drain(self, seconds: float) -> None:
+        self._client.drain("the server is shutting down")
+        try:
+            await asyncio.wait_for(self._client.wait_idle(), seconds)
+        except TimeoutError:
+            log.warning("%d requests did not finish within %.0f s", self._client.open_streams, seconds)
+            self._client.fail(f"the server is shutting down and ended this request after {seconds:.0f} s")
+        self._server.should_exit = True
+
+
+def main(descriptor: int, parent: int) -> int:
+    began = time.monotonic()
+    control = enter("api", descriptor, parent)
+    order = control.recv()
+    assert isinstance(order, StartWorker)
+    log_to_stderr(f"api-{order.number}", order.options.log_level)
+    if order.options.log_level == "info":
+        logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its start and end are told by the supervisor
+    try:
+        worker = Worker(order, control, {"imports": began})
+        uvloop.run(worker.run())
+    except Exception as error:
+        log.debug("", exc_info=True)
+        control.send(Failed(f"API worker: {error or type(error).__name__}"))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))
