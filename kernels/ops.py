@@ -5,7 +5,8 @@ some of these functions again, faster; it takes the calls whose first tensor is 
 does not define runs the body below.
 
 Letters: T tokens of a step, B sequences, N query heads, K kv heads, G = N / K query heads that share a kv head, H head
-size, R rotated part of a head, D model size, I inner size of an MLP, V vocabulary, P pages, S page size, M page-table width.
+size, R rotated part of a head, D model size, I inner size of an MLP, V vocabulary, P pages, S page size, M page-table
+width.
 
 Statistics, softmax and sums are float32 whatever the dtype of the tensors; results are rounded once, at the end.
 """
@@ -304,7 +305,7 @@ def _attend_prefill(
     window: int | None,
     softcap: float | None,
 ) -> None:
-    """The rows [n, N, H] of one sequence, which are its last n positions; masks are made for a block of rows at a time."""
+    """The rows [n, N, H] of one sequence, its last n positions; masks are made for a block of rows at a time."""
     kv_heads, size = cache.k.shape[1:3]
     rows, heads = q.shape[:2]
     start = length - rows
@@ -355,7 +356,7 @@ def copy_pages(pages: Tensor, src: Tensor, dst: Tensor) -> None:
 def logprobs_of(hidden: Tensor, head: Tensor, targets: Tensor, top: int = 0) -> TokenLogprobs:
     """log softmax(hidden · headᵀ)[target], its rank and the `top` most likely tokens, row by row.
 
-    hidden [T, D], head [V, D], targets [T] int64. The logits are computed in chunks of rows; never T × V of them are held.
+    hidden [T, D], head [V, D], targets [T] int64. Logits are computed in chunks of rows, never T × V at once.
     A token's rank is 1 + the number of tokens that are strictly more likely.
     """
     rows = max(1, LOGIT_ELEMENTS // head.shape[0])

@@ -14,7 +14,7 @@ from ..kernels.ops import Sequences
 
 @dataclass(slots=True)
 class Batch:
-    """Rows of all sequences behind one another, decoding sequences first. `sequences` says which row belongs to whom."""
+    """The rows of all sequences, decoding ones first. `sequences` says which row belongs to whom."""
 
     token_ids: Tensor  # [T] int64
     positions: Tensor  # [T] int64, position in the row's own sequence

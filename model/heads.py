@@ -24,7 +24,7 @@ class LMHead(nn.Module):
 
 
 class ScoreHead(nn.Module):
-    """hidden [R, D] -> scores [R, labels], in float32 whatever the model's dtype. The bias is optional in checkpoints."""
+    """hidden [R, D] -> scores [R, labels], in float32 whatever the model's dtype. A checkpoint may lack the bias."""
 
     def __init__(self, labels: int, hidden_size: int, device: torch.device) -> None:
         super().__init__()

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,8 +22,9 @@ DECODE_ROWS = 2  # up to so many rows are read from the decode copy
 class Linear(nn.Module):
     """y = x Wᵀ + b, where W [sum(outs), ins] holds several matrices of the checkpoint, one below the other.
 
-    `names` and `outs` go together: `names[i]` stands in the checkpoint where this module stands, with `outs[i]` outputs. `stored_transposed`: the
-    checkpoint keeps [ins, outs]. `weight`: storage to share instead of own one (tied embeddings). `split` says how the matrix is divided over devices; on one it changes nothing.
+    `names` and `outs` go together: the checkpoint has `names[i]`, with `outs[i]` outputs, where this module stands.
+    `stored_transposed`: the checkpoint keeps [ins, outs]. `weight`: storage to share instead of an own one (tied
+    embeddings). `split`: how the matrix is divided over devices; on one it changes nothing.
     """
 
     decode_weight: Tensor | None

@@ -1,6 +1,6 @@
 """The LLaMA family: LLaMA, Mistral, Qwen2 and Qwen3, which differ in their configs only.
 
-Letters: T tokens of the step, D model size, N query heads, K kv heads, H head size, I inner size of the MLP, V vocabulary.
+Letters: T tokens of the step, D model size, N query heads, K kv heads, H head size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def configure(fields: Fields, architecture: str, labels: int) -> ModelConfig:
 
 
 def _windows(fields: Fields, layers: int, mistral: bool, qwen: bool) -> tuple[int | None, ...]:
-    """The sliding window of each layer. Mistral has one for all of them, Qwen from `max_window_layers` on or by name."""
+    """The sliding window of each layer. Mistral has one for all, Qwen from `max_window_layers` on or by name."""
     if mistral:
         fields.only("layer_types", ["sliding_attention"] * layers)
         null = "sliding_window" in fields.values and fields.values["sliding_window"] is None

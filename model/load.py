@@ -29,8 +29,8 @@ def load_model(
 ) -> Model:
     """The model of a Hugging Face checkpoint directory, on `device`.
 
-    `dtype`: see `choose_dtype`. `decode_copy` "fp16" keeps a second, float16 copy of the matrices, read by steps of one or
-    two rows. `on_progress(done, total)` is called with bytes. Raises CheckpointError that names what is wrong.
+    `dtype`: see `choose_dtype`. `decode_copy` "fp16" keeps a second, float16 copy of the matrices for steps of one
+    or two rows. `on_progress(done, total)` is called with bytes. Raises CheckpointError that names what is wrong.
     """
     directory, device = Path(path), torch.device(device)
     config = read_config(directory)

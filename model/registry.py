@@ -16,7 +16,7 @@ Head = Literal["lm", "score"]
 
 
 class Family(NamedTuple):
-    """`configure(fields, architecture, labels)` reads config.json; `decoder(config, place)` has the weights, unfilled."""
+    """`configure(fields, architecture, labels)` reads config.json; `decoder(config, place)` has unfilled weights."""
 
     configure: Callable[[Fields, str, int], ModelConfig]
     decoder: Callable[[ModelConfig, Place], Decoder]

@@ -4,9 +4,10 @@ Each method gives inverse frequencies w [R / 2]; row p of the tables is cos(p w)
 
 Dynamic NTK makes the base depend on the sequence's length. transformers computes it from the current length whenever
 that exceeds `max_position_embeddings`, and leaves what is already in its cache as it was rotated. Here position p is
-rotated with the frequencies for length max(p + 1, max_position_embeddings): the same as transformers token by token, and a
-function of the position alone, so that pages can be shared, recomputed and filled in chunks. Only a prompt that by itself
-is longer than `max_position_embeddings` is rotated differently (transformers then uses its whole length for every row).
+rotated with the frequencies for length max(p + 1, max_position_embeddings): the same as transformers token by token,
+and a function of the position alone, so that pages can be shared, recomputed and filled in chunks. Only a prompt that
+by itself is longer than `max_position_embeddings` is rotated differently (transformers then uses the whole prompt's
+length for every row).
 """
 
 # pyright: reportUnknownMemberType=false  (torch annotates some tensor methods partially)
@@ -80,7 +81,7 @@ def _exponents(rope: Rope) -> Tensor:
 
 
 def _dynamic(rope: Rope, context: int) -> Tensor:
-    """[context, R / 2]: base(n) = theta · (factor · n / original - (factor - 1)) ^ (R / (R - 2)), n as the header says."""
+    """[context, R / 2] of base theta · (factor · n / original - (factor - 1)) ^ (R / (R - 2)), n as the header says."""
     lengths = torch.arange(1, context + 1, dtype=torch.float64).clamp_(min=rope.original_context)
     growth = rope.factor * lengths / rope.original_context - (rope.factor - 1)
     base = rope.theta * growth ** (rope.rotary_size / (rope.rotary_size - 2))
@@ -116,7 +117,7 @@ def _yarn(rope: Rope, plain: Tensor) -> Tensor:
 def read_rope(fields: Fields, head_size: int, context: int) -> tuple[Rope, int]:
     """The rotary embedding of a config whose max_position_embeddings is `context`, and the context it reaches.
 
-    Reads `rope_parameters` or its older form, `rope_scaling` beside `rope_theta`. The types that say by what factor they
+    Reads `rope_parameters` or its older form, `rope_scaling` beside `rope_theta`. Types that say by what factor they
     stretch the context have it stretched here; for llama3, max_position_embeddings is the stretched one already.
     """
     given = fields.object("rope_parameters", "rope_scaling")

@@ -25,9 +25,9 @@ class Place(NamedTuple):
 class Slot(NamedTuple):
     """One checkpoint tensor and the storage it is copied into.
 
-    `name` is the tensor's name in the checkpoint, without the family's prefix; `into` is a weight or one part of a fused
-    one. `transposed`: the checkpoint stores it [ins, outs] (GPT-2's Conv1D). `optional`: what `into` already holds stands
-    where the checkpoint has no such tensor. Slots with the same storage are tied: any one of them fills it.
+    `name` is the tensor's name in the checkpoint, without the family's prefix; `into` is a weight or one part of a
+    fused one. `transposed`: the checkpoint stores it [ins, outs] (GPT-2's Conv1D). `optional`: what `into` already
+    holds stands where the checkpoint has no such tensor. Slots with the same storage are tied: one of them is enough.
     """
 
     name: str

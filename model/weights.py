@@ -1,7 +1,7 @@
 """Filling a decoder's slots from checkpoint files, one tensor at a time, and refusing by name what does not fit.
 
-Safetensors files are mapped, not read into memory; `.bin` files go through torch.load with weights_only=True. Everything
-that headers tell (missing, unused, wrong shape or dtype) is checked before the first byte is copied.
+Safetensors files are mapped, not read into memory; `.bin` files go through torch.load with weights_only=True. What
+headers tell (missing, unused, wrong shape or dtype) is checked before the first byte is copied.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -61,16 +61,17 @@ def find_files(directory: Path) -> list[Path]:
 def _indexed(index: Path) -> list[Path]:
     """The files of an index, each of which must be there."""
     names = Fields.read(index).object("weight_map").values
-    files = sorted({index.with_name(str(name)) for name in names.values()})
-    missing = [file.name for file in files if not file.is_file()]
+    files = sorted({str(name) for name in names.values()})
+    if outside := [file for file in files if Path(file).name != file]:
+        raise CheckpointError(f"{index} names files outside its directory: {_some(outside)}")
+    missing = [file for file in files if not (index.parent / file).is_file()]
     if missing or not files:
         raise CheckpointError(f"{index} names weight files that are missing: {_some(missing) or 'it names none'}")
-    if any(file.parent != index.parent for file in files):
-        raise CheckpointError(f"{index} names files outside its directory")
-    held = {name for file in files for name in open_file(file)}
+    paths = [index.parent / file for file in files]
+    held = {name for path in paths for name in open_file(path)}
     if lost := sorted(set(names) - held):
         raise CheckpointError(f"{index} lists tensors that its files do not hold: {_some(lost)}")
-    return files
+    return paths
 
 
 def open_file(path: Path) -> dict[str, Stored]:

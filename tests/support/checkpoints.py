@@ -127,7 +127,7 @@ def make_model(variant: str, *, seed: int = 0, **config_overrides: Any) -> PreTr
         for name, tensor in model.named_parameters():
             noise = torch.randn(tensor.shape, generator=generator)
             if tensor.dim() > 1:
-                tensor.copy_(noise * (0.5 if "emb" in name or "wte" in name else 0.2))
+                tensor.copy_(noise * (0.1 if "emb" in name or "wte" in name else 0.25))
             else:
                 tensor.copy_(1 + 0.2 * noise if name.endswith("weight") else 0.1 * noise)
     return model
