@@ -242,19 +242,20 @@ def _announce(ready: Ready, host: str, port: int) -> None:
 
 @app.command()
 def chat(
-    url: Annotated[str, typer.Option(help="Where the server is.")] = "http://127.0.0.1:8000",
+    url: Annotated[str, typer.Option(help="Where the server is.")] = "http://127.0.0.1:8000/v1",
     model: Annotated[str | None, typer.Option(help="None: the first one that can chat.")] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     api_key: Annotated[str | None, typer.Option(help="The server's key, where it wants one.")] = None,
     temperature: Annotated[float | None, typer.Option(help="None: the server's default.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Of an answer; none: as the context allows.")] = None,
+    prompt: Annotated[str | None, typer.Option("-q", "--prompt", help="Ask this one thing and end.")] = None,
+    stats: Annotated[bool, typer.Option("--stats", help="Tokens and speed after each answer.")] = False,
 ) -> None:
     """Talk to a served model in the terminal."""
-    from .chat import run
+    from .chat import ChatOptions
+    from .chat import chat as talk
 
-    raise typer.Exit(
-        run(url=url, model=model, system=system, api_key=api_key, temperature=temperature, max_tokens=max_tokens)
-    )
+    raise typer.Exit(talk(ChatOptions(url, model, api_key, system, temperature, max_tokens, prompt, stats)))
 
 
 def main() -> None:
