@@ -17,7 +17,9 @@ FILES = sorted(
 MAX_LINES = 450
 
 # Layer -> layers it may import from beside itself. The first layer whose path prefixes a file is the file's.
-INTEGERS = {f"server/engine/{name}.py" for name in ("request", "pages", "plan", "scheduler")}
+INTEGERS = {
+    f"server/engine/{name}.py" for name in ("request", "pages", "plan", "sequence", "running", "waiting", "scheduler")
+}
 CLIENT_SIDE = {f"server/engine/{name}.py" for name in ("request", "stream", "link", "options", "control")}
 # Only these may import the libraries that a bare CUDA image lacks.
 EDGE = {
