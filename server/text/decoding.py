@@ -197,7 +197,7 @@ class WindowStream:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How a tokenizer's ids become text. `pieces` and `table` are for ids one by one, specials included."""
+    """How a tokenizer's ids become text."""
 
     tokenizer: Tokenizer
     vocabulary: Vocabulary

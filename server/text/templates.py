@@ -1,8 +1,7 @@
 """Built-in chat templates, for checkpoints that have none: `--chat-template NAME`.
 
 The formats are the well-known ones of Alpaca, Vicuna 1.1 and ChatML; `plain` names the speakers and nothing else.
-`bos_token` is empty for tokenizers that do not start a text with it. `STOPS` are the strings that end a turn in
-formats without an end token.
+`bos_token` is empty for tokenizers that do not start a text with it.
 """
 
 ALPACA = """\

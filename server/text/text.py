@@ -66,11 +66,6 @@ class Text:
     def has_template(self) -> bool:
         return bool(self._templates)
 
-    @property
-    def vocab_size(self) -> int:
-        """Ids the tokenizer knows lie below it; the model's vocabulary may be padded beyond."""
-        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-
     def token_id(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
 

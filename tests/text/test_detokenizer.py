@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tandem.server.text.text import Text
 
-slow = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+slow = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def wordpiece(path: Path) -> Path:
@@ -57,7 +57,7 @@ def reference(path: Path) -> Tokenizer:
 
 def draw_ids(data: st.DataObject, text: Text, most: int = 24) -> list[int]:
     """Random ids, among them many bytes and halves of characters."""
-    some = st.integers(0, text.vocab_size + 1)
+    some = st.one_of(st.integers(0, 430), st.integers(0, 9))  # the vocabularies have 4 to 425 tokens
     samples = ["hello world", "你好 🙂", "stop STOP", " 🙂🙂", "  a", "é\ufffd"]
     whole = st.sampled_from(samples).map(lambda s: text.encode(s, add_special_tokens=False))
     parts = data.draw(
