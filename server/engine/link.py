@@ -13,6 +13,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable
+from copy import deepcopy
 from dataclasses import fields
 from operator import attrgetter
 from pathlib import Path
@@ -177,7 +178,7 @@ class EngineClient:
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for an engine that is not connected
         socket.setsockopt(zmq.SNDHWM, 0)
-        socket.setsockopt(zmq.RCVHWM, 0)  # the kernel's buffer and the engine's own bound count
+        socket.setsockopt(zmq.RCVHWM, STALLED_MESSAGES)
         socket.setsockopt(zmq.RECONNECT_IVL, 20)
         socket.setsockopt(zmq.ROUTING_ID, str(self._number).encode())
         socket.connect(_address(self._directory, epoch))
@@ -320,7 +321,7 @@ class EngineServer:
         return arrived
 
     def send(self, outputs: Iterable[Output]) -> None:
-        """One message per worker. The outputs are the link's from now on."""
+        """One message per worker."""
         by_worker: dict[int, list[Output]] = {}
         for output in outputs:
             by_worker.setdefault(output.request_id >> WORKER_SHIFT, []).append(output)
@@ -381,9 +382,11 @@ class EngineServer:
         """Merge into what a stalled worker has to get, and try to send that."""
         backlog = self._backlog.setdefault(worker, {})
         for output in outputs:
-            earlier = backlog.setdefault((output.request_id, output.choice), output)
-            if earlier is not output:
-                merge(earlier, output)
+            key = (output.request_id, output.choice)
+            if key in backlog:
+                merge(backlog[key], output)
+            else:
+                backlog[key] = deepcopy(output)  # `merge` writes into it; its lists may be the engine's
         if not backlog or self._post(worker, self._encode(Step(self._epoch, list(map(_row, backlog.values()))))):
             self._backlog.pop(worker, None)
 

@@ -82,8 +82,8 @@ class Stream:
 
 
 def merge(earlier: Output, later: Output) -> None:
-    """Make `earlier` say what both say. They are of one choice, in order; `earlier` is changed."""
-    earlier.token_ids = earlier.token_ids + later.token_ids
+    """Make `earlier` say what both say, in place. They are of one choice, in order."""
+    earlier.token_ids += later.token_ids
     earlier.logprobs = _joined(earlier.logprobs, later.logprobs)
     earlier.prompt_logprobs = _joined(earlier.prompt_logprobs, later.prompt_logprobs)
     earlier.weight_version = later.weight_version
@@ -96,9 +96,8 @@ def merge(earlier: Output, later: Output) -> None:
 def _joined(earlier: Logprobs | None, later: Logprobs | None) -> Logprobs | None:
     if earlier is None or later is None:
         return later if earlier is None else earlier
-    return Logprobs(
-        earlier.values + later.values,
-        earlier.ranks + later.ranks,
-        earlier.top_ids + later.top_ids,
-        earlier.top_values + later.top_values,
-    )
+    earlier.values += later.values
+    earlier.ranks += later.ranks
+    earlier.top_ids += later.top_ids
+    earlier.top_values += later.top_values
+    return earlier

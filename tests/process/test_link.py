@@ -1,0 +1,338 @@
+"""The link alone: client and server on one asyncio loop, no engine behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import zmq
+
+from tandem.server.engine import link
+from tandem.server.engine.link import Abort, EngineClient, EngineServer, EngineUnavailable, Stream
+from tandem.server.engine.request import Catalog, EngineError, Logprobs, ModelCard, Output, Request, Sampling
+from tandem.server.engine.stream import merge
+
+CARD = ModelCard("m", "policy", "/m", "LlamaForCausalLM", "float32", 128, 320, (2,), 0, 3, 17, ("alias",), 100)
+CATALOG = Catalog(1, 1, (CARD,))
+
+
+def request(client: EngineClient, n: int = 1) -> Request:
+    return Request(client.next_id(), "m", [5, 6, 7], Sampling(max_tokens=9, seed=2**64 - 1), n=n)
+
+
+async def until(look: Callable[[], object], *servers: EngineServer) -> list[Request | Abort]:
+    """Turn the engines' loops until it is true; what came in meanwhile."""
+    arrived: list[Request | Abort] = []
+    end = time.monotonic() + 10
+    while not look():
+        assert time.monotonic() < end
+        for server in servers:
+            arrived += server.receive()
+            server.beat()
+        await asyncio.sleep(0.001)
+    return arrived
+
+
+async def received(server: EngineServer) -> Request | Abort:
+    arrived: list[Request | Abort] = []
+
+    def look() -> bool:
+        arrived.extend(server.receive())
+        return bool(arrived)
+
+    await until(look)
+    (message,) = arrived
+    return message
+
+
+async def read(stream: Stream) -> list[Output]:
+    async with asyncio.timeout(10):
+        return [output async for outputs in stream for output in outputs]
+
+
+@pytest.fixture
+def server(tmp_path: Path):
+    server = EngineServer(tmp_path, epoch=1)
+    server.publish(CATALOG)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+async def client(tmp_path: Path, server: EngineServer) -> AsyncIterator[EngineClient]:
+    client = EngineClient(tmp_path, number=3)
+    assert client.state == "starting"
+    client.engine_started(1)
+    await until(lambda: client.state == "ready", server)
+    yield client
+    client.close()
+
+
+def full_output(request_id: int) -> Output:
+    """Every field differs from its default."""
+    tops = Logprobs([-0.5, float("-inf")], [1, 7], [[3, 4], []], [[-0.5, -1.25], []])
+    error = EngineError("overloaded", "too much", "prompt", 1.5)
+    return Output(request_id, 0, [8, 9], tops, "error", 9, 16, Logprobs([-2.0]), [0.25, -1.0], 12, error)
+
+
+async def test_every_field_of_an_output_arrives(client: EngineClient, server: EngineServer) -> None:
+    asked = request(client)
+    stream = client.submit(asked)
+    assert await received(server) == asked
+    sent = full_output(asked.id)
+    plain = Output(0)
+    assert all(
+        getattr(sent, field.name) != getattr(plain, field.name) for field in fields(Output) if field.name != "choice"
+    )
+    server.send([full_output(asked.id)])
+    assert await read(stream) == [sent]
+
+
+async def test_every_field_of_a_request_arrives(client: EngineClient, server: EngineServer) -> None:
+    sampling = Sampling(
+        max_tokens=5,
+        seed=2**64 - 1,
+        temperature=0.5,
+        top_p=0.9,
+        top_k=4,
+        min_p=0.1,
+        presence_penalty=1.0,
+        frequency_penalty=-1.0,
+        repetition_penalty=1.5,
+        min_tokens=2,
+        stop_ids=(3, 4),
+        ignore_eos=True,
+        logit_bias=((1, 2.5), (7, -100.0)),
+        allowed_ids=(1, 2, 3),
+        bad_words=((1, 2), (9,)),
+        logprobs=3,
+        logprobs_mode="processed",
+    )
+    asked = Request(
+        client.next_id(),
+        "m",
+        list(range(500)),
+        sampling,
+        frozenset({"tokens", "logprobs"}),
+        n=4,
+        prompt_logprobs=2,
+        first_needed_row=11,
+        priority=-3,
+        deadline=12.5,
+        cache_salt="salt",
+        adapter="adapter",
+    )
+    plain, drawn = Request(0, "", []), Sampling(0, 0)
+    assert all(getattr(asked, field.name) != getattr(plain, field.name) for field in fields(Request))
+    assert all(getattr(sampling, field.name) != getattr(drawn, field.name) for field in fields(Sampling))
+    client.submit(asked)
+    assert await received(server) == asked
+
+
+async def test_the_catalog_arrives_and_changes(client: EngineClient, server: EngineServer) -> None:
+    assert client.catalog == CATALOG
+    changed = Catalog(1, 2, ())
+    server.publish(changed)
+    await until(lambda: client.catalog == changed)
+
+
+async def test_worker_before_engine(tmp_path: Path) -> None:
+    client = EngineClient(tmp_path)
+    client.engine_started(4)
+    await asyncio.sleep(0.05)
+    with pytest.raises(EngineUnavailable, match="starting"):
+        client.submit(request(client))
+    server = EngineServer(tmp_path, epoch=4)
+    waiting = asyncio.create_task(client.wait_ready())
+    await asyncio.sleep(0.05)
+    assert not waiting.done()  # no catalog yet
+    server.publish(CATALOG)
+    await until(waiting.done, server)
+    client.close()
+    server.close()
+
+
+async def test_ids_tell_workers_apart(tmp_path: Path) -> None:
+    first, second = EngineClient(tmp_path, 1), EngineClient(tmp_path, 2)
+    ids = [client.next_id() for client in (first, second) for _ in range(1000)]
+    assert len(set(ids)) == 2000
+    first.close()
+    second.close()
+
+
+async def test_each_worker_gets_its_own(tmp_path: Path, server: EngineServer, client: EngineClient) -> None:
+    other = EngineClient(tmp_path, number=4)
+    other.engine_started(1)
+    await until(lambda: other.state == "ready", server)
+    streams = [each.submit(request(each)) for each in (client, other)]
+    await until(lambda: not server.receive() and sum(map(len, server._open.values())) == 2)
+    server.send([Output(stream.request_id, token_ids=[i], finish="length") for i, stream in enumerate(streams)])
+    assert [(await read(stream))[0].token_ids for stream in streams] == [[0], [1]]
+    assert not any(server._open.values())
+    other.close()
+
+
+async def test_nothing_crosses_a_restart(tmp_path: Path, client: EngineClient, server: EngineServer) -> None:
+    stream = client.submit(request(client))
+    await received(server)
+    client.engine_lost("killed by SIGKILL")
+    (last,) = await read(stream)
+    assert last.error == EngineError("unavailable", "killed by SIGKILL") and last.finish == "error"
+    assert (client.state, client.cause) == ("down", "killed by SIGKILL")
+    assert client.heartbeat_age() == float("inf")
+    with pytest.raises(EngineUnavailable, match="SIGKILL"):
+        client.submit(request(client))
+
+    client.engine_started(2)
+    assert client.state == "starting"
+    again = EngineServer(tmp_path, epoch=2)
+    again.publish(Catalog(2, 1, ()))
+    server.send([Output(stream.request_id, token_ids=[1])])  # the dead engine speaks
+    await until(lambda: client.state == "ready", again)
+    assert client.catalog == Catalog(2, 1, ()) and client.cause is None
+    stream = client.submit(request(client))
+    asked = await received(again)
+    assert asked == request_of(stream, asked)
+    # A message of another epoch is not taken, even over the right socket.
+    again._socket.send_multipart(
+        (b"3", again._encode(link.Step(1, [link._row(Output(stream.request_id, finish="stop"))])))
+    )
+    again.send([Output(stream.request_id, token_ids=[4], finish="length")])
+    assert [output.token_ids for output in await read(stream)] == [[4]]
+    again.close()
+
+
+def request_of(stream: Stream, message: Request | Abort) -> Request:
+    assert isinstance(message, Request) and message.id == stream.request_id
+    return message
+
+
+async def test_a_slow_reader_gets_few_large_outputs(client: EngineClient, server: EngineServer) -> None:
+    asked = request(client, n=2)
+    stream = client.submit(asked)
+    await received(server)
+    for token in range(300):
+        ends = "length" if token == 299 else None
+        marks = Logprobs([-float(token)], [1], [[token]], [[-1.0]])
+        server.send([Output(asked.id, 0, [token], marks, ends), Output(asked.id, 1, [token], finish=ends)])
+    await until(lambda: client.open_streams == 0)
+    assert len(stream._pending) == 2
+    first, second = await read(stream)
+    assert first.token_ids == second.token_ids == list(range(300))
+    assert first.logprobs is not None and first.logprobs.values == [-float(token) for token in range(300)]
+    assert first.finish == second.finish == "length"
+
+
+async def test_a_stalled_worker_never_blocks_the_engine(client: EngineClient, server: EngineServer) -> None:
+    stream = client.submit(request(client))
+    await received(server)
+    asyncio.get_running_loop().remove_reader(client._socket.fileno())  # it reads nothing any more
+    sent, padding = 0, Logprobs(top_ids=[list(range(100))])  # so that the kernel's buffers fill quickly
+    while sent < 20_000 and not (server._backlog and sent > 6_000):
+        server.send([Output(stream.request_id, token_ids=[sent], logprobs=padding)])
+        sent += 1
+    assert sum(map(len, server._backlog.values())) == 1  # one output for the one choice, whatever it has missed
+    server.send([Output(stream.request_id, finish="stop")])
+    await until(lambda: client._receive() or client.open_streams == 0, server)
+    assert [token for output in await read(stream) for token in output.token_ids] == list(range(sent))
+
+
+async def test_an_aborted_choice_is_heard_of_no_more(client: EngineClient, server: EngineServer) -> None:
+    stream = client.submit(request(client, n=2))
+    await received(server)
+    client.abort(stream.request_id, 0)
+    assert await received(server) == Abort(1, stream.request_id, 0)
+    server.send([Output(stream.request_id, 0, [1], finish="abort"), Output(stream.request_id, 1, [2], finish="stop")])
+    assert [(output.choice, output.token_ids) for output in await read(stream)] == [(1, [2])]
+    client.abort(stream.request_id)  # it is over: nothing happens
+    await asyncio.sleep(0.02)
+    assert server.receive() == [] and not any(server._open.values())
+
+
+async def test_closing_a_stream_ends_it_at_once(client: EngineClient, server: EngineServer) -> None:
+    stream = client.submit(request(client, n=3))
+    await received(server)
+    reading = asyncio.create_task(read(stream))
+    await asyncio.sleep(0)
+    stream.close()
+    assert await reading == [] and client.open_streams == 0
+    assert await received(server) == Abort(1, stream.request_id, None)
+
+
+async def test_requests_of_a_dead_worker_are_aborted(tmp_path: Path, server: EngineServer) -> None:
+    """Its connection ends without a word; the next heartbeat finds out."""
+    dying = EngineClient(tmp_path, number=9)
+    dying.engine_started(1)
+    await until(lambda: dying.state == "ready", server)
+    streams = [dying.submit(request(dying)) for _ in range(2)]
+    await until(lambda: len(server._open[9]) == 2, server)
+    dying.close()
+    arrived = await until(lambda: 9 not in server._open, server)
+    arrived += server.receive()
+    assert arrived == [Abort(1, stream.request_id, None) for stream in streams]
+    server.send([Output(streams[0].request_id, token_ids=[1])])  # what a last step still said goes nowhere
+
+
+async def test_draining_lets_streams_finish(client: EngineClient, server: EngineServer) -> None:
+    stream = client.submit(request(client))
+    await received(server)
+    client.drain("shutting down")
+    with pytest.raises(EngineUnavailable, match="shutting down"):
+        client.submit(request(client))
+    with pytest.raises(EngineUnavailable):
+        await client.wait_ready()
+    idle = asyncio.create_task(client.wait_idle())
+    server.send([Output(stream.request_id, token_ids=[1], finish="stop")])
+    assert (await read(stream))[0].finish == "stop"
+    await asyncio.wait_for(idle, 5)
+    assert client.state == "down"  # the catalog of an engine that comes later does not make it ready again
+    server.publish(CATALOG)
+    await asyncio.sleep(0.05)
+    assert client.state == "down"
+
+
+async def test_what_outlasts_the_drain_gets_an_error(client: EngineClient, server: EngineServer) -> None:
+    stream = client.submit(request(client))
+    await received(server)
+    server.send([Output(stream.request_id, token_ids=[1])])
+    await until(lambda: stream._pending)
+    client.fail("time is up")
+    written, ended = await read(stream)
+    assert written.token_ids == [1]
+    assert ended.error == EngineError("unavailable", "time is up")
+    assert await received(server) == Abort(1, stream.request_id, None)
+
+
+async def test_heartbeats_stop_with_the_loop(client: EngineClient, server: EngineServer) -> None:
+    await until(lambda: client.heartbeat_age() < link.BEAT_SECONDS / 2, server)
+    await asyncio.sleep(0.3)  # the engine's loop does not come around
+    assert client.heartbeat_age() >= 0.3
+    await until(lambda: client.heartbeat_age() < 0.1, server)
+
+
+def test_merging_two_outputs_says_what_both_say() -> None:
+    first = Output(
+        1, 2, [5], Logprobs([-1.0], [2], [[5]], [[-1.0]]), cached_tokens=16, prompt_logprobs=Logprobs([-3.0])
+    )
+    second = Output(1, 2, [6], Logprobs([-2.0], [1], [[6]], [[-2.0]]), "stop", 6, weight_version=4)
+    merge(first, second)
+    assert first == Output(
+        1,
+        2,
+        [5, 6],
+        Logprobs([-1.0, -2.0], [2, 1], [[5], [6]], [[-1.0], [-2.0]]),
+        "stop",
+        6,
+        cached_tokens=16,
+        prompt_logprobs=Logprobs([-3.0]),
+        weight_version=4,
+    )
+
+
+def test_the_socket_is_a_file_in_the_run_directory(tmp_path: Path, server: EngineServer) -> None:
+    assert (tmp_path / "engine-1").is_socket()
+    assert server._socket.getsockopt(zmq.TYPE) == zmq.ROUTER
