@@ -94,7 +94,7 @@ def parse(raw: bytes) -> tuple[Any, list[str]]:
     except ValueError:
         raise invalid("the body is not valid JSON: a number has too many digits") from None
     level = [value]
-    for _ in range(MAX_DEPTH + 1):
+    for _ in range(MAX_DEPTH):
         level = [
             child
             for node in level
@@ -121,7 +121,7 @@ def _sort_out(value: dict[str, Any], known: Known, ignore_unknown: bool) -> dict
         elif field.fate == "honoured" and value[name] is not None:
             continue
         elif field.fate == "refused" and not field.lets_pass(value[name]):
-            raise invalid(f"{name} is not supported: {field.reason}", name, "unsupported")
+            raise invalid(f"{name} is {shown(value[name])}; not supported: {field.reason}", name, "unsupported")
         del value[name]
     if not unknown:
         return {}
@@ -163,13 +163,16 @@ def of_validation(error: ValidationError) -> ApiError:
     kind, value = first["type"], first["input"]
     if kind == "missing":
         return invalid(f"{param} is missing", param, "missing")
-    if kind == "refusal":  # worded by protocol
-        return invalid(f"{param}: {first['msg']}", param)
-    key, wording = LIMITS.get(kind, ("", first["msg"]))
-    limit = first.get("ctx", {}).get(key, "")
-    shown = _kind(value) if isinstance(value, (dict, list)) else repr(value)
-    shown = shown if len(shown) <= SHOWN else shown[:SHOWN] + "…"
-    return invalid(f"{param} is {shown}; {wording.format(limit)}", param)
+    wording = first["msg"]  # protocol's own, if it is none of pydantic's
+    if kind in LIMITS:
+        key, wording = LIMITS[kind]
+        wording = wording.format(first.get("ctx", {}).get(key, ""))
+    return invalid(f"{param} is {shown(value)}; {wording}", param)
+
+
+def shown(value: Any) -> str:
+    text = _kind(value) if isinstance(value, (dict, list)) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= SHOWN else text[:SHOWN] + "…"
 
 
 def _kind(value: Any) -> str:

@@ -39,10 +39,10 @@ def stops_of(value: object) -> list[str]:
     if (not stops and not isinstance(value, list)) or not all(isinstance(stop, str) for stop in stops):
         refuse("it must be a string or a list of strings")
     if len(stops) > MAX_STOPS:
-        refuse(f"{len(stops)} strings; there may be at most {MAX_STOPS}")
+        refuse(f"it may have at most {MAX_STOPS} strings")
     for stop in stops:
         if not 0 < len(stop) <= MAX_STOP_CHARACTERS:
-            refuse(f"a string of {len(stop)} characters; each must have 1 to {MAX_STOP_CHARACTERS}")
+            refuse(f"each string must have 1 to {MAX_STOP_CHARACTERS} characters, not {len(stop)}")
     return stops
 
 
@@ -53,12 +53,12 @@ def prompts_of(value: object) -> list[Prompt]:
     if not isinstance(value, list):
         refuse("it must be a string, a list of strings, a list of token ids, or a list of such lists")
     if not value:
-        refuse("it is an empty list")
+        refuse("it must hold at least one prompt or token id")
     kinds = set(map(type, value))
     if kinds == {int}:
         return [value]
     if len(value) > MAX_PROMPTS:
-        refuse(f"{len(value)} entries; there may be at most {MAX_PROMPTS}")
+        refuse(f"it may have at most {MAX_PROMPTS} prompts")
     if kinds == {str}:
         return value
     if kinds == {list}:
@@ -84,7 +84,7 @@ def bias_of(value: object) -> dict[int, float]:
     if not isinstance(value, dict):
         refuse("it must be an object from token id to bias")
     if len(value) > MAX_BIASES:
-        refuse(f"{len(value)} entries; there may be at most {MAX_BIASES}")
+        refuse(f"it may have at most {MAX_BIASES} entries")
     biases: dict[int, float] = {}
     for key, bias in value.items():
         if not key.isascii() or not key.isdigit() or len(key) > 10:

@@ -81,6 +81,8 @@ def check(body: GenerationBody, options: ApiOptions, length: Length, logprobs: i
                       "truncate_prompt_tokens")  # fmt: skip
     if asked == 0 and body.prompt_logprobs is None:
         raise invalid(f"{field} is 0; it must be at least 1, or 0 with prompt_logprobs", field)
+    if asked == 0 and body.n > 1:
+        raise invalid(f"n is {body.n}; it must be 1 where {field} is 0", "n")
     if asked is not None and body.min_tokens > asked:
         raise invalid(f"min_tokens is {body.min_tokens}; it must be at most {field}, {asked}", "min_tokens")
     for name, value in (("logprobs", logprobs), ("prompt_logprobs", body.prompt_logprobs)):

@@ -28,6 +28,7 @@ to_json = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(",", 
 DONE = b"data: [DONE]\n\n"
 
 Result = TypeVar("Result")
+First = list[Choice] | asyncio.Task[list[Choice]]  # the first step of a generation, or what waits for it
 
 
 class Format(Protocol):
@@ -89,12 +90,10 @@ async def stream(
         generation.close()
         raise
     events = _events(first, generation, shape, request.state.request_id)
-    return EventStream(events, generation, options, headers)
+    return EventStream(events, generation, first, options, headers)
 
 
-async def _events(
-    first: list[Choice] | asyncio.Task[list[Choice]], generation: Generation, shape: Format, request_id: str
-) -> AsyncIterator[bytes]:
+async def _events(first: First, generation: Generation, shape: Format, request_id: str) -> AsyncIterator[bytes]:
     try:
         yield shape.opening().encode()
         changed = await first if isinstance(first, asyncio.Task) else first
@@ -122,7 +121,12 @@ class EventStream(EventSourceResponse):
     """Frees the engine whichever way it ends: finished, client gone, or a client that has stopped reading."""
 
     def __init__(
-        self, events: AsyncIterator[bytes], generation: Generation, options: ApiOptions, headers: Mapping[str, str]
+        self,
+        events: AsyncIterator[bytes],
+        generation: Generation,
+        first: First,
+        options: ApiOptions,
+        headers: Mapping[str, str],
     ) -> None:
         super().__init__(  # pyright: ignore[reportUnknownMemberType] - a bare dict in its annotation
             events,
@@ -133,6 +137,7 @@ class EventStream(EventSourceResponse):
             send_timeout=options.stream_timeout,
         )
         self._generation = generation
+        self._first = first
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -140,6 +145,8 @@ class EventStream(EventSourceResponse):
         except SendTimeoutError:
             log.info("request %s: aborted, its reader takes nothing", scope["state"]["request_id"])
         finally:
+            if isinstance(self._first, asyncio.Task):
+                self._first.cancel()
             self._generation.close()
 
     async def _listen_for_exit_signal(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -1,0 +1,187 @@
+"""Every bound: the last value inside is answered, the first one outside is a 400 that names the field and the value."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import httpx
+import pytest
+
+NAN, INF = math.nan, math.inf
+HUGE = 2**63
+
+# field: (values that are allowed, values that are refused, fields that go with it, words of the refusals)
+ROW = tuple[list[Any], list[Any], dict[str, Any], str]
+SHARED: dict[str, ROW] = {
+    "temperature": ([0, 2, 0.001], [-0.01, 2.01, NAN, INF, -INF, "1", True, [1]], {}, ""),
+    "top_p": ([1, 1e-6], [0, 1.01, -1, NAN], {}, ""),
+    "top_k": ([-1, 0, 1, 10**6], [-2, 1.5, "1", HUGE], {}, ""),
+    "min_p": ([0, 1], [-0.01, 1.01, NAN], {}, ""),
+    "presence_penalty": ([-2, 2], [-2.01, 2.01, NAN], {}, ""),
+    "frequency_penalty": ([-2, 2], [-2.01, 2.01, INF], {}, ""),
+    "repetition_penalty": ([0.01, 100], [0, -1, NAN, INF], {}, ""),
+    "n": ([1, 128], [0, 129, 1.0, True, "2"], {}, ""),
+    "max_tokens": ([1, 5], [0, -1, 10**6, HUGE, 2.5, "5"], {}, ""),
+    "min_tokens": ([0, 1], [-1, 2], {}, ""),
+    "seed": ([-HUGE, 2 * HUGE - 1, 0], [-HUGE - 1, 2 * HUGE, 1.5, "1"], {}, ""),
+    "stop": ([[], "x", ["x"] * 16, "x" * 1024], [["x"] * 17, "", ["x", ""], 5, ["x", 5], "x" * 1025], {}, ""),
+    "stop_token_ids": ([[], [0], [319]], [[320], [-1], ["1"], [True], 5, [1] * 1025], {}, ""),
+    "allowed_token_ids": ([[5], [0, 319]], [[], [320], [-1], [1.0]], {}, ""),
+    "logit_bias": (
+        [{}, {"0": 100, "319": -100}],
+        [{"5": 100.5}, {"5": -100.5}, {"320": 1}, {"-1": 1}, {"x": 1}, {"5": "1"}, {"5": NAN}, {"5": True}, [1]],
+        {},
+        "",
+    ),
+    "bad_words": ([[], ["a"] * 128], [["a"] * 129, [""], "a", [5], ["猫" * 600]], {}, ""),
+    "prompt_logprobs": ([0, 20], [-1, 21, True], {}, ""),
+    "logprobs_mode": (["raw", "processed"], ["cooked", 1], {}, ""),
+    "truncate_prompt_tokens": ([-1, 1], [-2, 0, 1.5], {}, ""),
+    "priority": ([-HUGE, HUGE - 1], [-HUGE - 1, HUGE, 1.5], {}, ""),
+    "cache_salt": (["x", "x" * 1024], ["", "x" * 1025, 5], {}, ""),
+    "timeout": ([60, 1e9], [0, -1, NAN, "1"], {}, ""),
+    "stream_options": ([None], [{"include_usage": True}], {}, "stream: true"),
+    "ignore_eos": ([True, False, None], [1, "true"], {}, ""),
+    "model": ([None, "policy"], ["", 5], {}, ""),
+    "best_of": ([None, 1], [2], {}, "not supported"),
+    "echo": ([False], [True], {}, "not supported"),
+    "use_beam_search": ([False], [True], {}, "beam search"),
+    "structured_outputs": ([None], [{"regex": "a"}], {}, "not supported"),
+}
+CHAT: dict[str, ROW] = SHARED | {
+    "top_logprobs": ([0, 20], [-1, 21, True], {"logprobs": True}, ""),
+    "logprobs": ([True, False, None], [1, "yes"], {}, ""),
+    "max_completion_tokens": ([1, 5], [0, -1, 10**6], {}, ""),
+    "messages": (
+        [[{"role": "user", "content": [{"type": "text", "text": "a"}]}], [{"role": "user", "content": "a", "x": {}}]],
+        [[], "hi", [5], [{"role": "user"}], [{"content": "a"}], [{"role": "user", "content": 5}]],
+        {},
+        "",
+    ),
+    "tools": ([[], None], [[{"type": "function", "function": {"name": "f"}}], "f"], {}, ""),
+    "tool_choice": (["none", "auto", None], ["required", {"type": "function"}], {}, "not supported"),
+    "response_format": ([{"type": "text"}], [{"type": "json_object"}, {"type": "xml"}, "text"], {}, ""),
+    "chat_template_kwargs": ([{}, {"a": 1}], [[1], {"messages": []}], {}, ""),
+    "continue_final_message": ([True], ["x"], {"messages": [{"role": "assistant", "content": "So"}]}, ""),
+    "modalities": ([["text"]], [["text", "audio"]], {}, "text only"),
+    "audio": ([None], [{"voice": "alloy"}], {}, "text only"),
+    "chat_template": ([None], ["{{ messages }}"], {}, "never run"),
+}
+COMPLETIONS: dict[str, ROW] = SHARED | {
+    "logprobs": ([0, 20, None], [-1, 21, True], {}, ""),
+    "prompt": (
+        ["a", "", ["a", "b"], [5, 319], [[5], [6, 7]]],
+        [[], [[]], [320], [-1], [5, "a"], [True], [["a"]], 5, ["a"] * 1025, [[5], []]],
+        {},
+        "",
+    ),
+    "suffix": (["", None], ["x"], {}, "not supported"),
+}
+
+
+def spread(table: dict[str, ROW], column: int) -> list[Any]:
+    return [
+        pytest.param(field, value, row[2], row[3], id=f"{field}-{i}")
+        for field, row in table.items()
+        for i, value in enumerate(row[column])
+    ]
+
+
+def send(http: httpx.Client, path: str, base: dict[str, Any], field: str, value: Any, more: Any) -> httpx.Response:
+    body = {"max_tokens": 1, **base, **more, field: value}
+    if field == "max_completion_tokens":
+        del body["max_tokens"]
+    return http.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
+
+
+def chat(http: httpx.Client, field: str, value: Any, more: dict[str, Any]) -> httpx.Response:
+    base = {"messages": [{"role": "user", "content": "hi"}]}
+    return send(http, "/v1/chat/completions", base, field, value, more)
+
+
+def complete(http: httpx.Client, field: str, value: Any, more: dict[str, Any]) -> httpx.Response:
+    return send(http, "/v1/completions", {"prompt": "hi"}, field, value, more)
+
+
+def assert_refused(answer: httpx.Response, field: str, value: Any, words: str) -> None:
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert error["param"].split("[")[0].split(".")[0] == field, error
+    assert words in error["message"]
+    if type(value) in (int, float, bool):
+        assert json.dumps(value) in error["message"], error
+
+
+@pytest.mark.parametrize(("field", "value", "more", "words"), spread(CHAT, 0))
+def test_chat_takes(http: httpx.Client, field: str, value: Any, more: dict[str, Any], words: str) -> None:
+    answer = chat(http, field, value, more)
+    assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize(("field", "value", "more", "words"), spread(CHAT, 1))
+def test_chat_refuses(http: httpx.Client, field: str, value: Any, more: dict[str, Any], words: str) -> None:
+    assert_refused(chat(http, field, value, more), field, value, words)
+
+
+@pytest.mark.parametrize(("field", "value", "more", "words"), spread(COMPLETIONS, 0))
+def test_completions_take(http: httpx.Client, field: str, value: Any, more: dict[str, Any], words: str) -> None:
+    answer = complete(http, field, value, more)
+    assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize(("field", "value", "more", "words"), spread(COMPLETIONS, 1))
+def test_completions_refuse(http: httpx.Client, field: str, value: Any, more: dict[str, Any], words: str) -> None:
+    assert_refused(complete(http, field, value, more), field, value, words)
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "words"),
+    [
+        ({"top_logprobs": 2}, "top_logprobs", "logprobs: true"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "streamed"),
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens", "at most max_tokens, 4"),
+        ({"max_tokens": 0, "prompt_logprobs": 1, "n": 2}, "n", "must be 1"),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message", "add_generation"),
+        ({"stream": True, "stream_options": {"include_usag": True}}, "stream_options.include_usag", "no such field"),
+        ({"max_tokens": 1, "max_completion_tokens": 10**5}, "max_completion_tokens", "100000"),
+        ({"temperatur": 1}, "temperatur", "did you mean 'temperature'"),
+        ({"max_new_tokens": 1}, "max_new_tokens", "unknown field"),
+        ({"guided_json": {}}, "guided_json", "not supported"),
+        ({"metadata": {"a": NAN}, "x": 1}, "x", "unknown field 'x'"),
+        ({"chat_template_kwargs": {"a": NAN}}, None, "NaN is no JSON number"),
+    ],
+)
+def test_fields_that_do_not_go_together(http: httpx.Client, body: dict[str, Any], param: str, words: str) -> None:
+    answer = chat(http, "user", "ignored", body)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, param), error
+    assert words in error["message"]
+
+
+def test_ignored_fields_are_ignored(http: httpx.Client) -> None:
+    ignored = {"user": "me", "store": True, "metadata": {"a": "b"}, "service_tier": "auto", "verbosity": "low"}
+    answer = chat(http, "reasoning_effort", "high", {**ignored, "prompt_cache_key": "k", "parallel_tool_calls": False})
+    assert answer.status_code == 200, answer.text
+
+
+def test_the_whole_context_may_be_used_and_not_a_token_more(http: httpx.Client, context: int) -> None:
+    prompt = [5] * (context - 3)
+    assert complete(http, "max_tokens", 3, {"prompt": prompt}).status_code == 200
+    answer = complete(http, "max_tokens", 4, {"prompt": prompt})
+    assert_refused(answer, "max_tokens", 4, f"holds {context}")
+    assert answer.json()["error"]["code"] == "context_length_exceeded"
+    for length in (context, context + 1, 4 * context):
+        answer = complete(http, "prompt", [5] * length, {})
+        assert_refused(answer, "prompt", None, f"has {length} tokens")
+    assert complete(http, "truncate_prompt_tokens", -1, {"prompt": [5] * (2 * context)}).status_code == 200
+    default = complete(http, "max_tokens", None, {"prompt": prompt, "ignore_eos": True}).json()
+    assert default["usage"]["completion_tokens"] == 3  # the default of 16 gives way
+
+
+def test_a_chat_may_fill_what_the_prompt_leaves(http: httpx.Client, context: int) -> None:
+    messages = [{"role": "user", "content": "the cat " * (context // 4 - 8)}]
+    usage = chat(http, "max_tokens", None, {"messages": messages, "ignore_eos": True}).json()["usage"]
+    assert usage["total_tokens"] == context

@@ -1,0 +1,46 @@
+"""The committed lists of request fields against the installed SDK and against the bodies that are parsed."""
+
+from __future__ import annotations
+
+import openai
+import pytest
+from pydantic import BaseModel
+from sdk_fields import sdk_fields
+
+from tandem.server.api import fields, openai_fields
+from tandem.server.api.protocol import ChatBody, CompletionBody, RewardBody
+
+TABLES: list[tuple[type[BaseModel], dict[str, fields.Field]]] = [
+    (ChatBody, fields.CHAT),
+    (CompletionBody, fields.COMPLETIONS),
+    (RewardBody, fields.REWARDS),
+]
+
+
+def test_the_generated_list_is_the_installed_sdks() -> None:
+    hint = "run: python tests/support/sdk_fields.py, and say in server/api/fields.py what becomes of new ones"
+    for name, installed in sdk_fields().items():
+        committed = set(getattr(openai_fields, name))
+        if openai.__version__ == openai_fields.VERSION:
+            assert set(installed) == committed, hint
+        else:  # another release than the list was made from may have fewer fields, or a few that it added
+            assert {"model", "temperature", "stream"} <= set(installed) & committed
+
+
+def test_every_field_of_the_sdk_has_a_fate() -> None:
+    assert set(openai_fields.CHAT) <= set(fields.CHAT)
+    assert set(openai_fields.COMPLETIONS) <= set(fields.COMPLETIONS)
+
+
+@pytest.mark.parametrize(("body", "table"), TABLES, ids=lambda value: getattr(value, "__name__", ""))
+def test_what_is_honoured_is_parsed_and_the_rest_has_a_reason(
+    body: type[BaseModel], table: dict[str, fields.Field]
+) -> None:
+    assert {name for name, field in table.items() if field.fate == "honoured"} == set(body.model_fields)
+    assert all(field.reason for field in table.values() if field.fate != "honoured")
+
+
+def test_a_neutral_value_of_a_refused_field_passes() -> None:
+    best_of = fields.COMPLETIONS["best_of"]
+    assert best_of.lets_pass(1) and best_of.lets_pass(None)
+    assert not best_of.lets_pass(2) and not best_of.lets_pass(True)
