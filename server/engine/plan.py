@@ -70,7 +70,7 @@ class Plan:
     entered: list[Entered] = field(default_factory=list[Entered])
     page_updates: list[tuple[int, int, int]] = field(default_factory=list[tuple[int, int, int]])  # (slot, index, page)
     copies: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])  # (source page, destination page)
-    steady: bool = False  # the rows and samples of the plan before, all decodes, each start one further
+    steady: bool = False  # rows and samples of the plan before, all decodes, starts one further; other slots may change
 
 
 @dataclass(slots=True)

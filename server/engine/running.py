@@ -30,7 +30,6 @@ class Running:
         self._entered: list[Entered] = []
         self._page_updates: list[tuple[int, int, int]] = []
         self._copies: list[tuple[int, int]] = []
-        self._held: list[int] = []  # references to sources of `_copies`
 
     def __len__(self) -> int:
         return len(self.prefills) + len(self.decodes)
@@ -105,7 +104,12 @@ class Running:
             self.pages.publish(sequence.chain, sequence.table, sequence.token_ids, sequence.done)
 
     def grow(self, sequence: Sequence) -> bool:
-        """Makes the position that a decode computes next writable; False if that takes a page and there is none."""
+        """Makes the position that a decode computes next writable; False if that takes a page and there is none.
+
+        Within a plan no copy's source becomes another copy's destination: the last of those that share a page keeps
+        it, so it is freed only if that one is preempted, which the last running sequence alone can be; and whoever
+        asks for a page after that is an earlier choice of the same request that shares nothing.
+        """
         pages, table = self.pages, sequence.table
         index = (len(sequence.token_ids) - 1) // pages.page_size
         if index == len(table):
@@ -130,12 +134,8 @@ class Running:
     def leave(self, sequence: Sequence) -> None:
         """Takes slot and pages of a running sequence; what it computed stays published."""
         self.publish(sequence)
-        table, slot = sequence.table, sequence.slot
-        if self._copies:  # freed now, a source could become the destination of another copy of the same plan
-            sources = {source for source, _ in self._copies}
-            self._held += [page for page in table if page in sources]
-            table = [page for page in table if page not in sources]
-        self.pages.release(table)
+        self.pages.release(sequence.table)
+        slot = sequence.slot
         if sequence.decoding:
             self.decodes.remove(sequence)
             self.changed = True
@@ -155,15 +155,12 @@ class Running:
         """The plan did not run: the slots that it emptied are named again by the next one."""
         self._left = plan.left + self._left
 
-    def deliver(self, plan: Plan) -> bool:
-        """Hands the collected changes to the plan; whether that made pages available."""
+    def deliver(self, plan: Plan) -> None:
+        """Hands the collected changes to the plan."""
         plan.left, self._left = self._left, []
         plan.entered, self._entered = self._entered, []
         plan.page_updates, self._page_updates = self._page_updates, []
         plan.copies, self._copies = self._copies, []
-        held, self._held = self._held, []
-        self.pages.release(held)
-        return bool(held)
 
     def _enter(self, sequence: Sequence) -> None:
         slot = sequence.slot = self._slots.pop()

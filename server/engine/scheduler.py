@@ -5,14 +5,16 @@ waiting sequences, as far as slots and pages reach. A sequence that starts gets 
 only decodes ask for more. When there is none left, the last running sequence (worst priority, then latest arrival)
 gives up its pages and waits, keeps its tokens, and is computed again later.
 
-Every admitted request is answered as long as steps are taken: the first running sequence is never preempted, moves in
-every step whose budget reaches it, and ends after at most `limit` tokens; alone it always fits, which `add` makes sure
-of; and the first that waits starts at the latest when nothing else runs.
+Every admitted request is answered as long as steps are taken: the first running sequence is preempted only for one
+of a better priority; it moves in every step, or when its turn comes where the budget is too small for all decodes (then
+nobody joins them); it ends after at most `limit` tokens; alone it always fits, which `add` makes sure of; and the first
+that waits starts at the latest when nothing else runs.
 """
 
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import repeat
@@ -21,8 +23,8 @@ from .pages import Pages
 from .plan import Plan, PromptRows, Sampled
 from .request import EngineError, Logprobs, Output, Request
 from .running import Running, by_rank
-from .sequence import Job, Sequence
-from .waiting import Deadlines, Waiting
+from .sequence import Job, Rank, Sequence
+from .waiting import Deadlines, Waiting, too_long
 
 
 @dataclass(slots=True)
@@ -80,7 +82,7 @@ class Scheduler:
         self._base: Plan | None = None  # a plan of one row for each decode, good until these change
         self._base_rows: list[Sequence] = []
         self._pure = False  # the last plan was that
-        self._turn = 0  # the decode to begin with when the budget does not reach all of them
+        self._turn: Rank = (0, 0, 0)  # whose turn it was last when the budget did not reach all decodes
 
     @property
     def has_work(self) -> bool:
@@ -100,7 +102,8 @@ class Scheduler:
         """Takes a request, or says why it cannot run: too long, or too many wait already."""
         assert request.id not in self._jobs, f"request {request.id} is known already"
         prompt, now = len(request.token_ids), self._clock()
-        error = self._too_long(request) or self._waiting.refusal(prompt, now)
+        capacity = self.pages.count * self.pages.page_size
+        error = too_long(request, self._context, capacity) or self._waiting.refusal(prompt, now)
         if error:
             return error
         job = self._jobs[request.id] = Job(request, now)
@@ -173,11 +176,12 @@ class Scheduler:
         self._forks = []
         self._start_urgent()
         base = self._plan_decodes(tokens)
+        while self._running.decodes and not base.slots:  # whoever had its turn gave up its pages
+            base = self._plan_decodes(tokens)
         plan = self._plan_prompts(base, tokens - base.decodes)
         assert plan.slots, "no step although there is work"
         self._pure = plan is self._base
-        if self._running.deliver(plan):
-            self._waiting.stuck = False
+        self._running.deliver(plan)
         self.counts.computed_tokens += plan.tokens
         self._plan = plan
         return plan
@@ -225,9 +229,10 @@ class Scheduler:
         else:
             base = None
             if len(decodes) > budget:
-                first = self._turn % len(decodes)
-                self._turn = first + budget
-                decodes = sorted((decodes[first:] + decodes[:first])[:budget], key=by_rank)
+                first = bisect_right(decodes, self._turn, key=by_rank)
+                decodes = (decodes[first:] + decodes[:first])[:budget]
+                self._turn = decodes[-1].rank
+                decodes.sort(key=by_rank)
             else:
                 decodes = list(decodes)
             starts = [len(sequence.token_ids) - 1 for sequence in decodes]
@@ -398,20 +403,3 @@ class Scheduler:
         for sequence in list(job.sequences.values()):
             self._end(sequence)
         return Output(job.request.id, finish="error", error=error, weight_version=self.weight_version)
-
-    def _too_long(self, request: Request) -> EngineError | None:
-        prompt, answer = len(request.token_ids), request.sampling.max_tokens if request.sampling else 0
-        needed, capacity = min(prompt + answer, self._context), self.pages.count * self.pages.page_size
-        if prompt == 0:
-            message = "the prompt has no tokens"
-        elif prompt > self._context:
-            message = f"the prompt has {prompt} tokens, the context {self._context}"
-        elif prompt == self._context and answer:
-            message = f"the prompt has {prompt} tokens and fills the context: no room for an answer"
-        elif needed > capacity:
-            message = (
-                f"prompt ({prompt}) and answer (up to {answer}) need {needed} tokens, the KV cache holds {capacity}"
-            )
-        else:
-            return None
-        return EngineError("invalid", message)

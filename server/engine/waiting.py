@@ -1,4 +1,4 @@
-"""The line in which sequences wait for a slot and pages, how long it may become, and how long one may take in all."""
+"""Who is let in, the line in which sequences wait for a slot and pages, and until when they must be answered."""
 
 from __future__ import annotations
 
@@ -6,8 +6,25 @@ import math
 from collections.abc import Iterator
 from heapq import heapify, heappop, heappush
 
-from .request import EngineError
+from .request import EngineError, Request
 from .sequence import Job, Rank, Sequence
+
+
+def too_long(request: Request, context: int, capacity: int) -> EngineError | None:
+    """Why the request could not be finished even with all `capacity` tokens of the KV cache to itself."""
+    prompt, answer = len(request.token_ids), request.sampling.max_tokens if request.sampling else 0
+    needed = min(prompt + answer, context)
+    if prompt == 0:
+        message = "the prompt has no tokens"
+    elif prompt > context:
+        message = f"the prompt has {prompt} tokens, the context {context}"
+    elif prompt == context and answer:
+        message = f"the prompt has {prompt} tokens and fills the context: no room for an answer"
+    elif needed > capacity:
+        message = f"prompt ({prompt}) and answer (up to {answer}) need {needed} tokens, the KV cache holds {capacity}"
+    else:
+        return None
+    return EngineError("invalid", message)
 
 
 class Waiting:
