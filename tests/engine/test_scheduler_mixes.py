@@ -1,0 +1,51 @@
+"""All of the scheduler's rules at once: random use, and mixes of requests against each request alone."""
+
+import random
+from dataclasses import replace
+
+import pytest
+from fake_engine import FakeEngine
+from fake_runner import answer
+from hypothesis import settings
+from hypothesis.stateful import run_state_machine_as_test
+from scheduler_machine import CONTEXT, END, Ledger, random_request, scheduler_machine
+
+from tandem.server.engine import scheduler as scheduler_module
+
+
+def test_random_use_keeps_every_promise():
+    run_state_machine_as_test(
+        scheduler_machine(scheduler_module),
+        settings=settings(max_examples=2000, stateful_step_count=25, deadline=None, derandomize=True, database=None),
+    )
+
+
+@pytest.mark.parametrize("caching", [True, False])
+@pytest.mark.parametrize("seed", range(6))
+def test_requests_get_in_a_mix_what_they_get_alone(seed: int, caching: bool):
+    """Many requests on few pages: forks, preemptions, aborts and small budgets on the way."""
+    draw = random.Random(seed)
+    pages, size, seqs = draw.choice([(10, 4, 4), (21, 2, 8), (60, 1, 16), (40, 4, 16)])
+    engine = FakeEngine(pages, size, seqs, 16, CONTEXT, END, prefix_caching=caching)
+    ledger = Ledger(CONTEXT)
+    requests = [replace(random_request(draw, number, 0.0), deadline=None) for number in range(150)]
+    arriving, steps = list(reversed(requests)), 0
+    while arriving or engine.scheduler.has_work:
+        for _ in range(min(len(arriving), draw.randrange(3))):
+            request = arriving.pop()
+            assert engine.scheduler.add(request) is None
+            ledger.add(request)
+        if draw.random() < 0.02:
+            number = draw.randrange(len(ledger.requests) or 1)
+            ledger.take(engine.scheduler.abort(number, draw.choice([None, 0, 1])))
+        budget = draw.choice([None, None, None, 1, 5])
+        if (plan := engine.scheduler.plan(budget)) is not None:
+            ledger.take(engine.scheduler.commit(plan, engine.runner.execute(plan, budget)))
+            steps += 1
+    assert not any(ledger.open.values())
+    engine.scheduler.pages.check([])
+    assert engine.scheduler.counts.preemptions > 0
+    complete = [
+        key for key, tokens in ledger.tokens.items() if tokens == answer(requests[key[0]], key[1], CONTEXT, END)[0]
+    ]
+    assert len(complete) > 100

@@ -1,0 +1,235 @@
+"""A Hypothesis state machine that plays with a `Scheduler` and a runner that checks every page it touches."""
+
+from __future__ import annotations
+
+import random
+from types import ModuleType
+
+from fake_runner import VOCABULARY, FakeRunner, answer
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from tandem.server.engine.request import EngineError, Output, Request, Sampling
+
+END = frozenset({0})
+CONTEXT = 20
+
+
+def random_request(draw: random.Random, number: int, now: float) -> Request:
+    """Short prompts over few tokens, so that they have prefixes in common."""
+    prompt = [draw.randrange(1, 3) for _ in range(draw.choice([1, 2, 3, 5, 8, 12]))]
+    want, sampling, n = {"tokens"}, None, 1
+    kind = draw.random()
+    if kind < 0.15:
+        want = {"score"}
+    elif kind < 0.25:
+        want = {"prompt_logprobs"}
+    else:
+        n = draw.choice([1, 1, 1, 2, 3, 5])
+        sampling = Sampling(
+            max_tokens=draw.choice([1, 2, 5, 9, 20]),
+            seed=draw.randrange(4),
+            min_tokens=draw.choice([0, 0, 3]),
+            stop_ids=(draw.randrange(VOCABULARY),) if draw.random() < 0.3 else (),
+            ignore_eos=draw.random() < 0.5,
+        )
+        if draw.random() < 0.1:
+            want.add("score")
+    logprobs = 0 if "prompt_logprobs" in want or draw.random() < 0.1 else None
+    return Request(
+        id=number,
+        model="m",
+        token_ids=prompt,
+        sampling=sampling,
+        want=frozenset(want),  # pyright: ignore[reportArgumentType]
+        n=n,
+        prompt_logprobs=logprobs,
+        first_needed_row=draw.choice([None, 0, 2]) if logprobs is not None else None,
+        priority=draw.choice([0, 0, 0, 1, -1]),
+        deadline=now + draw.randrange(1, 30) if draw.random() < 0.1 else None,
+        cache_salt=draw.choice(["", "", "other"]),
+    )
+
+
+class Ledger:
+    """What every request has got so far, against what it must get."""
+
+    def __init__(self, context: int) -> None:
+        self.context = context
+        self.requests: dict[int, Request] = {}
+        self.open: dict[int, set[int]] = {}  # choices not finished
+        self.tokens: dict[tuple[int, int], list[int]] = {}
+        self.begun: set[int] = set()
+
+    def add(self, request: Request) -> None:
+        self.requests[request.id] = request
+        self.open[request.id] = set(range(request.n if request.sampling else 1))
+
+    def take(self, outputs: list[Output]) -> None:
+        for output in outputs:
+            self.take_one(output)
+
+    def take_one(self, output: Output) -> None:
+        number, choice = output.request_id, output.choice
+        request = self.requests[number]
+        if output.error:  # ends all choices
+            assert output.finish == "error" and self.open[number]
+            self.open[number] = set()
+            return
+        assert choice in self.open[number], "an output after the last one"
+        if output.finish == "abort":
+            self.open[number].discard(choice)
+            return
+        first = number not in self.begun
+        self.begun.add(number)
+        assert (output.cached_tokens is not None) == first
+        if first:
+            assert 0 <= (output.cached_tokens or 0) < len(request.token_ids)
+            assert (output.scores is not None) == ("score" in request.want)
+            assert (output.prompt_logprobs is not None) == (request.prompt_logprobs is not None)
+            if output.prompt_logprobs is not None:
+                row = min(request.first_needed_row or 0, len(request.token_ids) - 1)
+                assert output.prompt_logprobs.values == [float(token) for token in request.token_ids[row + 1 :]]
+        if request.sampling:
+            known = self.tokens.setdefault((number, choice), [])
+            known += output.token_ids
+            tokens, finish = answer(request, choice, self.context, END)
+            assert known == tokens[: len(known)], "other tokens than alone"
+            assert output.finish == (finish if len(known) == len(tokens) else None)
+            assert output.stop_id == (tokens[-1] if output.finish == "stop" else None)
+        else:
+            assert output.finish == "stop" and not output.token_ids
+        if output.finish:
+            self.open[number].discard(choice)
+
+
+def scheduler_machine(scheduler_module: ModuleType) -> type[RuleBasedStateMachine]:
+    """The machine for the module given, which may come with a mutant below `tandem.server.engine.scheduler`."""
+
+    class SchedulerMachine(RuleBasedStateMachine):
+        @initialize(
+            pages=st.integers(4, 14),
+            size=st.sampled_from([2, 3, 4, 1]),
+            seqs=st.integers(1, 6),
+            budget=st.sampled_from([1, 3, 8, 20]),
+            caching=st.sampled_from([True, True, False]),
+        )
+        def engine(self, pages: int, size: int, seqs: int, budget: int, caching: bool) -> None:
+            self.now = 0.0
+            self.bound = 6
+            self.scheduler = scheduler_module.Scheduler(
+                pages=pages,
+                page_size=size,
+                max_seqs=seqs,
+                max_batched_tokens=budget,
+                context=CONTEXT,
+                end_ids=END,
+                max_waiting_requests=self.bound,
+                max_waiting_tokens=40,
+                prefix_caching=caching,
+                clock=lambda: self.now,
+            )
+            self.runner = FakeRunner(pages, size, seqs, budget)
+            self.ledger = Ledger(CONTEXT)
+            self.capacity = pages * size
+
+        @rule(seed=st.integers(0, 1 << 20))
+        def add(self, seed: int) -> None:
+            request = random_request(random.Random(seed), len(self.ledger.requests), self.now)
+            answer = request.sampling.max_tokens if request.sampling else 0
+            error = self.scheduler.add(request)
+            if error is None:
+                self.ledger.add(request)
+                assert min(len(request.token_ids) + answer, CONTEXT) <= self.capacity
+            else:
+                self.ledger.requests[request.id] = request
+                if error.kind == "invalid":
+                    assert min(len(request.token_ids) + answer, CONTEXT) > self.capacity
+                else:
+                    assert error.kind == "overloaded" and 1 <= error.retry_after <= 60
+                    assert self.scheduler.waiting > 0
+
+        @rule(steps=st.integers(1, 4), budget=st.sampled_from([None, None, None, 1, 2]))
+        def step(self, steps: int, budget: int | None) -> None:
+            for _ in range(steps):
+                plan = self.scheduler.plan(budget)
+                if plan is None:
+                    assert self.scheduler.paused or not self.scheduler.has_work
+                    return
+                outputs = self.scheduler.commit(plan, self.runner.execute(plan, budget))
+                self.ledger.take(outputs)
+
+        @precondition(lambda self: any(self.ledger.open.values()))
+        @rule(which=st.integers(0, 20), choice=st.sampled_from([None, 0, 1, 2]), amid=st.booleans())
+        def abort(self, which: int, choice: int | None, amid: bool) -> None:
+            """Between two steps, or while one runs."""
+            numbers = [number for number, choices in self.ledger.open.items() if choices]
+            number = numbers[-1 - which % len(numbers)]
+            plan = self.scheduler.plan() if amid else None
+            before = set(self.ledger.open[number])
+            outputs = self.scheduler.abort(number, choice)
+            assert {output.choice for output in outputs} == (before if choice is None else before & {choice})
+            self.ledger.take(outputs)
+            if plan is not None:
+                self.ledger.take(self.scheduler.commit(plan, self.runner.execute(plan)))
+
+        @rule(seconds=st.integers(1, 9))
+        def time_passes(self, seconds: int) -> None:
+            self.now += seconds
+            outputs = self.scheduler.expire(self.now)
+            for output in outputs:
+                assert output.error is not None and output.error.kind == "deadline"
+            self.ledger.take(outputs)
+            for number, choices in self.ledger.open.items():
+                deadline = self.ledger.requests[number].deadline
+                assert not choices or deadline is None or deadline > self.now
+
+        @rule(keep=st.booleans())
+        def new_weights(self, keep: bool) -> None:
+            self.runner.version += 1
+            self.scheduler.set_version(self.runner.version, keep)
+
+        @rule()
+        def pause(self) -> None:
+            self.scheduler.paused = not self.scheduler.paused
+
+        @rule()
+        def device_fails(self) -> None:
+            plan = self.scheduler.plan()
+            if plan is not None:
+                self.ledger.take(self.scheduler.fail(plan, EngineError("internal", "boom")))
+
+        @invariant()
+        def books(self) -> None:
+            if not hasattr(self, "scheduler"):
+                return
+            running = self.scheduler._running
+            self.scheduler.pages.check([sequence.table for sequence in running.all()])
+            assert len(running) <= self.runner.max_seqs
+            slots = [sequence.slot for sequence in running.all()] + running._slots
+            assert sorted(slots) == list(range(self.runner.max_seqs))
+            for line in (running.prefills, running.decodes):
+                assert line == sorted(line, key=lambda sequence: sequence.rank)
+            known = sum(len(choices) for choices in self.ledger.open.values())
+            held = [sequence for job in self.scheduler._jobs.values() for sequence in job.sequences.values()]
+            assert known == sum(1 + len(sequence.siblings) for sequence in held)
+            assert self.scheduler.waiting + self.scheduler.running == len(held)
+            assert self.scheduler._waiting._requests <= self.bound
+
+        def teardown(self) -> None:
+            """Every request is answered, and nothing is left over."""
+            if not hasattr(self, "scheduler"):
+                return
+            self.scheduler.paused = False
+            work = sum(
+                (CONTEXT + 1) * len(choices) * (CONTEXT + 1) for choices in self.ledger.open.values()
+            )  # generous: one step each for every recomputed token
+            while (plan := self.scheduler.plan()) is not None:
+                work -= 1
+                assert work >= 0, "no end in sight"
+                self.ledger.take(self.scheduler.commit(plan, self.runner.execute(plan)))
+            assert not any(self.ledger.open.values())
+            assert not self.scheduler.has_work and not self.scheduler.waiting and not self.scheduler.running
+            self.scheduler.pages.check([])
+
+    return SchedulerMachine
