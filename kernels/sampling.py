@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -76,8 +77,10 @@ def groups(vocab_size: int) -> int:
     return -(-vocab_size // LANES)
 
 
-def gumbel_max(scaled: Tensor, noise: Tensor) -> Tensor:
+def gumbel_max(scaled: Tensor, noise: Tensor, lowest: Tensor | None = None) -> Tensor:
     """One token per row with probability softmax(scaled): [R, V] with row maximum 0, noise [R, G + LANES] -> ids [R].
+
+    `lowest` [R]: tokens whose value is below it are left out.
 
     argmax(x + Gumbel) = argmax(exp(x) / Exponential). The maximum over a group of tokens is distributed as that of one
     token with the group's summed weight, and which token of the group attains it is independent of the maximum. So a
@@ -86,8 +89,11 @@ def gumbel_max(scaled: Tensor, noise: Tensor) -> Tensor:
     """
     rows, vocab_size = scaled.shape
     count = groups(vocab_size)
-    weights = scaled.new_zeros(rows, count * LANES)
-    torch.exp(scaled, out=weights[:, :vocab_size])
+    weights = scaled.exp()
+    if lowest is not None:
+        weights = weights.where(scaled >= lowest[:, None], 0)
+    if vocab_size % LANES:
+        weights = F.pad(weights, (0, count * LANES - vocab_size))
     weights = weights.view(rows, count, LANES)
     group = (weights.sum(-1) / noise[:, :count]).argmax(-1)
     inside = weights[torch.arange(rows, device=scaled.device), group]
@@ -96,52 +102,73 @@ def gumbel_max(scaled: Tensor, noise: Tensor) -> Tensor:
 
 def greedy(logits: Tensor) -> Tensor:
     """The most likely token of each row [R, V], the lowest id among equals; -1 where the maximum is not finite."""
-    best, ids = logits.max(dim=-1)
-    return ids.masked_fill_(~best.isfinite(), -1)
+    on_cpu = logits.device.type == "cpu"  # numpy's argmax is vectorised, torch's is not
+    ids = torch.from_numpy(logits.numpy().argmax(-1)) if on_cpu else logits.argmax(-1)
+    return ids.masked_fill_(~logits.gather(1, ids[:, None])[:, 0].isfinite(), -1)
 
 
-def scale(logits: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
-    """(logits - row maximum) / temperature, [R, V], and whether that maximum is finite, [R]. Temperatures above 0."""
+def scale(logits: Tensor, temperature: Tensor) -> Tensor:
+    """logits [R, V] become (logits - row maximum) / temperature, in place; temperatures [R] above 0.
+
+    Returns whether each row's maximum is finite, [R].
+    """
     best = logits.amax(-1, keepdim=True)
-    return (logits - best).div_(temperature[:, None]), best[:, 0].isfinite()
+    logits.sub_(best).div_(temperature[:, None])
+    return best[:, 0].isfinite()
 
 
-def restrict(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """Masks in place what top-k, then top-p, then min-p leave out; [R, V] with row maximum 0, the three are [R].
+def thresholds(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """The lowest value that top-k, then top-p, then min-p keep, [R]; scaled [R, V] has row maximum 0, the three [R].
 
-    Each keeps the tokens above a threshold, so tokens of equal probability stay or go together: top-k keeps those at
-    least as likely as the k-th (0: off), top-p those at least as likely as the one at which the mass, summed from the
-    most likely on, reaches p of what top-k left (1: off), min-p those at least min_p times the most likely (0: off).
+    So tokens of equal probability stay or go together. top-k keeps those at least as likely as the k-th (0: off), top-p
+    those at least as likely as the one at which the mass, summed from the most likely on, reaches p of what top-k left
+    (1: off), min-p those at least min_p times the most likely (0: off).
     """
     vocab_size = scaled.shape[1]
-    threshold = min_p.log()  # log 0 = -inf
+    lowest = min_p.log()  # log 0 = -inf
     limited = (top_k > 0) & (top_k < vocab_size)
-    if limited.any():
-        top = scaled.topk(int(top_k[limited].max()), dim=-1).values
-        kth = top.gather(1, (top_k - 1).clamp(0, top.shape[1] - 1)[:, None])[:, 0]
-        kth = kth.masked_fill(~limited, -torch.inf)
-        scaled.masked_fill_(scaled < kth[:, None], -torch.inf)
     nucleus = (top_p < 1).nonzero()[:, 0]
+    width = max(int(top_k.where(limited, 0).max()), HEAD if len(nucleus) else 0)
+    if width == 0:
+        return lowest
+    top = _largest(scaled, min(width, vocab_size))
+    kth = top.gather(1, (top_k - 1).clamp(0, top.shape[1] - 1)[:, None])[:, 0].masked_fill_(~limited, -torch.inf)
+    lowest = torch.maximum(lowest, kth)
+    if len(nucleus) == len(scaled):
+        return torch.maximum(lowest, _nucleus(scaled, top, kth, top_p))
     if len(nucleus):
-        every = len(nucleus) == len(scaled)
-        cut = _nucleus(scaled if every else scaled[nucleus], top_p[nucleus])
-        threshold = threshold.index_copy(0, nucleus, torch.maximum(threshold[nucleus], cut))
-    return scaled.masked_fill_(scaled < threshold[:, None], -torch.inf)
+        cut = _nucleus(scaled[nucleus], top[nucleus], kth[nucleus], top_p[nucleus])
+        lowest[nucleus] = torch.maximum(lowest[nucleus], cut)
+    return lowest
 
 
-def _nucleus(scaled: Tensor, top_p: Tensor) -> Tensor:
-    """The lowest value that top-p keeps, [R]. Sorts a whole row only where its mass is not in the HEAD most likely."""
-    wanted = top_p * scaled.exp().sum(-1)
-    width = min(HEAD, scaled.shape[1])
-    top = scaled.topk(width, dim=-1).values
-    index = (top.exp().cumsum(-1) < wanted[:, None]).sum(-1)  # of the token at which the mass is reached
+def _nucleus(scaled: Tensor, top: Tensor, kth: Tensor, top_p: Tensor) -> Tensor:
+    """The lowest value that top-p keeps of the values from kth [R] on. `top` holds the largest, in descending order;
+    whole rows are sorted only where the mass is not in those."""
+
+    def weights(values: Tensor) -> Tensor:
+        return values.exp().where(values >= kth[:, None], 0)
+
+    wanted = top_p * weights(scaled).sum(-1)
+    index = (weights(top).cumsum(-1) < wanted[:, None]).sum(-1)  # of the token at which the mass is reached
+    width = top.shape[1]
     cut = top.gather(1, index.clamp(max=width - 1)[:, None])[:, 0]
     spread = (index == width).nonzero()[:, 0]
     if len(spread) and width < scaled.shape[1]:
-        ordered = scaled[spread].sort(dim=-1, descending=True).values
-        index = (ordered.exp().cumsum(-1) < wanted[spread, None]).sum(-1)
+        kth = kth[spread]
+        ordered = _largest(scaled[spread], scaled.shape[1])
+        index = (weights(ordered).cumsum(-1) < wanted[spread, None]).sum(-1)
         cut[spread] = ordered.gather(1, index.clamp(max=ordered.shape[1] - 1)[:, None])[:, 0]
     return cut
+
+
+def _largest(values: Tensor, count: int) -> Tensor:
+    """The `count` largest of each row [R, V], in descending order: [R, count]."""
+    if values.device.type != "cpu":
+        return values.topk(count, dim=-1).values
+    rest = values.shape[1] - count  # numpy's sorts are vectorised: 0.15 ms for 32,000 where torch takes 2.4
+    found = values.numpy() if rest == 0 else np.partition(values.numpy(), rest, axis=-1)[:, rest:]
+    return torch.from_numpy(np.sort(found, axis=-1)).flip(-1)
 
 
 def penalise(

@@ -26,6 +26,7 @@ Columns = list[Logprobs | None]
 
 # What a slot uses, one bit each.
 DRAW, RESTRICT, PENALTY, BIAS, ALLOWED, BANS, FLOOR, LOGPROBS = (1 << bit for bit in range(8))
+DRAW_ELEMENTS = 1 << 18  # logits that are worked on at a time, 1 MiB
 EDITS = PENALTY | BIAS | ALLOWED | BANS | FLOOR
 
 
@@ -115,52 +116,64 @@ class Sampler:
         shown, raw = _EMPTY, logits
         if any_use & LOGPROBS:
             shown = np.flatnonzero(((uses & LOGPROBS) != 0) & ~self._processed[slots])
-            raw = logits[torch.from_numpy(shown)] if any_use & EDITS or len(shown) < len(slots) else logits
+            raw = logits[torch.from_numpy(shown)]  # a copy: what follows changes logits
         if any_use & EDITS:
             self._edit(logits, slots, lengths, uses, any_use)
         drawn = np.flatnonzero(uses & DRAW)
         if not len(drawn):
-            tokens, scaled = ops.greedy(logits), logits
+            tokens = ops.greedy(logits)
+        elif len(drawn) == len(slots):
+            tokens = self._draw(logits, None, slots, lengths, uses)
         else:
-            tokens, scaled = self._draw(logits, slots, lengths, uses, drawn)
+            tokens = ops.greedy(logits)
+            rows = torch.from_numpy(drawn)
+            tokens[rows] = self._draw(logits, rows, slots[drawn], lengths[drawn], uses[drawn])
         columns: Columns | None = None
         if any_use & LOGPROBS:
             columns = [None for _ in range(len(slots))]
             self._logprobs(columns, raw, tokens, slots, shown)
             others = np.flatnonzero(((uses & LOGPROBS) != 0) & self._processed[slots])
-            self._logprobs(columns, scaled[torch.from_numpy(others)], tokens, slots, others)
+            self._logprobs(columns, logits[torch.from_numpy(others)], tokens, slots, others)
         return tokens, columns
 
-    def _draw(
-        self, logits: Tensor, slots: Integers, lengths: Integers, uses: Flags, drawn: Integers
-    ) -> tuple[Tensor, Tensor]:
-        """Tokens [R], and the logits of the distributions they came from [R, V] (greedy rows: their edited logits)."""
-        every = len(drawn) == len(slots)
-        chosen = slots if every else slots[drawn]
-        rows = torch.from_numpy(drawn)
-        scaled, finite = ops.scale(
-            logits if every else logits[rows], torch.from_numpy(self._temperature[chosen]).to(logits.device)
-        )
-        restricted = np.flatnonzero(uses[drawn] & RESTRICT)
-        if len(restricted):
-            some = chosen[restricted]
-            parameters = [torch.from_numpy(column[some]) for column in (self._top_k, self._top_p, self._min_p)]
-            parameters = [parameter.to(logits.device) for parameter in parameters]
-            if len(restricted) == len(chosen):
-                ops.restrict(scaled, *parameters)
-            else:
-                index = torch.from_numpy(restricted)
-                scaled[index] = ops.restrict(scaled[index], *parameters)
-        positions = (lengths[drawn] - self._prompt[chosen]).astype(np.uint64)
-        noise = ops.draws(self._seed[chosen], self._choice[chosen], positions, self._vocab_size)
-        tokens = ops.gumbel_max(scaled, noise.to(logits.device)).masked_fill_(~finite, -1)
-        if every:
-            return tokens, scaled
-        together = ops.greedy(logits)
-        together[rows] = tokens
-        if (self._processed[chosen] & ((uses[drawn] & LOGPROBS) != 0)).any():
-            logits[rows] = scaled
-        return together, logits
+    def _draw(self, logits: Tensor, rows: Tensor | None, slots: Integers, lengths: Integers, uses: Flags) -> Tensor:
+        """Tokens of `rows` of logits (None: of all). Where processed log-probabilities are wanted, the rows become the
+        logits of the distributions that were drawn from.
+
+        A few rows at a time, so that what they need in between stays in the processor's cache.
+        """
+        positions = (lengths - self._prompt[slots]).astype(np.uint64)
+        noise = ops.draws(self._seed[slots], self._choice[slots], positions, self._vocab_size).to(logits.device)
+        temperature = torch.from_numpy(self._temperature[slots]).to(logits.device)
+        restricted = np.flatnonzero(uses & RESTRICT)
+        shows = bool((self._processed[slots] & ((uses & LOGPROBS) != 0)).any())  # the distributions drawn from
+        parts: list[Tensor] = []
+        size = max(1, DRAW_ELEMENTS // self._vocab_size)
+        for begin in range(0, len(slots), size):
+            part = slice(begin, begin + size)
+            scaled = logits[part] if rows is None else logits[rows[part]]
+            finite = ops.scale(scaled, temperature[part])
+            lowest = None
+            if len(restricted):
+                some = restricted[(restricted >= begin) & (restricted < begin + size)]
+                lowest = self._thresholds(scaled, torch.from_numpy(some - begin), slots[some])
+            parts.append(ops.gumbel_max(scaled, noise[part], lowest).masked_fill_(~finite, -1))
+            if shows and lowest is not None:
+                scaled.masked_fill_(scaled < lowest[:, None], -torch.inf)
+            if shows and rows is not None:
+                logits[rows[part]] = scaled
+        return torch.cat(parts)
+
+    def _thresholds(self, scaled: Tensor, rows: Tensor, slots: Integers) -> Tensor:
+        """The lowest value that each row keeps; `rows`, which hold `slots`, are those that leave out any."""
+        parameters = [torch.from_numpy(column[slots]) for column in (self._top_k, self._top_p, self._min_p)]
+        parameters = [parameter.to(scaled.device) for parameter in parameters]
+        if len(rows) == len(scaled):
+            return ops.thresholds(scaled, *parameters)
+        lowest = scaled.new_full((len(scaled),), -torch.inf)
+        if len(rows):
+            lowest[rows] = ops.thresholds(scaled[rows], *parameters)
+        return lowest
 
     def _edit(self, logits: Tensor, slots: Integers, lengths: Integers, uses: Flags, any_use: int) -> None:
         if any_use & (BIAS | ALLOWED | BANS | FLOOR):

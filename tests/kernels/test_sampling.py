@@ -68,9 +68,15 @@ def test_draws_is_the_documented_map(monkeypatch: pytest.MonkeyPatch) -> None:
     assert noise[0, :4].tolist() == pytest.approx(expected, rel=1e-5)
 
 
+def scaled_by(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    scaled = logits.clone()
+    assert sampling.scale(scaled, torch.full((len(logits),), temperature)).all()
+    return scaled
+
+
 def draw(logits: Tensor, count: int, seed: int = 5) -> Tensor:
     """`count` draws from one row of logits, at positions 0, 1, 2 ..."""
-    scaled, _ = sampling.scale(logits.expand(count, -1), torch.ones(count))
+    scaled = scaled_by(logits.expand(count, -1))
     place = np.arange(count, dtype=np.uint64)
     noise = sampling.draws(np.full(count, seed, np.uint64), np.zeros(count, np.uint64), place, logits.shape[-1])
     return sampling.gumbel_max(scaled, noise)
@@ -98,7 +104,7 @@ def test_two_stage_draw_is_the_full_gumbel_maximum() -> None:
     """The token maximises its group's perturbed mass, then its own inside the group: checked token by token."""
     vocab_size, rows = 300, 50
     logits = torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(0)) * 3
-    scaled, _ = sampling.scale(logits, torch.full((rows,), 0.7))
+    scaled = scaled_by(logits, 0.7)
     place = np.arange(rows, dtype=np.uint64)
     noise = sampling.draws(place + np.uint64(3), place, place, vocab_size)
     got = sampling.gumbel_max(scaled, noise)
@@ -111,6 +117,16 @@ def test_two_stage_draw_is_the_full_gumbel_maximum() -> None:
         assert int(got[row]) == group * sampling.LANES + int(inside.argmax())
 
 
+def test_what_is_below_the_threshold_is_never_drawn() -> None:
+    logits = torch.randn(300, generator=torch.Generator().manual_seed(2))
+    scaled = scaled_by(logits.expand(3000, -1))
+    place = np.arange(3000, dtype=np.uint64)
+    noise = sampling.draws(place, place, place, 300)
+    lowest = scaled[0].topk(9).values[-1].expand(3000)
+    drawn = sampling.gumbel_max(scaled, noise, lowest)
+    assert set(drawn.tolist()) == set(logits.topk(9).indices.tolist())
+
+
 def test_masked_tokens_are_never_drawn_and_rows_stand_alone() -> None:
     logits = torch.zeros(400)
     logits[torch.arange(400) % 7 != 0] = -torch.inf
@@ -121,7 +137,7 @@ def test_masked_tokens_are_never_drawn_and_rows_stand_alone() -> None:
     assert (draw(only, 50) == 399).all()
     # other rows of a batch change nothing
     many = torch.randn(64, 400, generator=torch.Generator().manual_seed(1))
-    scaled, _ = sampling.scale(many, torch.ones(64))
+    scaled = scaled_by(many)
     row = np.arange(64, dtype=np.uint64)
     noise = sampling.draws(row, row, row, 400)
     together = sampling.gumbel_max(scaled, noise)
@@ -132,13 +148,13 @@ def test_masked_tokens_are_never_drawn_and_rows_stand_alone() -> None:
 def test_greedy_takes_the_lowest_of_equals_and_refuses_what_is_not_finite() -> None:
     logits = torch.tensor([[1.0, 3.0, 3.0], [0.0, torch.nan, 1.0], [-torch.inf] * 3, [0.0, torch.inf, 0.0]])
     assert sampling.greedy(logits).tolist() == [1, -1, -1, -1]
-    assert sampling.scale(logits, torch.ones(4))[1].tolist() == [True, False, False, False]
+    assert sampling.scale(logits, torch.ones(4)).tolist() == [True, False, False, False]
 
 
 def kept(logits: Tensor, k: int = 0, p: float = 1.0, m: float = 0.0) -> list[int]:
-    scaled, _ = sampling.scale(logits[None], torch.ones(1))
-    restricted = sampling.restrict(scaled, torch.tensor([k]), torch.tensor([p]), torch.tensor([m]))
-    return restricted[0].isfinite().nonzero()[:, 0].tolist()
+    scaled = scaled_by(logits[None])
+    lowest = sampling.thresholds(scaled, torch.tensor([k]), torch.tensor([p]), torch.tensor([m]))
+    return (scaled[0] >= lowest).nonzero()[:, 0].tolist()
 
 
 def by_hand(logits: Tensor, k: int, p: float, m: float) -> list[int]:
@@ -170,11 +186,11 @@ def test_filters_keep_what_the_definition_keeps(vocab_size: int) -> None:
 def test_filters_agree_with_transformers_where_no_two_are_equal() -> None:
     logits = torch.randn(6, 700, generator=torch.Generator().manual_seed(3)) * 2
     empty = torch.zeros(6, 0, dtype=torch.int64)
-    ours, _ = sampling.scale(logits, torch.ones(6))
-    ours = sampling.restrict(ours, torch.full((6,), 40), torch.full((6,), 0.8), torch.full((6,), 0.03))
+    scaled = scaled_by(logits)
+    lowest = sampling.thresholds(scaled, torch.full((6,), 40), torch.full((6,), 0.8), torch.full((6,), 0.03))
     theirs = TopPLogitsWarper(0.8)(empty, TopKLogitsWarper(40)(empty, logits))
     theirs = MinPLogitsWarper(0.03)(empty, theirs)
-    assert torch.equal(ours.isfinite(), theirs.isfinite())
+    assert torch.equal(scaled >= lowest[:, None], theirs.isfinite())
 
 
 def test_equals_stay_together() -> None:
@@ -187,11 +203,11 @@ def test_equals_stay_together() -> None:
 def test_rows_with_different_filters_do_not_mix() -> None:
     logits = torch.randn(5, 600, generator=torch.Generator().manual_seed(4))
     rows = [(0, 1.0, 0.0), (7, 1.0, 0.0), (0, 0.99, 0.0), (0, 1.0, 0.2), (300, 0.3, 0.01)]
-    scaled, _ = sampling.scale(logits, torch.ones(5))
+    scaled = scaled_by(logits)
     k, p, m = (torch.tensor(column) for column in zip(*rows, strict=True))
-    together = sampling.restrict(scaled, k, p, m)
+    lowest = sampling.thresholds(scaled, k, p, m)
     for row, parameters in enumerate(rows):
-        assert together[row].isfinite().nonzero()[:, 0].tolist() == kept(logits[row], *parameters)
+        assert (scaled[row] >= lowest[row]).nonzero()[:, 0].tolist() == kept(logits[row], *parameters)
 
 
 def test_penalties_are_openais_and_transformers() -> None:
