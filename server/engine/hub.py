@@ -198,7 +198,7 @@ class Hub:
             seconds = min(known)
         tokens = place.cost.tokens_within(seconds)
         least = place.engine.decoding + place.engine.scheduler.pages.page_size
-        return None if tokens is None else max(tokens, least)
+        return max(tokens or 0, least)  # nothing known yet: begin small
 
 
 def _load(spec: ModelSpec, options: EngineOptions, on_progress: Progress | None) -> Model:

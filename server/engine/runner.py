@@ -57,7 +57,7 @@ class Runner:
         self._requests: list[Request | None] = [None] * max_seqs
         self._sampler = Sampler(self._history, model.config.vocab_size, end_ids)
         self._row_numbers = np.arange(max_seqs + 1, dtype=np.int32)
-        # Of the last pure decode: slots, positions, page table, and the columns of that table.
+        # Of the last pure decode: slots, positions, and the page table while it still holds.
         self._slots = self._starts = np.zeros(0, np.int64)
         self._pages: Tensor | None = None
 
@@ -118,7 +118,7 @@ class Runner:
         slots, starts = self._slots, self._starts
         rows, longest = len(slots), int(starts.max()) + 1
         page, offset = np.divmod(starts, self._page_size)
-        if self._pages is None:
+        if self._pages is None or self._pages.shape[1] * self._page_size < longest:
             self._pages = self._page_table(slots, longest)
         return Batch(
             self._tensor(self._history[slots, starts].astype(np.int64)),
