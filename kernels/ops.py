@@ -11,7 +11,8 @@ width.
 Statistics, softmax and sums are float32 whatever the dtype of the tensors; results are rounded once, at the end.
 """
 
-# pyright: reportUnknownMemberType=false  (torch annotates some functions and in-place methods partially)
+# torch leaves the types of some functions and methods partly open.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from __future__ import annotations
 

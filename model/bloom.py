@@ -3,8 +3,6 @@
 Letters: T tokens of the step, D model size, N heads, H head size, V vocabulary.
 """
 
-# pyright: reportUnknownMemberType=false  (torch annotates some tensor methods partially)
-
 from __future__ import annotations
 
 import math

@@ -9,7 +9,7 @@ import torch
 
 from .config import ModelConfig, read_config
 from .heads import LMHead, ScoreHead
-from .linear import Linear
+from .linear import linears
 from .model import Model
 from .registry import ARCHITECTURES
 from .slots import Place
@@ -44,11 +44,11 @@ def load_model(
     else:
         head = ScoreHead(config.labels, config.hidden_size, device)
     fill(decoder, head, decoder.PREFIX, decoder.IGNORED, files, on_progress or (lambda done, total: None))
-    if decode_copy is not None:
-        for part in (decoder, head):
-            for name, module in part.named_modules():
-                if isinstance(module, Linear):
-                    module.add_decode_copy(name)
+    for part in (decoder, head):
+        for name, linear in linears(part):
+            if decode_copy is not None:
+                linear.add_decode_copy(name)
+            linear.pack(keep_plain=part is head)
     return Model(config, decoder, head, place.dtype, digest([directory / "config.json", *files]))
 
 

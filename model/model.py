@@ -12,6 +12,7 @@ from .batch import Batch
 from .config import ModelConfig
 from .heads import LMHead, ScoreHead
 from .kv_cache import KVCache
+from .linear import linears
 from .registry import Decoder
 
 
@@ -24,7 +25,8 @@ class Model:
         self.config, self.decoder, self.head, self.dtype = config, decoder, head, dtype
         self.digest = digest  # of the files it was loaded from
         tensors = {t.data_ptr(): t.nbytes for part in (decoder, head) for t in part.buffers()}
-        self.weight_bytes = sum(tensors.values())
+        copies = sum(linear.copy_bytes for part in (decoder, head) for _, linear in linears(part))
+        self.weight_bytes = sum(tensors.values()) + copies
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:

@@ -10,8 +10,6 @@ by itself is longer than `max_position_embeddings` is rotated differently (trans
 length for every row).
 """
 
-# pyright: reportUnknownMemberType=false  (torch annotates some tensor methods partially)
-
 from __future__ import annotations
 
 import math

@@ -4,8 +4,8 @@ Safetensors files are mapped, not read into memory; `.bin` files go through torc
 headers tell (missing, unused, wrong shape or dtype) is checked before the first byte is copied.
 """
 
+# safetensors and torch.load come without complete annotations.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-# (safetensors and torch.load come without complete annotations)
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tandem.model.errors import CheckpointError
+from tandem.model.linear import linears
 from tandem.model.load import choose_dtype, load_model
 from tandem.model.model import Model
 
@@ -51,11 +52,15 @@ def keep(tensors: dict[str, Tensor]) -> None:
 
 
 def weights_of(model: Model) -> dict[str, Tensor]:
-    return {f"{part}.{name}": t for part in ("decoder", "head") for name, t in getattr(model, part).named_buffers()}
+    found = dict(model.decoder.named_buffers()) | dict(model.head.named_buffers())
+    for part in (model.decoder, model.head):
+        found |= {f"{path}.weight": linear.weight for path, linear in linears(part)}
+    return found
 
 
 def assert_equal(one: Model, other: Model) -> None:
     theirs = weights_of(other)
+    assert len(theirs) > 16
     for name, tensor in weights_of(one).items():
         assert torch.equal(tensor, theirs[name]), name
 
@@ -186,7 +191,7 @@ def test_progress_and_digest(llama: Path) -> None:
     model = load_model(llama, on_progress=lambda done, total: seen.append((done, total)))
     assert seen == sorted(seen) and seen[-1][0] == seen[-1][1]
     rope = model.decoder.rotary
-    assert model.weight_bytes == seen[-1][1] + rope.cos.nbytes + rope.sin.nbytes
+    assert model.weight_bytes == seen[-1][1] + rope.cos.nbytes + rope.sin.nbytes + model.head_weight.nbytes
     assert load_model(llama).digest == model.digest
     rewrite(llama, keep)  # the same bytes, but a file of another time
     assert load_model(llama).digest != model.digest
@@ -200,7 +205,20 @@ def test_end_ids_of_both_files(llama: Path) -> None:
     assert load_model(llama).config.end_ids == ()
 
 
-# The decode copy ------------------------------------------------------------------------------------------------------
+# Copies ---------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_do_not_depend_on_the_rows_beside_them(llama: Path) -> None:
+    """Packed matrices, bit for bit."""
+    model, x = load_model(llama), torch.randn(64, 64)
+    for path, linear in linears(model.decoder):
+        rows = torch.randn(64, linear.ins)
+        assert linear.packed is not None and linear.plain is None, path
+        torch.testing.assert_close(linear(rows), rows @ linear.weight.T)
+        for count in (1, 2, 3, 16):
+            assert torch.equal(linear(rows[:count]), linear(rows)[:count]), path
+    assert torch.equal(model.logits(x[:1]), model.logits(x)[:1])
+    assert load_model(llama, dtype="bfloat16").head.lm_head.packed is None
 
 
 def test_decode_copy_serves_one_and_two_rows(llama: Path) -> None:
