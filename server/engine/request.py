@@ -21,7 +21,8 @@ ErrorKind = Literal["invalid", "not_found", "overloaded", "deadline", "unavailab
 class Sampling:
     """How tokens are drawn. Bounds are checked at the edge (`api`); the engine takes them as they are.
 
-    Order: bias and allowed ids -> bad words -> repetition -> presence/frequency -> temperature -> top-k -> top-p -> min-p.
+    Order: bias and allowed ids -> bad words -> repetition -> presence/frequency -> temperature -> top-k -> top-p ->
+    min-p.
     """
 
     max_tokens: int
