@@ -13,7 +13,7 @@ PROGRAM = """
 import sys, types
 
 class Blocked:
-    names = {"msgspec", "zmq", "typer", "rich", "llguidance", "fastapi", "pydantic", "uvicorn", "transformers", "jinja2"}
+    names = {"msgspec", "zmq", "typer", "rich", "llguidance", "fastapi", "pydantic", "uvicorn", "transformers"}
 
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in self.names:
