@@ -46,7 +46,8 @@ def parse_quantity(text: str, flag: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgtKMGT]?)(?:i?B)?", text.strip())
     value = float(match[1]) * UNITS.get(match[2], 1) if match else 0.0
     if value < 1 or value != int(value):
-        raise OptionsError(f"{flag} {text}: a whole number above 0 is needed, such as 8192, 8k (8,000) or 8K (8,192)")
+        given = f"{flag}{text}" if flag.endswith("=") else f"{flag} {text}"
+        raise OptionsError(f"{given}: a whole number above 0 is needed, such as 8192, 8k (8,000) or 8K (8,192)")
     return int(value)
 
 
@@ -79,7 +80,7 @@ def parse_model(text: str) -> ModelSpec:
         aliases=tuple(alias for alias in given.get("alias", "").split("|") if alias),
         kv_share=_share(name, given["kv"]) if "kv" in given else None,
         weight=_weight(name, given["weight"]) if "weight" in given else 1.0,
-        max_model_len=None if limit is None else parse_quantity(limit, f"model {name}: max_model_len"),
+        max_model_len=None if limit is None else parse_quantity(limit, f"model {name}: max_model_len="),
         chat_template=given.get("chat_template"),
     )
 

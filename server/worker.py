@@ -22,12 +22,13 @@ import uvloop
 
 from .api.app import create_app
 from .engine.control import Drain, EngineLost, EngineStarted, Failed, Ready, enter, log_to_stderr
-from .engine.link import EngineClient
+from .engine.link import EngineClient, EngineUnavailable
 from .engine.request import ModelCard
 from .options import ServeOptions, StartWorker
 from .text.text import Text
 
 FLUSH_SECONDS = 3  # for answers that are written and not yet read
+CATALOG_SECONDS = 0.5  # for an engine that serves already to answer
 KEEP_ALIVE_SECONDS = 65  # longer than the pools of common clients and proxies keep a connection
 
 log = logging.getLogger(__name__)
@@ -88,6 +89,10 @@ class Worker:
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
         loop.add_reader(self._control.fileno(), self._listen)
+        with contextlib.suppress(
+            TimeoutError, EngineUnavailable
+        ):  # a worker that replaces another need not refuse its first requests
+            await asyncio.wait_for(self._client.wait_ready(), CATALOG_SECONDS)
         serving = asyncio.create_task(self._server.serve(self._sockets))
         while not self._server.started and not serving.done():
             await asyncio.sleep(0.002)

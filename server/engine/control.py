@@ -115,4 +115,4 @@ def log_to_stderr(process: str, level: str) -> None:
 def as_flags(text: str) -> str:
     """A message about options, with the flags that set them: `max_num_seqs` becomes `--max-num-seqs`."""
     names = "|".join(option.name for option in fields(EngineOptions) if "_" in option.name)
-    return re.sub(rf"\b({names})\b", lambda match: "--" + match[1].replace("_", "-"), text)
+    return re.sub(rf"\b({names})\b(?!=)", lambda match: "--" + match[1].replace("_", "-"), text)

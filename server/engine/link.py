@@ -28,6 +28,7 @@ from .stream import Stream, merge
 
 WORKER_SHIFT = 40  # a request id is (worker number << 40) + counter
 BEAT_SECONDS = 0.5
+RETRY_SECONDS = 0.05  # between attempts to reach a stalled worker
 HELLO_SECONDS = 0.02
 STALLED_MESSAGES = 1000  # waiting for one worker before its outputs are merged
 
@@ -278,7 +279,7 @@ class EngineServer:
         self._epoch = epoch
         self._clock = clock
         self._catalog: Catalog | None = None
-        self._beaten = -math.inf
+        self._beaten = self._retried = -math.inf
         self._open: dict[int, dict[int, set[int]]] = {}  # worker -> request id -> unfinished choices
         self._backlog: dict[int, dict[tuple[int, int], Output]] = {}  # of stalled workers
         self._behind: set[int] = set()  # workers that have not got the catalog
@@ -342,9 +343,12 @@ class EngineServer:
     def beat(self) -> bool:
         """Called by the engine's loop on every turn. Every `BEAT_SECONDS` it tells the workers, finds the dead ones,
         and returns True."""
-        for worker in list(self._backlog):
-            self._keep(worker, [])
         now = self._clock()
+        if self._backlog and now - self._retried >= RETRY_SECONDS:
+            self._retried = now
+            for worker, backlog in list(self._backlog.items()):
+                if self._post(worker, self._encode(Step(self._epoch, list(map(_row, backlog.values()))))):
+                    self._backlog.pop(worker, None)
         if now - self._beaten < BEAT_SECONDS:
             return False
         self._beaten = now
@@ -379,7 +383,7 @@ class EngineServer:
             self._behind = {worker for worker in self._behind if not self._post(worker, message)}
 
     def _keep(self, worker: int, outputs: list[Output]) -> None:
-        """Merge into what a stalled worker has to get, and try to send that."""
+        """Merge into what a stalled worker has to get."""
         backlog = self._backlog.setdefault(worker, {})
         for output in outputs:
             key = (output.request_id, output.choice)
@@ -387,8 +391,6 @@ class EngineServer:
                 merge(backlog[key], output)
             else:
                 backlog[key] = deepcopy(output)  # `merge` writes into it; its lists may be the engine's
-        if not backlog or self._post(worker, self._encode(Step(self._epoch, list(map(_row, backlog.values()))))):
-            self._backlog.pop(worker, None)
 
     def _finished(self, request_id: int, choice: int | None) -> None:
         opened = self._open.get(request_id >> WORKER_SHIFT, {})

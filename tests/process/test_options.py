@@ -1,0 +1,188 @@
+"""The words of `tandem serve`: what they become, and what is said where they are wrong. Nothing is started."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from tandem.server import cli, options, supervisor
+from tandem.server.engine.options import OptionsError
+from tandem.server.options import ServeOptions, parse_model, parse_quantity
+from tandem.server.supervisor import CRASH_SECONDS, CRASHES, CannotServe, Crashes, bind
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    (tmp_path / "model").mkdir()
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[ServeOptions]:
+    """The options of every server that would have been started."""
+    seen: list[ServeOptions] = []
+
+    class Started:
+        def __init__(self, options: ServeOptions, sockets: list[socket.socket], on_serving: object) -> None:
+            seen.append(options)
+
+        def run(self) -> int:
+            return 0
+
+    class Listening:
+        def getsockname(self) -> tuple[str, int]:
+            return "127.0.0.1", 8000
+
+    monkeypatch.setattr(supervisor, "Supervisor", Started)
+    monkeypatch.setattr(supervisor, "bind", lambda host, port: [Listening()])
+    monkeypatch.setattr(cli, "log_to_stderr", lambda process, level: None)
+    return seen
+
+
+def serve(*words: object) -> Any:
+    return CliRunner().invoke(cli.app, ["serve", *map(str, words)])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("8192", 8192), ("8k", 8000), ("8K", 8192), ("1.5k", 1500), ("4G", 4 << 30), ("4GiB", 4 << 30)]
+)
+def test_quantities(text: str, value: int) -> None:
+    assert parse_quantity(text, "--flag") == value
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "nan", "1e3", "1.5", "4 G", "4X", "Gi"])
+def test_wrong_quantities_name_the_flag(text: str) -> None:
+    with pytest.raises(OptionsError, match="--max-model-len"):
+        parse_quantity(text, "--max-model-len")
+
+
+def test_a_model_with_everything(model: Path) -> None:
+    words = "role=reward,dtype=float32,kv=30%,alias=a|org/b,chat_template=plain,max_model_len=4K,weight=2.5"
+    spec = parse_model(f"judge={model},{words}")
+    assert spec == options.ModelSpec(
+        "judge", str(model), "reward", "float32", ("a", "org/b"), 0.3, 2.5, 4096, chat_template="plain"
+    )
+
+
+def test_a_model_is_called_as_its_directory(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(model.parent)
+    assert (parse_model("model").name, parse_model("./model/").path) == ("model", str(model))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("m={model},rolle=reward", "did you mean role="),
+        ("m={model},colour=red", "unknown key 'colour'"),
+        ("m={model},quantization=int8", "not supported yet"),
+        ("m={model},role=judge", "policy, reference, reward"),
+        ("m={model},dtype=int3", "bfloat16"),
+        ("m={model},kv=0%", "kv=0%"),
+        ("m={model},kv=0.5", "such as kv=60%"),
+        ("m={model},weight=none", "weight=none"),
+        ("m={model},role=reward,role=policy", "one value"),
+        ("m={model},max_model_len=ten", "model m: max_model_len=ten: a whole"),
+        ("m={model}/nothing", "there is no directory"),
+        ("Qwen/Qwen3-0.6B", "hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B"),
+        ("={model}", "NAME=PATH"),
+    ],
+)
+def test_what_is_wrong_with_a_model_is_said_in_one_line(
+    words: str, said: str, model: Path, told: list[ServeOptions]
+) -> None:
+    result = serve(words.format(model=model))
+    assert result.exit_code == 2 and not told
+    assert said in result.stderr.splitlines()[-1] and len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--dtype", "int3"], "--dtype"),
+        (["--logprobs-mode", "cooked"], "--logprobs-mode"),
+        (["--max-body", "huge"], "--max-body"),
+        (["--cpu-decode-copy", "bf16"], "--cpu-decode-copy"),
+        (["--max-num-seqs", "64", "--max-num-batched-tokens", "8"], "--max-num-seqs"),
+        (["--port", "70000"], "--port"),
+        (["--api-key", ""], "--api-key"),
+        (["--api-key-file", "/nowhere"], "--api-key-file"),
+        (["--tensor-parallel-size", "2"], "--tensor-parallel-size"),
+        (["--config", "/nowhere"], "--config"),
+    ],
+)
+def test_a_wrong_flag_is_named_last(flags: list[str], said: str, model: Path, told: list[ServeOptions]) -> None:
+    result = serve(model, *flags)
+    assert result.exit_code == 2 and not told
+    assert said in result.stderr.splitlines()[-1]
+
+
+def test_names_belong_to_one_model(model: Path, told: list[ServeOptions]) -> None:
+    names = ["--served-model-name", "first", "--served-model-name", "second"]
+    assert serve(model, *names).exit_code == 0
+    assert (told[0].models[0].name, told[0].models[0].aliases) == ("first", ("second",))
+    assert "exactly one model" in serve(model, f"b={model}", *names).stderr
+
+
+def test_flags_reach_the_engine_and_the_api(model: Path, told: list[ServeOptions], tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("two\n\nthree\n")
+    flags = "--max-model-len 4K --max-num-seqs 5 --max-waiting-requests 6 --kv-cache-memory-bytes 1G --max-body 1M"
+    more = "--no-enable-prefix-caching --dtype float32 --chat-template plain --api-key one --ignore-unknown-fields"
+    result = serve(
+        f"a={model}", f"b={model},dtype=bfloat16", *flags.split(), *more.split(), "--api-key-file", tmp_path / "keys"
+    )
+    assert result.exit_code == 0, result.output
+    engine, api = told[0].engine, told[0].api
+    assert (engine.max_model_len, engine.max_num_seqs, engine.max_waiting_requests) == (4096, 5, 6)
+    assert (engine.kv_cache_memory_bytes, engine.enable_prefix_caching) == (1 << 30, False)
+    assert (api.max_body, api.api_keys, api.ignore_unknown_fields) == (1 << 20, ("one", "two", "three"), True)
+    assert [(spec.dtype, spec.chat_template) for spec in told[0].models] == [
+        ("float32", "plain"),
+        ("bfloat16", "plain"),
+    ]
+
+
+def test_the_command_line_wins_over_the_file(model: Path, told: list[ServeOptions], tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text(
+        f"models: [file={model}]\nport: 9001\nmax-num-seqs: 7\nenable-prefix-caching: false\napi-key: [a, b]\n"
+    )
+    assert serve("--config", file).exit_code == 0
+    assert serve(f"line={model}", "--config", file, "--port", 9002, "--enable-prefix-caching").exit_code == 0
+    first, second = told
+    assert (first.models[0].name, first.port, first.engine.max_num_seqs) == ("file", 9001, 7)
+    assert (first.engine.enable_prefix_caching, first.api.api_keys) == (False, ("a", "b"))
+    assert (second.models[0].name, second.port, second.engine.max_num_seqs) == ("line", 9002, 7)
+    assert second.engine.enable_prefix_caching
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [("ports: 1", "did you mean port"), ("[1]", "keys and values"), ("a: [", "serve.yaml")]
+)
+def test_a_wrong_file_is_named(content: str, said: str, told: list[ServeOptions], tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text(content)
+    result = serve("--config", file)
+    assert result.exit_code == 2 and said in result.stderr.splitlines()[-1]
+
+
+def test_listening_on_every_address_of_a_name() -> None:
+    sockets = bind("localhost", 0)
+    assert len({listener.getsockname()[1] for listener in sockets}) == 1
+    with pytest.raises(CannotServe, match=r"in use.*--port"):
+        bind("localhost", sockets[0].getsockname()[1])
+    for listener in sockets:
+        listener.close()
+    with pytest.raises(CannotServe, match="no-such-host"):
+        bind("no-such-host.invalid", 0)
+
+
+def test_crashes_are_forgiven_with_time() -> None:
+    crashes = Crashes()
+    pauses = [crashes.add(float(second)) for second in range(CRASHES)]
+    assert pauses == [0.1 * 2**i for i in range(CRASHES)]
+    assert crashes.add(CRASH_SECONDS - 1) is None
+    assert crashes.add(3 * CRASH_SECONDS) == 0.1

@@ -1,0 +1,151 @@
+"""The engine's loop with a real `Hub` on a tiny model, run in a thread; workers are `EngineClient`s."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from multiprocessing import Pipe
+from pathlib import Path
+
+import pytest
+from checkpoints import write_checkpoint
+from hubs import generate, make_hub, prompt
+
+from tandem.server.engine import process
+from tandem.server.engine.control import StartEngine, Stop
+from tandem.server.engine.hub import Hub
+from tandem.server.engine.link import EngineClient, EngineServer, Stream
+from tandem.server.engine.options import EngineOptions, ModelSpec, OptionsError
+from tandem.server.engine.request import Output, Request
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("tiny") / "m", "llama", max_position_embeddings=4096)
+
+
+@pytest.fixture
+def hub(checkpoint: Path) -> Hub:
+    return make_hub(checkpoint)
+
+
+@pytest.fixture
+def directory(hub: Hub, tmp_path: Path) -> Iterator[Path]:
+    """The run directory of an engine that serves."""
+    ours, theirs = Pipe()
+    server = EngineServer(tmp_path, epoch=1, wake=theirs.fileno())
+    loop = threading.Thread(target=process.serve, args=(hub, server, theirs))
+    loop.start()
+    yield tmp_path
+    ours.send(Stop())
+    loop.join(10)
+    assert not loop.is_alive()
+    server.close()
+    ours.close()
+    theirs.close()
+
+
+@asynccontextmanager
+async def worker(directory: Path, number: int) -> AsyncIterator[EngineClient]:
+    client = EngineClient(directory, number)
+    client.engine_started(1)
+    async with asyncio.timeout(10):
+        await client.wait_ready()
+    yield client
+    client.close()
+
+
+def ask(client: EngineClient, length: int = 20, **sampling: object) -> Stream:
+    return client.submit(generate(client.next_id(), "m", prompt(length), **sampling))
+
+
+async def read(stream: Stream) -> list[Output]:
+    async with asyncio.timeout(30):
+        return [output async for outputs in stream for output in outputs]
+
+
+async def until(look: Callable[[], object]) -> None:
+    end = time.monotonic() + 10
+    while not look():
+        assert time.monotonic() < end
+        await asyncio.sleep(0.005)
+
+
+async def test_a_request_is_answered(directory: Path, hub: Hub, checkpoint: Path) -> None:
+    async with worker(directory, 1) as client:
+        assert client.catalog is not None and client.catalog == hub.catalog
+        tokens = [
+            token for output in await read(ask(client, max_tokens=8, ignore_eos=True)) for token in output.token_ids
+        ]
+    ((_, outputs),) = make_hub(checkpoint).run([generate(1, "m", prompt(20), max_tokens=8, ignore_eos=True)]).items()
+    assert tokens == [token for output in outputs for token in output.token_ids] and len(tokens) == 8
+
+
+async def test_pages_of_a_dead_worker_are_freed(directory: Path, hub: Hub) -> None:
+    async with worker(directory, 1) as living:
+        async with worker(directory, 2) as dying:
+            for _ in range(20):  # some of them wait
+                ask(dying, max_tokens=4000, ignore_eos=True)
+            kept = ask(living, max_tokens=50, ignore_eos=True)
+            await until(lambda: hub.engines[0].stats.running == 16)
+        await until(lambda: hub.engines[0].stats.running + hub.engines[0].stats.waiting <= 1)
+        assert (await read(kept))[-1].finish == "length"
+        await until(lambda: hub.engines[0].stats.pages_used == 0)
+
+
+async def test_an_idle_engine_answers_at_once_and_beats(directory: Path) -> None:
+    async with worker(directory, 1) as client:
+        await asyncio.sleep(0.7)
+        assert client.heartbeat_age() < 0.6
+        began = time.monotonic()
+        await read(ask(client, max_tokens=1))
+        assert time.monotonic() - began < 0.4  # not at the next beat
+
+
+async def test_a_deadline_is_kept(directory: Path) -> None:
+    async with worker(directory, 1) as client:
+        request = generate(client.next_id(), "m", prompt(20), max_tokens=4000, ignore_eos=True)
+        late = Request(request.id, "m", request.token_ids, request.sampling, deadline=time.monotonic() + 0.2)
+        last = (await read(client.submit(late)))[-1]
+        assert last.error is not None and last.error.kind == "deadline"
+
+
+async def test_a_request_that_breaks_the_engine_breaks_alone(
+    directory: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def submit(request: Request) -> list[Output]:
+        raise RuntimeError("a bug")
+
+    async with worker(directory, 1) as client:
+        running = ask(client, max_tokens=200, ignore_eos=True)
+        await until(lambda: hub.engines[0].stats.running)
+        with monkeypatch.context() as patch:
+            patch.setattr(hub, "submit", submit)
+            (broken,) = await read(ask(client))
+        assert broken.error is not None and broken.error.kind == "internal" and "RuntimeError" in broken.error.message
+        assert sum(len(output.token_ids) for output in await read(running)) == 200
+
+
+def order(path: Path, digests: dict[str, str] | None) -> StartEngine:
+    options = EngineOptions(kv_cache_memory_bytes=8 << 20)
+    return StartEngine(str(path), 2, (ModelSpec("m", str(path)),), options, "info", digests)
+
+
+def test_a_restart_serves_what_was_served_or_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    first = process.load(order(checkpoint, None))
+    (model,) = process.hosted(first)
+    again = process.load(order(checkpoint, {"m": model.digest}))
+    assert again.catalog.epoch == 2 and process.hosted(again)[0].digest == model.digest
+    with pytest.raises(process.WeightsLost, match="model m"):
+        process.load(order(checkpoint, {"m": "another"}))
+    with pytest.raises(process.WeightsLost, match="weights lost"):
+        process.load(order(tmp_path / "gone", {"m": model.digest}))
+
+
+def test_why_a_start_failed_names_the_flag() -> None:
+    assert process.explain(OptionsError("max_num_seqs is 0: at least 1")).cause == "--max-num-seqs is 0: at least 1"
+    assert process.explain(process.WeightsLost("weights lost: x")).lost
+    assert process.explain(RuntimeError("x")).cause == "RuntimeError: x"
