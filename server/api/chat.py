@@ -131,7 +131,7 @@ class Chat:
         }
 
     def opening(self) -> str:
-        delta = {"role": "assistant", "content": "", "refusal": None}
+        delta = '{"role":"assistant","content":"","refusal":null}'
         tail = tail_of(self._generation, self._options)
         if self._ids:
             ids = to_json(self._generation.parts[0].request.token_ids)
@@ -146,20 +146,18 @@ class Chat:
             columns = logprobs.chat(self._wording, delta.token_ids, delta.logprobs) if delta.logprobs else None
             extra = f',"token_ids":{to_json(delta.token_ids)}' if self._ids and delta.token_ids else ""
             if delta.text or columns or extra:
-                events.append(self._event(choice, {"content": delta.text}, columns, extra, tail))
+                events.append(self._event(choice, f'{{"content":{to_json(delta.text)}}}', columns, extra, tail))
             if choice.finish_reason is not None:
                 extra = f',"stop_reason":{to_json(choice.stop_reason)}'
-                events.append(self._event(choice, {}, None, extra, tail, to_json(choice.finish_reason)))
+                events.append(self._event(choice, "{}", None, extra, tail, to_json(choice.finish_reason)))
         return "".join(events)
 
     def closing(self) -> str:
         return self._head + tail_of(self._generation, self._options, last=True) if self._options.include_usage else ""
 
-    def _event(
-        self, choice: Choice, delta: dict[str, Any], columns: object, extra: str, tail: str, finish: str = "null"
-    ) -> str:
+    def _event(self, choice: Choice, delta: str, columns: object, extra: str, tail: str, finish: str = "null") -> str:
         shown = to_json(columns) if columns else "null"
         return (
-            f'{self._head}{{"index":{choice.index},"delta":{to_json(delta)},"logprobs":{shown},'
+            f'{self._head}{{"index":{choice.index},"delta":{delta},"logprobs":{shown},'
             f'"finish_reason":{finish}{extra}}}{tail}'
         )

@@ -123,18 +123,19 @@ class Completion:
         for choice in choices:
             delta = choice.take()
             finished = choice.finish_reason is not None
-            columns, extra = "null", ""
+            columns, finish, extra = "null", "null", ""
             if delta.logprobs:
                 columns = to_json(self._columns(delta))
             if self._ids:
                 extra = "," + to_json(self._token_ids(choice, delta))[1:-1]
             if finished:
+                finish = to_json(choice.finish_reason)
                 extra += f',"stop_reason":{to_json(choice.stop_reason)}'
             elif not (delta.text or delta.logprobs or (self._ids and delta.token_ids)):
                 continue
             events.append(
                 f'{self._head}{{"index":{choice.index},"text":{to_json(delta.text)},"logprobs":{columns},'
-                f'"finish_reason":{to_json(choice.finish_reason)}{extra}}}{tail}'
+                f'"finish_reason":{finish}{extra}}}{tail}'
             )
         return "".join(events)
 

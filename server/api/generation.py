@@ -48,8 +48,10 @@ class Generation:
         self._unfinished = sum(len(part.choices) or 1 for part in parts)
         self._pumps: list[asyncio.Task[None]] = []
         self._queue: asyncio.Queue[list[Output]] = asyncio.Queue()
+        self._late = False
         deadline = min(part.request.deadline or float("inf") for part in parts)
-        self._give_up = asyncio.get_running_loop().time() + deadline - time.monotonic() + GRACE_SECONDS
+        seconds = deadline - time.monotonic() + GRACE_SECONDS
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._give_up)
         try:
             for part in parts:
                 part.stream = client.submit(part.request)
@@ -62,15 +64,8 @@ class Generation:
     async def step(self) -> list[Choice]:
         """The choices that changed since the last call; none once all are finished. Raises ApiError."""
         while self._unfinished:
-            try:
-                async with asyncio.timeout_at(self._give_up):
-                    outputs = await self._next()
-            except TimeoutError:
-                raise errors.of_engine(
-                    EngineError("deadline", "the engine did not answer by the deadline"), self._request_id
-                ) from None
             changed: dict[int, Choice] = {}
-            for output in outputs:
+            for output in await self._next():
                 choice = self._take(output)
                 if choice is not None:
                     changed[choice.index] = choice
@@ -87,6 +82,7 @@ class Generation:
 
     def close(self) -> None:
         """Abort what is not finished. May be called again."""
+        self._timer.cancel()
         for pump in self._pumps:
             pump.cancel()
         for part in self.parts:
@@ -128,13 +124,26 @@ class Generation:
         return choice
 
     async def _next(self) -> list[Output]:
+        outputs: list[Output] = []
         if self._pumps:
-            outputs = await self._queue.get()
+            outputs += await self._queue.get()
             while not self._queue.empty():
                 outputs += self._queue.get_nowait()
-            return outputs
-        assert self.parts[0].stream is not None
-        return await anext(self.parts[0].stream)
+        else:
+            assert self.parts[0].stream is not None
+            outputs = await anext(self.parts[0].stream, outputs)
+        if self._late:
+            error = EngineError("deadline", "the engine did not answer by the deadline")
+            raise errors.of_engine(error, self._request_id)
+        if not outputs:
+            raise RuntimeError("the engine's answer ended before its last choice")
+        return outputs
+
+    def _give_up(self) -> None:
+        """Wakes whoever waits in `step`."""
+        self._late = True
+        self.close()
+        self._queue.put_nowait([])
 
     async def _pump(self, part: Part) -> None:
         assert part.stream is not None

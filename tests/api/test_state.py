@@ -5,17 +5,21 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 import pytest
 
+from tandem.server.api import generation
 from tandem.server.api.app import create_app
 from tandem.server.api.options import ApiOptions
 from tandem.server.engine.link import EngineUnavailable
 from tandem.server.engine.request import Catalog, ModelCard, Request
+from tandem.server.engine.stream import Stream
 
 CARD = ModelCard("m", "policy", "/m", "L", "float32", 128, 300, (2,), 0, 0, 1)
 RESTARTING = "the engine was killed by signal 9; it restarts"
@@ -29,12 +33,13 @@ class Client:
     age: float
     cause: str | None = None
     catalog: Catalog | None = None
+    ids: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
     def heartbeat_age(self) -> float:
         return self.age
 
     def next_id(self) -> int:
-        return 1
+        return next(self.ids)
 
     def submit(self, request: Request) -> None:
         raise EngineUnavailable(self.cause or "the engine is starting")
@@ -90,6 +95,22 @@ async def test_requests_are_refused_with_the_cause(state: str, stream: bool) -> 
         answer = await call(client, "POST", "/v1/completions", json={"prompt": prompt, "stream": stream})
         assert answer.status_code == 503 and int(answer.headers["retry-after"]) >= 1
         assert answer.json()["error"]["message"] == (client.cause or "the engine is starting")
+
+
+@pytest.mark.parametrize("prompt", ["a", ["a", "b"]])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_engine_that_never_answers(prompt: object, stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine ends what is past its deadline; should it hang, the worker does, a little later."""
+    monkeypatch.setattr(generation, "GRACE_SECONDS", 0.1)
+    client = Client("ready", 0.1, None, CATALOG)
+    streams: dict[int, Stream] = {}
+
+    def submit(request: Request) -> Stream:
+        return streams.setdefault(request.id, Stream(request, lambda number: streams[number].drop(None)))
+
+    client.submit = submit  # type: ignore[method-assign]
+    answer = await call(client, "POST", "/v1/completions", json={"prompt": prompt, "stream": stream, "timeout": 0.05})
+    assert answer.status_code == 504 and answer.json()["error"]["code"] == "deadline"
 
 
 async def test_a_bug_is_a_500_that_names_the_request_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
