@@ -32,9 +32,9 @@ Result = TypeVar("Result")
 # Device type -> module of this package that may define the operations below again.
 BACKENDS: Mapping[str, str] = MappingProxyType({})
 
-# K (and as much V) that one round of decode attention gathers, in elements: 2 MiB in float32, which stays in the
-# processor's cache and below the size from which the allocator hands out fresh, unmapped memory.
-GATHER_ELEMENTS = 1 << 19
+# K (and as much V) that one round of decode attention gathers, in elements: 1 MiB in float32. From 4 MiB on every round
+# runs on fresh, unmapped memory from the allocator; below 0.5 MiB the rounds' own cost shows.
+GATHER_ELEMENTS = 1 << 18
 # Elements of one attention mask with a plane per head (32 MiB in float32).
 MASK_ELEMENTS = 1 << 23
 # Float32 logits that `logprobs_of` holds at once, in elements (64 MiB).

@@ -164,7 +164,7 @@ def test_windows_of_qwen(tmp_path: Path) -> None:
             2048,
         ),
         (
-            {"rope_scaling": {"type": "yarn", "factor": 4.0, "attention_factor": 0.5, "beta_fast": 9, "truncate": False}},
+            {"rope_scaling": {"type": "yarn", "factor": 4, "attention_factor": 0.5, "beta_fast": 9, "truncate": False}},
             Rope("yarn", 10000.0, 16, 4.0, 512, attention_factor=0.5, beta_fast=9.0, truncate=False),
             2048,
         ),
