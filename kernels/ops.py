@@ -358,7 +358,7 @@ def logprobs_of(hidden: Tensor, head: Tensor, targets: Tensor, top: int = 0) -> 
     """log softmax(hidden · headᵀ)[target], its rank and the `top` most likely tokens, row by row.
 
     hidden [T, D], head [V, D], targets [T] int64. Logits are computed in chunks of rows, never T × V at once.
-    A token's rank is 1 + the number of tokens that are strictly more likely.
+    A token's rank is 1 + the number of tokens that are strictly more likely. `top` may exceed V: all are given then.
     """
     rows = max(1, LOGIT_ELEMENTS // head.shape[0])
     parts: list[TokenLogprobs] = []
@@ -366,7 +366,7 @@ def logprobs_of(hidden: Tensor, head: Tensor, targets: Tensor, top: int = 0) -> 
         logits = F.linear(part, head).float()
         norm = logits.logsumexp(-1, keepdim=True)
         chosen = logits.gather(-1, wanted)
-        best = logits.topk(top)
+        best = logits.topk(min(top, head.shape[0]))
         ranks = (logits > chosen).sum(-1).add_(1)
         parts.append(TokenLogprobs((chosen - norm).squeeze(-1), ranks, best.values - norm, best.indices))
     return TokenLogprobs(*(torch.cat(column) for column in zip(*parts, strict=True)))

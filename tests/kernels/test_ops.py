@@ -208,6 +208,11 @@ def test_rank_one_is_the_most_likely() -> None:
     assert found.top_ids.tolist() == [[1, 2]] * 3
 
 
+def test_more_likely_tokens_than_there_are() -> None:
+    found = ops.logprobs_of(torch.ones(2, 3), torch.eye(3), torch.tensor([0, 1]), 5)
+    assert found.top_ids.shape == found.top_values.shape == (2, 3)
+
+
 def test_an_operation_runs_its_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """A backend's function of the same name takes the calls of its device type; what it lacks runs the body."""
     monkeypatch.setattr(ops, "BACKENDS", {"meta": ".sampling"})
