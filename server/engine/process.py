@@ -97,7 +97,7 @@ def hosted(hub: Hub) -> tuple[HostedModel, ...]:
 
 
 def explain(error: Exception) -> Failed:
-    """The error as the last line that the user sees."""
+    """What kept the engine from starting, as the last line that the user sees."""
     text = as_flags(str(error)) if isinstance(error, OptionsError) else str(error)
     if not isinstance(error, (ValueError, OSError, WeightsLost)):
         log.error("the engine cannot start", exc_info=error)
@@ -121,9 +121,14 @@ def main(descriptor: int, parent: int) -> int:
         gc.enable()
         seconds = {"import torch": imported - began, "load": time.monotonic() - imported}
         control.send(Ready(hosted(hub), hub.division, seconds))
-        serve(hub, server, control)
     except Exception as error:
         control.send(explain(error))
+        return 1
+    try:
+        serve(hub, server, control)
+    except Exception as error:  # a bug, whatever its type: the user did nothing wrong
+        log.exception("the engine's loop failed")
+        control.send(Failed(f"the engine failed: {type(error).__name__}: {error}"))
         return 1
     server.close()
     return 0
