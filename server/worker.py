@@ -1,7 +1,6 @@
 """An API worker: the HTTP application on the listening sockets that the supervisor opened. Imports no torch.
 
-Started as `python -m tandem.server.worker DESCRIPTOR PARENT`; the web libraries are imported once the parent's order is
-in, so that the supervisor can import this module's neighbours cheaply.
+Started by the supervisor as `python -m tandem.server.worker DESCRIPTOR PARENT`.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import logging
 import os
 import socket
 import sys
-import time
 from collections.abc import Generator
 from multiprocessing.connection import Connection
 
@@ -62,14 +60,11 @@ class Server(uvicorn.Server):
 
 
 class Worker:
-    def __init__(self, order: StartWorker, control: Connection[object, object], seconds: dict[str, float]) -> None:
+    def __init__(self, order: StartWorker, control: Connection[object, object]) -> None:
         options = order.options
         self._control = control
-        self._seconds = seconds
         self._client = EngineClient(order.directory, order.number)
-        began = time.monotonic()
         texts = Texts(options)
-        seconds["texts"] = time.monotonic() - began
         self._sockets = [socket.socket(fileno=descriptor) for descriptor in order.descriptors]
         self._server = Server(
             uvicorn.Config(
@@ -97,7 +92,7 @@ class Worker:
         while not self._server.started and not serving.done():
             await asyncio.sleep(0.002)
         gc.freeze()
-        self._control.send(Ready(seconds=self._seconds))
+        self._control.send(Ready())
         await serving
         loop.remove_reader(self._control.fileno())
         self._client.close()
@@ -127,7 +122,6 @@ class Worker:
 
 
 def main(descriptor: int, parent: int) -> int:
-    began = time.monotonic()
     control = enter("api", descriptor, parent)
     order = control.recv()
     assert isinstance(order, StartWorker)
@@ -135,7 +129,7 @@ def main(descriptor: int, parent: int) -> int:
     if order.options.log_level == "info":
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its start and end are told by the supervisor
     try:
-        worker = Worker(order, control, {"imports": began})
+        worker = Worker(order, control)
         uvloop.run(worker.run())
     except Exception as error:
         log.debug("", exc_info=True)

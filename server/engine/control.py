@@ -73,7 +73,7 @@ class HostedModel:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """From a child: it serves. `seconds` names the parts of its start."""
+    """From a child: it serves. The engine says what, and how long the parts of its start took."""
 
     models: tuple[HostedModel, ...] = ()
     division: str = ""  # how the memory was divided, one sentence
