@@ -94,7 +94,6 @@ class Chat:
         self._generation = generation
         self._wording = Wording(text, body.return_tokens_as_token_ids)
         self._options = body.stream_options or StreamOptions()
-        self._logprobs = body.logprobs
         self._ids = body.return_token_ids
         self._about: dict[str, Any] = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",

@@ -15,7 +15,6 @@ class Stops:
         self._stops = tuple(dict.fromkeys(stop for stop in stops if stop))
         self._firsts = {stop[0] for stop in self._stops}
         self._include = include
-        self._longest = max(map(len, self._stops), default=1)
         self._held = ""
 
     def scan(self, text: str, active: bool) -> tuple[str, str | None]:
