@@ -114,10 +114,17 @@ class Engine:
             return EngineError("invalid", f"model {card.name} ({card.role}) gives no {asked}", "model")
         if card.generates and "score" in want:
             return EngineError("invalid", f"model {card.name} is a language model: it gives no scores", "model")
-        if not card.generates and (want - {"score"} or sampling is not None):
+        if not card.generates and (want - {"score"} or sampling is not None or request.prompt_logprobs is not None):
             return EngineError("invalid", f"model {card.name} is a reward model: it gives scores, no tokens", "model")
         if "tokens" in want and sampling is None:
             return EngineError("invalid", "tokens are wanted, but no sampling parameters are given", "sampling")
+        if "logprobs" in want and (sampling is None or sampling.logprobs is None):
+            return EngineError("invalid", "logprobs are wanted, but not how many beside each token", "logprobs")
+        if "prompt_logprobs" in want and request.prompt_logprobs is None:
+            message = "prompt_logprobs are wanted, but not how many beside each token"
+            return EngineError("invalid", message, "prompt_logprobs")
+        if request.n != 1 and (request.n < 1 or sampling is None or sampling.max_tokens < 1):
+            return EngineError("invalid", f"n is {request.n}: at least 1, and 1 where no token is drawn", "n")
         return (
             self._outside("prompt", request.token_ids)
             or (sampling and self._outside("stop_token_ids", sampling.stop_ids))
