@@ -56,11 +56,11 @@ def philox(counter: Words, seeds: Words) -> Words:
 
 
 def draws(seeds: Words, choices: Words, positions: Words, vocab_size: int) -> Tensor:
-    """Exponential noise for one draw per row: [R, G + LANES] float32, mean 1, in (2.3e-10, 16.7).
+    """Exponential noise for one draw per row: [R, G + LANES] float32, mean 1, in (1.1e-10, 16.7).
 
-    Word w of the row is word w % 4 of Philox with key `seed` and counter (w // 4, position, choice, 0). Its 32 bits
-    x become v = min((x + 0.5) / 2**32, 1 - 2**-24), rounded to float32, and the noise is -log(1 - v). All 32 bits count
-    where noise is small, which is where draws are won; 24 bits would never draw a token of probability under 6e-8.
+    Word w of the row is word w % 4 of Philox with key `seed` and counter (w // 4, position, choice, 0). Its 32 bits,
+    rounded to a float32 x, become v = min(x / 2**32 + 2**-33, 1 - 2**-24), and the noise is -log(1 - v). All 32 count
+    where noise is small, which is where draws are won; 24 would never draw a token of probability under 6e-8.
     """
     rows = len(seeds)
     width = groups(vocab_size) + LANES
