@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,18 +16,26 @@ FULL_SEQUENCES = 2  # more pages than this many times what all running sequences
 def available_memory() -> int:
     """Bytes that this process may still take: what the machine has free, within the control group's limit."""
     fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(fields["MemAvailable"].split()[0]) * 1024
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    return int(min(int(fields["MemAvailable"].split()[0]) * 1024, group_memory(Path("/sys/fs/cgroup"))))
+
+
+def group_memory(directory: Path) -> float:
+    """Bytes that a control group (version 2 or 1) may still take; infinite where nothing limits it.
+
+    Files that were only read, such as the checkpoints just loaded, count as used there, and yet give way.
+    """
+    for limit, used, stat, files in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
     ):
         try:
-            most, taken = (Path("/sys/fs/cgroup", name).read_text().strip() for name in (limit, used))
+            most, taken, counts = ((directory / name).read_text() for name in (limit, used, stat))
         except OSError:
             continue
-        if most.isdigit():
-            free = min(free, max(0, int(most) - int(taken)))
-    return free
+        if most.strip().isdigit():
+            reclaimable = dict(line.split() for line in counts.splitlines()).get(files, 0)
+            return max(0, int(most) - int(taken) + int(reclaimable))
+    return math.inf
 
 
 def kv_cache_bytes(options: EngineOptions, available: int) -> int:

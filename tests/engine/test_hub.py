@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,26 @@ def test_memory_by_formula() -> None:
     assert memory.kv_cache_bytes(options, 80 << 30) == 4 << 30
     assert memory.kv_cache_bytes(EngineOptions(kv_cache_memory_bytes=77), 8 << 30) == 77
     assert 1 << 20 < memory.available_memory() < 1 << 50
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_memory_of_a_control_group(version: int, tmp_path: Path) -> None:
+    """What the checkpoint's files take there gives way."""
+    names, prefix = {
+        1: (("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"), "total_"),
+        2: (("memory.max", "memory.current", "memory.stat"), ""),
+    }[version]
+
+    def group(*contents: str) -> float:
+        for name, content in zip(names, contents, strict=True):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(content)
+        return memory.group_memory(tmp_path)
+
+    assert memory.group_memory(tmp_path) == math.inf
+    assert group("1000\n", "900\n", f"anon 300\n{prefix}inactive_file 500\n") == 600
+    assert group("1000\n", "1001\n", "anon 300\n") == 0
+    assert group("max\n", "900\n", "anon 300\n") == math.inf
 
 
 def test_shares() -> None:
