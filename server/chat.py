@@ -23,7 +23,7 @@ CONTROLS = {i: "\ufffd" for i in (*range(0x20), *range(0x7F, 0xA0), *range(0xD80
 
 @dataclass(frozen=True, slots=True)
 class ChatOptions:
-    url: str = "http://127.0.0.1:8000/v1"  # with or without /v1
+    url: str  # with or without /v1
     model: str | None = None  # None: the server's first model that can chat
     api_key: str | None = None
     system: str | None = None

@@ -23,12 +23,12 @@ class ServeOptions:
     models: tuple[ModelSpec, ...]
     engine: EngineOptions
     api: ApiOptions
-    host: str = "127.0.0.1"
-    port: int = 8000  # 0: a free one
-    api_workers: int = 1
-    drain_seconds: float = 30.0
-    log_level: LogLevel = "info"
-    access_log: bool = False
+    host: str
+    port: int  # 0: a free one
+    api_workers: int
+    drain_seconds: float
+    log_level: LogLevel
+    access_log: bool
 
 
 @dataclass(frozen=True, slots=True)
