@@ -1,7 +1,7 @@
 """Run what is too heavy for CI and keep the proof: `docs/evidence/<area>.json`.
 
 `python -m tandem.benchmarks.evidence run startup` runs the area's command, shows its output, and records command,
-commit, date, machine, the figures (the last line of stdout that is a JSON object) and a digest of the log.
+commit, date, machine, versions, the figures (the last line of stdout that is a JSON object) and a digest of the log.
 `… status` says, per area, which files that it is about have changed since the recorded commit.
 """
 
@@ -13,10 +13,12 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,12 @@ AREAS = {
 
 def git(*arguments: str) -> str:
     return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def processor() -> str:
+    """The processor's name, or where Linux does not say it, its architecture."""
+    found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return found[1] if found else platform.machine()
 
 
 def figures_of(log: str) -> dict[str, Any] | None:
@@ -77,7 +85,8 @@ def run(name: str) -> int:
         "command": shlex.join(("python", *area.command)),
         "commit": git("rev-parse", "HEAD"),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": {"cores": os.cpu_count(), "processor": platform.machine(), "python": platform.python_version()},
+        "machine": {"cores": os.cpu_count(), "processor": processor()},
+        "versions": {"python": platform.python_version(), "torch": version("torch")},
         "figures": figures,
         "log_sha256": hashlib.sha256(log.encode()).hexdigest(),
     }

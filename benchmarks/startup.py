@@ -29,7 +29,7 @@ class Start:
     ready: float  # /ready says 200
     first_token: float
     done: float  # the whole answer has arrived
-    first_reward: float
+    first_reward: float | None  # None: no reward model is served
 
 
 def free_port() -> int:
@@ -38,9 +38,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_for(client: httpx.Client, path: str, deadline: float) -> None:
-    """Ask `path` until it answers 200. Raises TimeoutError at `deadline` (time.monotonic)."""
-    while time.monotonic() < deadline:
+def wait_for(server: subprocess.Popen[bytes], client: httpx.Client, path: str, deadline: float) -> None:
+    """Ask `path` until it answers 200. Raises TimeoutError at `deadline` (time.monotonic), or once the server ended."""
+    while time.monotonic() < deadline and server.poll() is None:
         try:
             if client.get(path).status_code == 200:
                 return
@@ -75,20 +75,22 @@ def measure(arguments: list[str], timeout: float) -> Start:
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=timeout) as client:
             deadline = began + timeout
-            wait_for(client, "/version", deadline)
+            wait_for(server, client, "/version", deadline)
             accepts = time.monotonic()
-            wait_for(client, "/ready", deadline)
+            wait_for(server, client, "/ready", deadline)
             ready = time.monotonic()
             first, done = first_token(client)
             models = client.get("/v1/models").json()["data"]
             reward = next((model["id"] for model in models if model.get("role") == "reward"), None)
+            rewarded = None
             if reward is not None:
                 client.post("/v1/rewards", json={"model": reward, "input": "What is 7 + 5? 12"}).raise_for_status()
-            rewarded = time.monotonic()
+                rewarded = time.monotonic()
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(timeout=30)
-    return Start(*(moment - began for moment in (accepts, ready, first, done, rewarded)))
+    moments = (accepts - began, ready - began, first - began, done - began)
+    return Start(*moments, None if rewarded is None else rewarded - began)
 
 
 def import_torch() -> float:
@@ -109,11 +111,11 @@ def main() -> None:
     for _ in range(options.runs):
         imports.append(import_torch())
         starts.append(measure(options.serve, options.timeout))
-    medians = {name: statistics.median(asdict(start)[name] for start in starts) for name in asdict(starts[0])}
+    seconds = {name: [asdict(start)[name] for start in starts] for name in asdict(starts[0])}
+    medians = {name: statistics.median(values) for name, values in seconds.items() if None not in values}
     print(f"{'seconds from process start':28}{'median':>8}{'min':>8}{'max':>8}   ({options.runs} runs)")
     for name, median in medians.items():
-        values = [asdict(start)[name] for start in starts]
-        print(f"{name:28}{median:8.2f}{min(values):8.2f}{max(values):8.2f}")
+        print(f"{name:28}{median:8.2f}{min(seconds[name]):8.2f}{max(seconds[name]):8.2f}")
     print(f"{'import torch (same run)':28}{statistics.median(imports):8.2f}{min(imports):8.2f}{max(imports):8.2f}")
     result = {
         "benchmark": "startup",
