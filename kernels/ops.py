@@ -354,19 +354,28 @@ def copy_pages(pages: Tensor, src: Tensor, dst: Tensor) -> None:
 
 
 @op
-def logprobs_of(hidden: Tensor, head: Tensor, targets: Tensor, top: int = 0) -> TokenLogprobs:
-    """log softmax(hidden · headᵀ)[target], its rank and the `top` most likely tokens, row by row.
+def token_logprobs(logits: Tensor, targets: Tensor, top: int) -> TokenLogprobs:
+    """log softmax(logits)[target], its rank and the `top` most likely tokens, row by row.
 
-    hidden [T, D], head [V, D], targets [T] int64. Logits are computed in chunks of rows, never T × V at once.
-    A token's rank is 1 + the number of tokens that are strictly more likely. `top` may exceed V: all are given then.
+    logits [T, V] float32, targets [T] int64. A token's rank is 1 + the number of tokens that are strictly more likely.
+    `top` may exceed V: all are given then.
+    """
+    norm = logits.logsumexp(-1, keepdim=True)
+    chosen = logits.gather(-1, targets.unsqueeze(-1))
+    ranks = (logits > chosen).sum(-1).add_(1)
+    best = logits.topk(min(top, logits.shape[-1]))
+    return TokenLogprobs((chosen - norm).squeeze(-1), ranks, best.values - norm, best.indices)
+
+
+@op
+def logprobs_of(hidden: Tensor, head: Tensor, targets: Tensor, top: int = 0) -> TokenLogprobs:
+    """`token_logprobs` of the logits hidden · headᵀ. hidden [T, D], head [V, D], targets [T] int64.
+
+    The logits are computed in chunks of rows, never T × V at once.
     """
     rows = max(1, LOGIT_ELEMENTS // head.shape[0])
-    parts: list[TokenLogprobs] = []
-    for part, wanted in zip(hidden.split(rows), targets.unsqueeze(-1).split(rows), strict=True):
-        logits = F.linear(part, head).float()
-        norm = logits.logsumexp(-1, keepdim=True)
-        chosen = logits.gather(-1, wanted)
-        best = logits.topk(min(top, head.shape[0]))
-        ranks = (logits > chosen).sum(-1).add_(1)
-        parts.append(TokenLogprobs((chosen - norm).squeeze(-1), ranks, best.values - norm, best.indices))
+    parts = [
+        token_logprobs(F.linear(part, head).float(), wanted, top)
+        for part, wanted in zip(hidden.split(rows), targets.split(rows), strict=True)
+    ]
     return TokenLogprobs(*(torch.cat(column) for column in zip(*parts, strict=True)))

@@ -12,15 +12,11 @@ choice, position of the token in the answer, group or lane of the token id) and 
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-
-from .ops import TokenLogprobs
 
 LANES = 128  # consecutive token ids that form a group
 GREEDY_BELOW = 1e-5  # temperatures under this are greedy: dividing by them leaves one token anyway
@@ -199,12 +195,3 @@ def penalise(
         value -= presence[:, None] * (count > 0)
         value -= frequency[:, None] * count
     logits.scatter_(1, ids, value)  # equal ids carry equal values
-
-
-def token_logprobs(logits: Tensor, ids: Tensor, k: int) -> TokenLogprobs:
-    """Log-softmax of logits [R, V] at ids [R] and at the k most likely tokens of each row."""
-    total = logits.logsumexp(-1, keepdim=True)
-    chosen = logits.gather(1, ids[:, None])
-    ranks = (logits > chosen).sum(-1) + 1
-    top: Any = logits.topk(min(k, logits.shape[1]), dim=-1)
-    return TokenLogprobs((chosen - total)[:, 0], ranks, top.values - total, top.indices)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...kernels import sampling as ops
+from ...kernels.ops import token_logprobs
 from .request import Logprobs, Sampling
 
 Integers = NDArray[np.int64]
@@ -216,7 +217,7 @@ class Sampler:
             return
         k = self._top_logprobs[slots[rows]].tolist()
         ids = tokens[torch.from_numpy(rows)].clamp_(min=0)
-        found = ops.token_logprobs(logits, ids, max(k))
+        found = token_logprobs(logits, ids, max(k))
         values, ranks, top_values, top_ids = (column.tolist() for column in found)
         for place, row in enumerate(rows.tolist()):
             likely: Any = top_values[place][: k[place]]

@@ -179,8 +179,9 @@ def test_plain_rows_pay_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("not for these rows")
 
-    for name in ("thresholds", "penalise", "token_logprobs"):
+    for name in ("thresholds", "penalise"):
         monkeypatch.setattr(ops, name, refuse)
+    monkeypatch.setattr("tandem.server.engine.sampler.token_logprobs", refuse)
     rows = Rows([make(), make(temperature=1.0), make(temperature=0.3, top_k=VOCAB, top_p=1.0)])
     rows.sample([0, 1, 2])
     monkeypatch.setattr(ops, "gumbel_max", refuse)

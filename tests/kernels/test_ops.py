@@ -201,6 +201,18 @@ def test_logprobs_of(top: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
             assert int(found.ranks[row]) == 1 + sum(v > exact[target] for v in exact)
 
 
+def test_token_logprobs() -> None:
+    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(6))
+    ids = torch.tensor([0, 3, 49, 7])
+    found = ops.token_logprobs(logits, ids, 5)
+    reference = logits.log_softmax(-1)
+    torch.testing.assert_close(found.values, reference.gather(1, ids[:, None])[:, 0])
+    assert found.ranks.tolist() == [1 + int((reference[i] > reference[i, token]).sum()) for i, token in enumerate(ids)]
+    torch.testing.assert_close(found.top_values, reference.topk(5).values)
+    assert torch.equal(found.top_ids, reference.topk(5).indices)
+    assert ops.token_logprobs(logits, ids, 0).top_ids.shape == (4, 0)
+
+
 def test_rank_one_is_the_most_likely() -> None:
     head = torch.eye(3)
     found = ops.logprobs_of(torch.tensor([[0.0, 2.0, 1.0]]).expand(3, 3), head, torch.tensor([0, 1, 2]), 2)

@@ -230,15 +230,3 @@ def test_penalties_are_openais_and_transformers() -> None:
             expected[row, token] -= count * frequency[row] + (count > 0) * presence[row]
     sampling.penalise(logits, ids, lengths, prompts, repetition, presence, frequency)
     torch.testing.assert_close(logits, expected)
-
-
-def test_token_logprobs() -> None:
-    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(6))
-    ids = torch.tensor([0, 3, 49, 7])
-    found = sampling.token_logprobs(logits, ids, 5)
-    reference = logits.log_softmax(-1)
-    torch.testing.assert_close(found.values, reference.gather(1, ids[:, None])[:, 0])
-    assert found.ranks.tolist() == [1 + int((reference[i] > reference[i, token]).sum()) for i, token in enumerate(ids)]
-    torch.testing.assert_close(found.top_values, reference.topk(5).values)
-    assert torch.equal(found.top_ids, reference.topk(5).indices)
-    assert sampling.token_logprobs(logits, ids, 0).top_ids.shape == (4, 0)
