@@ -255,18 +255,24 @@ def _card(spec: ModelSpec, model: Model, options: EngineOptions) -> ModelCard:
 
 
 def tokenizer_end_ids(directory: Path) -> set[int]:
-    """The id of the tokenizer's own end-of-text token, where its configuration names one."""
-
+    """The id of the tokenizer's own end-of-text token, where its configuration names one and its files know it."""
     config = _read_object(directory / "tokenizer_config.json")
     token = config.get("eos_token")
     if isinstance(token, dict):
         token = cast("dict[str, Any]", token).get("content")
     if not isinstance(token, str):
         return set()
-    added: dict[str, Any] = config.get("added_tokens_decoder") or {
-        entry["id"]: entry for entry in _read_object(directory / "tokenizer.json").get("added_tokens", [])
-    }
-    return {int(number) for number, entry in added.items() if entry.get("content") == token}
+    listed: dict[str, Any] = config.get("added_tokens_decoder") or {}
+    if ids := {int(number) for number, entry in listed.items() if entry["content"] == token}:
+        return ids
+    whole = _read_object(directory / "tokenizer.json")
+    added: list[dict[str, Any]] = whole.get("added_tokens") or []
+    if ids := {int(entry["id"]) for entry in added if entry["content"] == token}:
+        return ids
+    model: dict[str, Any] = whole.get("model") or {}
+    vocabulary = model.get("vocab")  # SentencePiece's Unigram has a list there; its special tokens are listed as added
+    number = cast("dict[str, int]", vocabulary).get(token) if isinstance(vocabulary, dict) else None
+    return set() if number is None else {number}
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -163,6 +163,10 @@ def test_end_ids_are_those_of_config_and_tokenizer(checkpoints: Path, tmp_path: 
     file.write_text(json.dumps(config | {"eos_token": {"content": "<|user|>"}}))
     hub = load(ModelSpec("m", str(tmp_path / "m")))
     assert hub.catalog.models[0].end_ids == (EOS_ID, 3)
+    plain = tmp_path / "m" / "tokenizer.json"  # a token of the vocabulary that nothing lists as added
+    word = next(iter(json.loads(plain.read_text())["model"]["vocab"].items()))
+    file.write_text(json.dumps({"eos_token": word[0]}))
+    assert load(ModelSpec("m", str(tmp_path / "m"))).catalog.models[0].end_ids == tuple(sorted({EOS_ID, word[1]}))
     file.write_text("{broken")
     assert load(ModelSpec("m", str(tmp_path / "m"))).catalog.models[0].end_ids == (EOS_ID,)
 
