@@ -28,6 +28,7 @@ Columns = list[Logprobs | None]
 # What a slot uses, one bit each.
 DRAW, RESTRICT, PENALTY, BIAS, ALLOWED, BANS, FLOOR, LOGPROBS = (1 << bit for bit in range(8))
 DRAW_ELEMENTS = 1 << 18  # logits that are worked on at a time, 1 MiB
+MOST_PENALTY = 1e30  # of repetition, and its inverse the least: beyond them logits would leave float32
 EDITS = PENALTY | BIAS | ALLOWED | BANS | FLOOR
 
 
@@ -69,7 +70,7 @@ class Sampler:
             sampling.temperature,
             sampling.top_p,
             sampling.min_p,
-            sampling.repetition_penalty,
+            min(max(sampling.repetition_penalty, 1 / MOST_PENALTY), MOST_PENALTY),
             sampling.presence_penalty,
             sampling.frequency_penalty,
         )

@@ -137,6 +137,18 @@ def test_penalties_see_prompt_and_answer_as_they_should() -> None:
     assert one(logits, [1, 2, 10], frequency_penalty=0.5)[0] == 11
 
 
+@pytest.mark.parametrize("penalty", [1e-320, 1e-38, 1e38, 1e308])
+@pytest.mark.parametrize("temperature", [0.0, 1e-5, 2.0])
+@pytest.mark.parametrize("mode", ["raw", "processed"])
+def test_no_repetition_penalty_makes_a_logit_infinite(penalty: float, temperature: float, mode: str) -> None:
+    logits = torch.zeros(50)
+    logits[10], logits[11], logits[12] = 30.0, 20.0, -30.0
+    given: dict[str, Any] = {"temperature": temperature, "logprobs_mode": mode, "logprobs": 3, "min_p": 0.5}
+    token, found = one(logits, [5, 10, 12, 0], repetition_penalty=penalty, allowed_ids=(10, 11, 12), **given)
+    assert token == (10 if penalty < 1 else 11) and found is not None
+    assert math.isfinite(found.values[0])
+
+
 def test_logprobs_raw_and_processed() -> None:
     logits = torch.randn(60, generator=torch.Generator().manual_seed(8))
     raw = logits.log_softmax(-1)
