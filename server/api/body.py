@@ -127,9 +127,10 @@ def _sort_out(value: dict[str, Any], known: Known, ignore_unknown: bool) -> dict
         return {}
     if ignore_unknown:
         return {WARNING_HEADER: "ignored unknown fields: " + ", ".join(ascii(name[:SHOWN]) for name in unknown[:16])}
-    nearest = get_close_matches(unknown[0], known, n=1)
+    name = unknown[0][:SHOWN]
+    nearest = get_close_matches(name, known, n=1)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-    raise invalid(f"unknown field {unknown[0][:SHOWN]!r}{hint}", unknown[0][:SHOWN], "unknown_field")
+    raise invalid(f"unknown field {name!r}{hint}", name, "unknown_field")
 
 
 LIMITS = {  # pydantic's names of broken bounds: (its key for the limit, how to say it)

@@ -70,7 +70,7 @@ def check(body: ChatBody) -> None:
 
 async def render(body: ChatBody, card: ModelCard, text: Text) -> list[int]:
     opens = not body.continue_final_message if body.add_generation_prompt is None else body.add_generation_prompt
-    size = sum(len(str(message.get("content"))) for message in body.messages)
+    size = len(str(body.messages)) + len(str(body.chat_template_kwargs))
     ids = await in_thread_if(
         size > LONG_TEXT,
         lambda: text.render(

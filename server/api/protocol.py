@@ -112,6 +112,7 @@ def conversations_of(value: object) -> list[list[Message]]:
 
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Tokens = Annotated[int, Field(ge=0, lt=INT64)]
+BadWord = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Ids = Annotated[list[int], BeforeValidator(ids_of)]
 
 
@@ -160,11 +161,11 @@ class GenerationBody(Common):
     logit_bias: Annotated[dict[int, float], BeforeValidator(bias_of)] = {}
     stop_token_ids: Annotated[Ids, Field(max_length=MAX_IDS)] = []
     allowed_token_ids: Annotated[Ids, Field(min_length=1)] | None = None
-    bad_words: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_BAD_WORDS)] = []
+    bad_words: Annotated[list[BadWord], Field(max_length=MAX_BAD_WORDS)] = []
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
-    prompt_logprobs: Annotated[int, Field(ge=0)] | None = None
+    prompt_logprobs: Tokens | None = None
     logprobs_mode: LogprobsMode | None = None
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
@@ -177,7 +178,7 @@ class ChatBody(GenerationBody):
     ]
     max_completion_tokens: Tokens | None = None
     logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0)] | None = None
+    top_logprobs: Tokens | None = None
     response_format: dict[str, Any] | None = None
     tools: list[dict[str, Any]] = []
     tool_choice: str | dict[str, Any] | None = None
@@ -188,7 +189,7 @@ class ChatBody(GenerationBody):
 
 class CompletionBody(GenerationBody):
     prompt: Annotated[list[Prompt], BeforeValidator(prompts_of)]
-    logprobs: Annotated[int, Field(ge=0)] | None = None
+    logprobs: Tokens | None = None
 
 
 class RewardBody(Common):

@@ -152,9 +152,9 @@ def bad_words_of(words: Sequence[str], text: Text) -> tuple[tuple[int, ...], ...
                 ids = tuple(text.encode(written, False, "bad_words"))
                 if ids:
                     found[ids] = None
+            tokens = sum(map(len, found))
+            if tokens > MAX_IDS:
+                raise invalid(f"bad_words come to {tokens} or more tokens; there may be at most {MAX_IDS}", "bad_words")
     except TextError as error:
         raise invalid(str(error), error.param) from None
-    tokens = sum(map(len, found))
-    if tokens > MAX_IDS:
-        raise invalid(f"bad_words come to {tokens} tokens; there may be at most {MAX_IDS}", "bad_words")
     return tuple(found)

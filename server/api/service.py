@@ -61,18 +61,17 @@ class Service:
 
 async def encode(text: Text, prompts: Sequence[Prompt], special: bool, card: ModelCard, param: str) -> list[list[int]]:
     """Prompts as the token ids the model is given; ids are taken as they are once they are in its vocabulary."""
-    encoded: list[list[int]] = []
-    for prompt in prompts:
-        if isinstance(prompt, str):
-            ids = await in_thread_if(
-                len(prompt) > LONG_TEXT, lambda prompt=prompt: text.encode(prompt, special, param=param)
-            )
-        else:
-            ids = prompt
-            check_ids(ids, card, param)
+
+    def work() -> list[list[int]]:
+        return [prompt if isinstance(prompt, list) else text.encode(prompt, special, param) for prompt in prompts]
+
+    size = sum(len(prompt) for prompt in prompts)
+    encoded = await in_thread_if(size > LONG_TEXT, work)
+    for ids, prompt in zip(encoded, prompts, strict=True):
         if not ids:
             raise invalid(f"{param} is empty: a model needs at least one token", param)
-        encoded.append(ids)
+        if isinstance(prompt, list):
+            check_ids(ids, card, param)
     return encoded
 
 

@@ -17,6 +17,8 @@ from .tokenizer import LoadedTokenizer, load_tokenizer, read_json
 
 __all__ = ["Detokenizer", "Piece", "Text", "TextError"]
 
+LONG = 1024  # characters; only the batch call lets other threads run, but it costs more for a short text
+
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -74,7 +76,10 @@ class Text:
         if not isinstance(text, str):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TextError(f"expected a string, got {type(text).__name__}", param)
         try:
-            ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            if len(text) < LONG:
+                ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            else:
+                ids = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         except Exception as error:  # the library raises plain Exception
             if lone := next((c for c in text if "\ud800" <= c <= "\udfff"), None):
                 message = f"the text holds U+{ord(lone):04X}, half of a surrogate pair, which is no character"

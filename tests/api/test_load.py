@@ -34,6 +34,26 @@ async def test_parallel_streams_say_what_each_says_alone(aclient: openai.AsyncOp
     assert together == alone
 
 
+async def test_a_huge_text_keeps_nobody_waiting(server: str) -> None:
+    text = "".join(map(str, range(150_000)))  # 0.8 MB: encoded in the event loop, it would stop that for seconds
+    bodies = [
+        ("/v1/completions", {"prompt": text}),
+        ("/v1/completions", {"prompt": ["x" * 5000] * 200}),
+        ("/v1/completions", {"prompt": "x", "bad_words": [text]}),
+        ("/v1/chat/completions", {"messages": [{"role": text, "content": "Hi"}]}),
+    ]
+    async with httpx.AsyncClient(base_url=server, timeout=60) as http:
+        for path, body in bodies:
+            asked = asyncio.create_task(http.post(path, json=body))
+            longest = 0.0
+            while not asked.done():
+                began = time.monotonic()
+                assert (await http.get("/health")).status_code == 200
+                longest = max(longest, time.monotonic() - began)
+            assert (await asked).status_code == 400
+            assert longest < 1, (path, list(body))
+
+
 async def run_time(http: httpx.AsyncClient, body: dict) -> float:
     began = time.monotonic()
     assert (await http.post("/v1/completions", json=body)).status_code == 200

@@ -25,6 +25,7 @@ TEXTS = [
     "\x00\x7f ﷽ \U0010ffff",
     "<think>hm</think>",
     "x" * 500,
+    "a</s>b 你好 " * 200,  # long enough for the call that lets other threads run
 ]
 FILES = {**vocabularies.KINDS, "gpt2 files": vocabularies.gpt2_files}
 DEMO = Path(__file__).parents[2] / "model" / "demo" / "policy"
