@@ -190,6 +190,7 @@ def qk_norm_rotary_and_write_kv(
     heads = qkv.unflatten(-1, (-1, size))  # [T, N + 2 K, H]
     queries = heads.shape[1] - 2 * kv_heads
     turned, v = heads[:, : queries + kv_heads].float(), heads[:, queries + kv_heads :]
+    assert (q_norm is None) == (k_norm is None), "both norms or none"
     if q_norm is not None and k_norm is not None:
         weights = torch.cat((q_norm.expand(queries, -1), k_norm.expand(kv_heads, -1)))  # [N + K, H]
         turned = turned * torch.rsqrt(turned.square().mean(-1, keepdim=True).add_(eps)) * weights

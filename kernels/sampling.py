@@ -145,7 +145,7 @@ def _nucleus(scaled: Tensor, top: Tensor, kth: Tensor, top_p: Tensor) -> Tensor:
     def weights(values: Tensor) -> Tensor:
         return values.exp().where(values >= kth[:, None], 0)
 
-    wanted = top_p * weights(scaled).sum(-1)
+    wanted = top_p * weights(scaled).sum(-1, dtype=torch.float64).float()  # how a sum is split must not show
     index = (weights(top).cumsum(-1) < wanted[:, None]).sum(-1)  # of the token at which the mass is reached
     width = top.shape[1]
     cut = top.gather(1, index.clamp(max=width - 1)[:, None])[:, 0]

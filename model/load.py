@@ -64,4 +64,5 @@ def choose_dtype(dtype: DType, config: ModelConfig, device: torch.device) -> tor
 
 def cpu_has_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 (avx512_bf16 or AMX)."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # pyright: ignore
+    cpu = torch.cpu  # the checks are private to torch and the only ones that ask the processor
+    return cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported()  # pyright: ignore[reportPrivateUsage]

@@ -106,7 +106,11 @@ def serve(
         bool, typer.Option("--enable-prefix-caching/--no-enable-prefix-caching")
     ] = ENGINE.enable_prefix_caching,
     cpu_decode_copy: Annotated[
-        str | None, typer.Option(help="fp16: a second copy of the weights, faster for one or two sequences on a CPU.")
+        str | None,
+        typer.Option(
+            help="fp16: a second copy of the weights, faster for one or two sequences on a CPU. "
+            "Such steps round differently, so a seeded answer may depend on what else runs."
+        ),
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the engine.")] = None,
     step_target_ms: Annotated[

@@ -41,7 +41,6 @@ class Engine:
         self.kv_bytes = pages * KVCache.bytes_per_page(model.config, options.page_size, model.dtype)
         self.weight_bytes, self.digest = model.weight_bytes, model.digest
         self.card = replace(card, max_request_tokens=min(card.context, self.kv_tokens))
-        self.decoding = 0  # sequences that wait for their next token
         self.last_plan = (0, True)  # its tokens, and whether all were decodes
         self.scheduler = Scheduler(
             pages=pages,
@@ -67,6 +66,11 @@ class Engine:
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work
+
+    @property
+    def decoding(self) -> int:
+        """Sequences that wait for their next token."""
+        return self.scheduler.decoding
 
     @property
     def stats(self) -> EngineStats:
@@ -96,13 +100,11 @@ class Engine:
             sampled = self.runner.execute(plan)
         except Exception as error:
             log.exception("a step of model %s with %d rows failed", self.card.name, len(plan.slots))
-            self.decoding = 0
             what = f"a step of model {self.card.name} failed ({type(error).__name__}); the log has the traceback"
             return self.scheduler.fail(plan, EngineError("internal", what))
         failures = self._failures(plan, sampled)
         outputs = [self._fail(request, error) for request, error in failures]
         outputs += self.scheduler.commit(plan, sampled)
-        self.decoding = sum(output.finish is None for output in outputs)
         return outputs
 
     def _refusal(self, request: Request) -> EngineError | None:

@@ -39,8 +39,13 @@ def group_memory(directory: Path) -> float:
 
 
 def kv_cache_bytes(options: EngineOptions, available: int) -> int:
-    """Bytes for the KV caches of all models together."""
+    """Bytes for the KV caches of all models together. Raises OptionsError for more than `available`."""
     if options.kv_cache_memory_bytes is not None:
+        if options.kv_cache_memory_bytes > available:
+            raise OptionsError(
+                f"kv_cache_memory_bytes is {options.kv_cache_memory_bytes:,}, but once the weights are loaded only "
+                f"{available:,} bytes are free"
+            )
         return options.kv_cache_memory_bytes
     return min(int(available * CPU_PART), CPU_MOST)
 

@@ -98,6 +98,11 @@ class Scheduler:
     def running(self) -> int:
         return len(self._running)
 
+    @property
+    def decoding(self) -> int:
+        """Running sequences whose prompt is computed: each wants one token of every step."""
+        return len(self._running.decodes)
+
     def add(self, request: Request) -> EngineError | None:
         """Takes a request, or says why it cannot run: too long, or too many wait already."""
         assert request.id not in self._jobs, f"request {request.id} is known already"

@@ -143,7 +143,7 @@ def set_post_processor(tokenizer: Tokenizer, config: Mapping[str, Any], tokens: 
     eos = tokens.get("eos_token") if config.get("add_eos_token") else None
     single = [token for token in (bos, "$A", eos) if token is not None]
     ids = [(token, tokenizer.token_to_id(token)) for token in (bos, eos) if token is not None]
-    tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=ids)  # pyright: ignore
+    tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=ids)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 def digest_of(path: Path) -> str:

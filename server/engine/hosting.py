@@ -1,0 +1,143 @@
+"""From what shall be hosted to engines that hold it: checkpoints are read, and the memory is divided."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from ...model.config import read_config
+from ...model.errors import CheckpointError
+from ...model.kv_cache import KVCache
+from ...model.load import load_model
+from ...model.model import Model
+from .engine import Engine
+from .memory import available_memory, kv_cache_bytes, page_count, shares
+from .options import EngineOptions, ModelSpec, OptionsError
+from .request import ModelCard, Role
+
+Progress = Callable[[str, int, int], None]  # model, bytes done, bytes in all
+
+
+def load_engines(
+    specs: Sequence[ModelSpec], options: EngineOptions, on_progress: Progress | None = None
+) -> tuple[list[Engine], str]:
+    """The engines, and in one sentence how the memory was divided.
+
+    Raises CheckpointError and OptionsError, naming the model or the option.
+    """
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    names = [name for spec in specs for name in (spec.name, *spec.aliases)]
+    for name in names:
+        if names.count(name) > 1:
+            raise OptionsError(f"two hosted models are called {name}: give each its own name")
+    parts = shares(specs)
+    models = [_load(spec, options, on_progress) for spec in specs]
+    available = available_memory()
+    memory = kv_cache_bytes(options, available)
+    engines: list[Engine] = []
+    for spec, model, part in zip(specs, models, parts, strict=True):
+        card = _card(spec, model, options)
+        page = KVCache.bytes_per_page(model.config, options.page_size, model.dtype)
+        pages = page_count(spec.name, int(memory * part), page, options, card.context)
+        engines.append(Engine(card, model, pages=pages, options=options))
+    taken = sum(engine.kv_bytes for engine in engines)
+    division = (
+        f"{sum(model.weight_bytes for model in models) / 2**20:,.0f} MiB of weights; KV caches take "
+        f"{taken / 2**20:,.0f} of {memory / 2**20:,.0f} MiB allowed, {available / 2**20:,.0f} MiB were free"
+    )
+    return engines, division
+
+
+def _load(spec: ModelSpec, options: EngineOptions, on_progress: Progress | None) -> Model:
+    def progress(done: int, total: int) -> None:
+        if on_progress is not None:
+            on_progress(spec.name, done, total)
+
+    try:
+        _check_role(spec, read_config(spec.path).labels)
+        return load_model(
+            spec.path,
+            dtype=spec.dtype,
+            device=options.device,
+            decode_copy=options.cpu_decode_copy,
+            on_progress=progress,
+        )
+    except CheckpointError as error:
+        raise CheckpointError(f"model {spec.name}: {error}") from error
+
+
+def _check_role(spec: ModelSpec, labels: int) -> Role:
+    """The role a model was given, or the one its head says."""
+    if spec.role in ("value", "embedding"):
+        raise OptionsError(f"model {spec.name}: role {spec.role} is not supported; policy, reference and reward are")
+    if spec.role is None:
+        return "reward" if labels else "policy"
+    if (spec.role == "reward") != (labels > 0):
+        head = f"a score head with {labels} outputs" if labels else "a language model head"
+        raise OptionsError(f"model {spec.name}: its checkpoint has {head}, so its role cannot be {spec.role}")
+    return spec.role
+
+
+def _card(spec: ModelSpec, model: Model, options: EngineOptions) -> ModelCard:
+    config = model.config
+    wanted = spec.max_model_len or options.max_model_len
+    if spec.max_model_len is not None and spec.max_model_len > config.context:
+        raise OptionsError(
+            f"model {spec.name}: max_model_len {spec.max_model_len} exceeds its context of {config.context}"
+        )
+    return ModelCard(
+        name=spec.name,
+        role=_check_role(spec, config.labels),
+        path=spec.path,
+        architecture=config.architecture,
+        dtype=str(model.dtype).removeprefix("torch."),
+        context=min(config.context, wanted or config.context),
+        vocab_size=config.vocab_size,
+        end_ids=tuple(sorted({*config.end_ids, *tokenizer_end_ids(Path(spec.path))})),
+        labels=config.labels,
+        weight_version=0,
+        created=int(time.time()),
+        aliases=spec.aliases,
+    )
+
+
+def tokenizer_end_ids(directory: Path) -> set[int]:
+    """The id of the tokenizer's own end-of-text token, where its configuration names one and its files know it."""
+    config = _read_object(directory / "tokenizer_config.json")
+    token = config.get("eos_token")
+    if isinstance(token, dict):
+        token = cast("dict[str, Any]", token).get("content")
+    if not isinstance(token, str):
+        return set()
+    listed = config.get("added_tokens_decoder")
+    if ids := {int(number) for number, entry in _entries(listed) if entry.get("content") == token}:
+        return ids
+    whole = _read_object(directory / "tokenizer.json")
+    added = enumerate(cast("list[Any]", whole.get("added_tokens") or []))
+    if ids := {int(entry["id"]) for _, entry in _entries(dict(added)) if entry.get("content") == token}:
+        return ids
+    model: dict[str, Any] = whole.get("model") or {}
+    vocabulary = model.get("vocab")  # SentencePiece's Unigram has a list there; its special tokens are listed as added
+    number = cast("dict[str, int]", vocabulary).get(token) if isinstance(vocabulary, dict) else None
+    return set() if number is None else {number}
+
+
+def _entries(listed: object) -> list[tuple[Any, dict[str, Any]]]:
+    """The pairs whose value is an object; what else stands there is the tokenizer's own loader to refuse."""
+    pairs = cast("dict[Any, Any]", listed).items() if isinstance(listed, dict) else ()
+    return [(key, cast("dict[str, Any]", value)) for key, value in pairs if isinstance(value, dict)]
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """Empty where the file is missing or broken: the tokenizer's own loader says what is wrong with it."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return cast("dict[str, Any]", content) if isinstance(content, dict) else {}
