@@ -52,7 +52,7 @@ def parse_quantity(text: str, flag: str) -> int:
 
 
 def parse_model(text: str) -> ModelSpec:
-    """`[NAME=]PATH[,key=value…]`. Raises OptionsError naming what is wrong; the directory must exist."""
+    """`[NAME=]PATH[,key=value…]`. Raises OptionsError naming what is wrong; the directory must hold a config.json."""
     head, *settings = text.split(",")
     name, equals, path = head.partition("=")
     if not equals or Path(head).exists():
@@ -66,7 +66,7 @@ def parse_model(text: str) -> ModelSpec:
             raise OptionsError(f"model {name}: {key}= is not supported yet; leave it out")
         if key not in SPEC_KEYS:
             near = get_close_matches(key, SPEC_KEYS, 1)
-            hint = f"did you mean {near[0]}=?" if near else f"there are {', '.join(SPEC_KEYS)}"
+            hint = f"did you mean {near[0]}=?" if near else "there are " + ", ".join(f"{known}=" for known in SPEC_KEYS)
             raise OptionsError(f"model {name}: unknown key {key!r} in {text!r}; {hint}")
         if not value or key in given:
             raise OptionsError(f"model {name}: {key}= needs one value in {text!r}")
@@ -121,8 +121,10 @@ def read_config_file(path: Path, known: dict[str, str]) -> dict[str, Any]:
 
 
 def _directory(name: str, path: str) -> str:
-    if Path(path).is_dir():
+    if (Path(path) / "config.json").is_file():
         return str(Path(path).resolve())
+    if Path(path).is_dir():
+        raise OptionsError(f"model {name}: {path} has no config.json; give the directory of a Hugging Face checkpoint")
     if Path(path).exists():
         raise OptionsError(f"model {name}: {path} is a file; give the directory of a Hugging Face checkpoint")
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path):

@@ -18,6 +18,7 @@ from tandem.server.supervisor import CRASH_SECONDS, CRASHES, CannotServe, Crashe
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
     return tmp_path / "model"
 
 
@@ -77,7 +78,7 @@ def test_a_model_is_called_as_its_directory(model: Path, monkeypatch: pytest.Mon
     ("words", "said"),
     [
         ("m={model},rolle=reward", "did you mean role="),
-        ("m={model},colour=red", "unknown key 'colour'"),
+        ("m={model},colour=red", "there are role=, dtype=, kv=, alias=, chat_template=, max_model_len=, weight="),
         ("m={model},quantization=int8", "not supported yet"),
         ("m={model},role=judge", "policy, reference, reward"),
         ("m={model},dtype=int3", "bfloat16"),
@@ -87,6 +88,8 @@ def test_a_model_is_called_as_its_directory(model: Path, monkeypatch: pytest.Mon
         ("m={model},role=reward,role=policy", "one value"),
         ("m={model},max_model_len=ten", "model m: max_model_len=ten: a whole"),
         ("m={model}/nothing", "there is no directory"),
+        ("m={model}/..", "has no config.json"),
+        ("m={model}/config.json", "is a file"),
         ("Qwen/Qwen3-0.6B", "hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B"),
         ("={model}", "NAME=PATH"),
     ],
