@@ -41,7 +41,8 @@ class Generation:
         """Raises ApiError 503 when the engine takes nothing."""
         self.parts = parts
         self.choices = [choice for part in parts for choice in part.choices]
-        self.weight_version = 0
+        card = client.catalog and client.catalog.find(parts[0].request.model)
+        self.weight_version = card.weight_version if card else 0  # until an output says what it was computed with
         self._client = client
         self._request_id = request_id
         self._parts = {part.request.id: part for part in parts}
