@@ -17,11 +17,8 @@ router = APIRouter()
 @router.get("/health")
 async def health(request: Request) -> JSONResponse:
     service = Service.of(request)
-    client, limit = service.client, service.options.heartbeat_seconds
-    age = client.heartbeat_age()
+    client, age = service.client, check_heartbeat(service)
     if math.isfinite(age):
-        if age > limit:
-            raise unavailable(f"the engine's last heartbeat was {age:.1f} s ago; it may be {limit:g} s")
         return JSONResponse({"status": "ok", "heartbeat_age": round(age, 3)})
     if client.state == "starting" and client.catalog is None:
         return JSONResponse({"status": "starting", "heartbeat_age": None})
@@ -30,10 +27,20 @@ async def health(request: Request) -> JSONResponse:
 
 @router.get("/ready")
 async def ready(request: Request) -> JSONResponse:
-    client = Service.of(request).client
+    service = Service.of(request)
+    client = service.client
     if client.state != "ready" or client.catalog is None:
         raise unavailable(client.cause or "the engine is starting")
+    check_heartbeat(service)
     return JSONResponse({"status": "ready", "models": [card.name for card in client.catalog.models]})
+
+
+def check_heartbeat(service: Service) -> float:
+    """Seconds since the connected engine's loop came round, infinite without one. Raises ApiError 503: it hangs."""
+    age, limit = service.client.heartbeat_age(), service.options.heartbeat_seconds
+    if math.isfinite(age) and age > limit:
+        raise unavailable(f"the engine's last heartbeat was {age:.1f} s ago; it may be {limit:g} s")
+    return age
 
 
 @router.get("/version")

@@ -57,7 +57,7 @@ CATALOG = Catalog(1, 1, (CARD,))
 STATES = {
     "serves": (Client("ready", 0.3, None, CATALOG), 200, 200),
     "starts": (Client("starting", math.inf), 200, 503),
-    "hangs": (Client("ready", 10.2, None, CATALOG), 503, 200),
+    "hangs": (Client("ready", 10.2, None, CATALOG), 503, 503),
     "died": (Client("down", math.inf, RESTARTING, CATALOG), 503, 503),
     "starts again": (Client("starting", math.inf, RESTARTING, CATALOG), 503, 503),
     "drains": (Client("down", 0.3, "the server is shutting down", CATALOG), 200, 503),
