@@ -18,6 +18,7 @@ The ReAct prompt is LangChain's own, imported when it is needed and never stored
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import random
 import re
@@ -77,10 +78,17 @@ class Answer:
 
 @dataclass(frozen=True)
 class Ranking:
-    """A prompt with its answers, best first."""
+    """A prompt with its answers, best first. Answers of one grade (0 is best) are about equally good: not compared."""
 
     exercise: Exercise
     answers: tuple[Answer, ...] = field(default_factory=tuple)
+    grades: tuple[int, ...] = field(default_factory=tuple)
+
+    def pairs(self) -> list[tuple[int, int]]:
+        """(better, worse), as indices of `answers`."""
+        return [
+            (i, j) for i, j in itertools.combinations(range(len(self.grades)), 2) if self.grades[i] < self.grades[j]
+        ]
 
 
 @functools.cache
@@ -216,7 +224,8 @@ def _operands(rng: random.Random, split: Split, *, by_tool: bool = False) -> tup
             if op == "/":
                 a = a * b
         else:
-            a, b = (rng.randint(1, 10) if op == "*" else rng.randint(0, 99) for _ in "ab")
+            most = 9 if rng.random() < 0.3 else 99  # one-digit sums are asked more often than chance would
+            a, b = (rng.randint(1, 10) if op == "*" else rng.randint(0, most) for _ in "ab")
         if op == "-" and a < b:
             a, b = b, a
         result = {"+": a + b, "-": a - b, "*": a * b, "/": a // max(1, b)}[op]
@@ -1099,32 +1108,56 @@ _POLITE = {
 
 
 def ranking(rng: random.Random, split: Split, *, kind: str | None = None) -> Ranking:
-    """A prompt with K = 4…9 answers, best first; no two of them are equally good.
+    """A prompt with K = 4…9 answers, best first.
 
-    The order: well-formed; careless; careless and chatty; wrong but well-formed; wrong and careless; refused; beside
-    the point, the question again or in the wrong language; padded or repeated; garbage, empty or cut off. Tool use,
-    which programs judge better, is ranked only when `kind` asks for it.
+    The grades: 0 right and well-formed; 1 right, but careless, chatty or cut short; 2 wrong; 3 refused, beside the
+    point, the question again or in the wrong language; 4 padded or repeated; 5 garbage, empty or cut off. Tool use,
+    which programs judge better, and chat are ranked only when `kind` asks for them.
     """
-    return rank(rng, draw_exercise(rng, split, kind or rng.choices(KINDS, (42, 34, 16, 0, 0, 8))[0]), split)
+    return rank(rng, draw_exercise(rng, split, kind or rng.choices(KINDS, (48, 42, 0, 0, 0, 10))[0]), split)
 
 
 def rank(rng: random.Random, exercise: Exercise, split: Split, samples: Sequence[str] = ()) -> Ranking:
-    """Ranks 4…9 answers to `exercise`. A policy's `samples` stand in for the right and the wrong answers."""
+    """Ranks 4…9 answers to `exercise`, a right and a wrong one among them.
+
+    A policy's `samples` stand in for the right and the wrong answers.
+    """
     tiers = _tiers(rng, exercise, split, samples)
     while True:
         size = min(len(tiers), rng.randint(4, 9))
         answers: list[Answer] = []
+        grades: list[int] = []
         for tier in sorted(rng.sample(range(len(tiers)), size)):
+            grade, candidates = tiers[tier]
             taken = {(answer.text.strip(), answer.ended) for answer in answers}
-            fresh = [answer for answer in tiers[tier] if (answer.text.strip(), answer.ended) not in taken]
+            fresh = [answer for answer in candidates if (answer.text.strip(), answer.ended) not in taken]
             if fresh:
                 answers.append(rng.choice(fresh))
-        if len(answers) >= 4:
-            return Ranking(exercise, tuple(answers))
+                grades.append(grade)
+        if len(answers) >= 4 and grades[0] < 2 and 2 in grades:
+            return Ranking(exercise, tuple(answers), tuple(grades))
 
 
-def _tiers(rng: random.Random, exercise: Exercise, split: Split, samples: Sequence[str]) -> list[list[Answer]]:
-    """Answers by descending quality; those in one tier are about equally good."""
+def close_pair(rng: random.Random, split: Split) -> tuple[Exercise, str, str]:
+    """An exercise with a right and a wrong answer of one form, or now and then a well-formed and a careless one."""
+    exercise = draw_exercise(rng, split, rng.choices(("arithmetic", "facts"), (50, 50))[0])
+    good, wrong = exercise.answer, rng.choice(exercise.rival) if exercise.rival else _wrong(rng, exercise)
+    if rng.random() < 0.25:
+        return exercise, good, rng.choice(_sloppy(rng, exercise, good))
+    if rng.random() < 0.4:
+        at = rng.randrange(2)
+        styled = random.Random(rng.random())
+        state = styled.getstate()
+        good = _sloppy(styled, exercise, good)[at]
+        styled.setstate(state)  # the same words of hesitation for both
+        wrong = _sloppy(styled, exercise, wrong)[at]
+    return exercise, good, wrong
+
+
+def _tiers(
+    rng: random.Random, exercise: Exercise, split: Split, samples: Sequence[str]
+) -> list[tuple[int, list[Answer]]]:
+    """Kinds of answers to choose from, each with its grade, best first."""
     other = draw_exercise(rng, split, rng.choice(("facts", "arithmetic", "chat")), exercise.language)
     question = exercise.messages[-1]["content"]
     good = exercise.answer
@@ -1147,27 +1180,26 @@ def _tiers(rng: random.Random, exercise: Exercise, split: Split, samples: Sequen
             right = [loose] if loose else right
             missed = [Answer(text) for text in samples if not is_right(exercise, text)]
             wrongs = [missed] if missed else wrongs
-        tiers = [[Answer(good)], *right, *wrongs]
+        tiers = [(0, [Answer(good)]), *((1, kind) for kind in right), *((2, kind) for kind in wrongs)]
     else:
         chatty = [Answer(f"Sure! {good}"), Answer(f"{good}\nI hope this helps!")]
-        tiers = [[Answer(good)], chatty, [Answer(wrong)], [Answer(exercise.short), Answer(good[: len(good) * 2 // 3])]]
+        tiers = [(0, [Answer(good)]), (1, chatty), (2, [Answer(wrong)])]
+        tiers.append((3, [Answer(exercise.short), Answer(good[: len(good) * 2 // 3])]))
     beside = [Answer(other.answer), Answer(question[-80:])]
     if exercise.foreign:
         beside.append(Answer(exercise.foreign))
     first = [good.split(" ")[0]]
-    tiers += [
-        [Answer(rng.choice(_POLITE[exercise.language]))],
-        beside,
-        [Answer(text) for text in padded],
-        [
-            Answer(rng.choice(_GARBAGE)),
-            Answer(""),
-            Answer(" ".join(first * rng.randint(4, 10))),
-            Answer(good[: rng.randint(0, max(1, len(good) // 2))], ended=False),
-            Answer(f"{good} " * rng.randint(2, 5), ended=False),
-            Answer(good, ended=False),
-        ],
+    cut = good[: rng.randint(0, max(1, len(good) // 2))]
+    garbage = [
+        Answer(rng.choice(_GARBAGE)),
+        Answer(""),
+        Answer(" ".join(first * rng.randint(4, 10))),
+        Answer(cut, ended=False),
+        Answer(f"{good} " * rng.randint(2, 5), ended=False),
+        Answer(good, ended=False),
     ]
+    refused = [Answer(rng.choice(_POLITE[exercise.language]))]
+    tiers += [(3, refused), (3, beside), (4, [Answer(text) for text in padded]), (5, garbage)]
     return tiers
 
 

@@ -105,7 +105,8 @@ def evaluate_reward(
 ) -> dict[str, float]:
     """Share of pairs in held-out rankings in which the better answer has the higher reward, in all and per kind.
 
-    `neighbours` counts only pairs of adjacent ranks. `failures` collects (exercise, better, worse, difference).
+    `right_over_wrong` counts only pairs of a right and a wrong answer. `failures` collects (exercise, better, worse,
+    difference).
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -116,8 +117,9 @@ def evaluate_reward(
     won: dict[str, list[bool]] = {}
     for ranking in rankings:
         values = [next(scores) for _ in ranking.answers]
-        for i, j in itertools.combinations(range(len(values)), 2):
-            for name in ("pairs", ranking.exercise.kind, *(["neighbours"] if j == i + 1 else [])):
+        for i, j in ranking.pairs():
+            correct = ["right_over_wrong"] if ranking.grades[i] < 2 and ranking.grades[j] == 2 else []
+            for name in ("pairs", ranking.exercise.kind, *correct):
                 won.setdefault(name, []).append(values[i] > values[j])
             if failures is not None and values[i] <= values[j]:
                 failures.append((ranking.exercise, ranking.answers[i], ranking.answers[j], values[i] - values[j]))

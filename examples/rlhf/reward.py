@@ -1,20 +1,21 @@
 """Trains the demo's reward model on rankings of K = 4…9 answers: `python reward.py --minutes 15`.
 
 Starts from the policy's trunk with a linear head read at the last token. All pairs of a prompt are in one batch and
-weigh as one (InstructGPT, eq. 1): loss = -1 / C(K, 2) · Σ log σ(r_better - r_worse). Some rankings hold answers that
-the policy itself sampled, put in order by the checker. Writes a `LlamaForSequenceClassification` with one label.
+weigh as one (InstructGPT, eq. 1): loss = -1 / pairs · Σ log σ(r_better - r_worse); answers of one grade are no pair.
+Some rankings hold answers that the policy itself sampled, put in order by the checker. Pairs of answers that are hard
+to tell apart come on top. Writes a `LlamaForSequenceClassification` with one label.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import random
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,19 +50,64 @@ class Reward(nn.Module):
         self.score = nn.Linear(trunk.shape.hidden, 1, bias=False)
         nn.init.normal_(self.score.weight, std=0.02)
 
-    def forward(self, sequences: list[list[int]]) -> Tensor:
+    def forward(self, sequences: list[list[int]], places: list[tuple[int, int]] | None = None) -> Tensor:
+        """The score of each sequence; with `places` at each (sequence, position) of those instead."""
         flat = flatten(sequences)
-        last = torch.tensor([start + len(ids) - 1 for start, ids in zip(flat.starts, sequences, strict=True)])
-        return self.score(self.model(flat)[last])[:, 0]
+        if places is None:
+            places = [(index, len(ids) - 1) for index, ids in enumerate(sequences)]
+        at = torch.tensor([flat.starts[index] + position for index, position in places])
+        return self.score(self.model(flat)[at])[:, 0]
 
 
-def ranking_loss(scores: Tensor, sizes: list[int]) -> Tensor:
-    """Mean over prompts of the mean over a prompt's pairs of -log σ(r_better - r_worse); scores are best first."""
+def ranking_loss(scores: Tensor, pairs: list[list[tuple[int, int]]]) -> Tensor:
+    """Mean over prompts of the mean over a prompt's pairs (better, worse) of -log σ(r_better - r_worse)."""
     losses = []
-    for own in scores.split(sizes):
-        better, worse = torch.triu_indices(len(own), len(own), offset=1)
-        losses.append(-F.logsigmoid(own[better] - own[worse]).mean())
+    for own in pairs:
+        better, worse = torch.tensor(own).T
+        losses.append(-F.logsigmoid(scores[better] - scores[worse]).mean())
     return torch.stack(losses).mean()
+
+
+@dataclass
+class Batch:
+    """Sequences, where they are read, and per prompt the pairs (better, worse) of those places.
+
+    Besides rankings there are close pairs of answers: they are compared at their ends and already at the first token
+    that differs, which tells the model what was wrong.
+    """
+
+    sequences: list[list[int]] = field(default_factory=list)
+    places: list[tuple[int, int]] = field(default_factory=list)
+    pairs: list[list[tuple[int, int]]] = field(default_factory=list)
+
+    def add_ranking(self, tokenizer: Tokenizer, ranking: data.Ranking) -> None:
+        encoded = [e.ids for e in tokenizer.encode_batch([text_of(ranking.exercise, a) for a in ranking.answers])]
+        if max(map(len, encoded)) > CONTEXT:
+            return
+        first = len(self.places)
+        self.places += [(len(self.sequences) + index, len(ids) - 1) for index, ids in enumerate(encoded)]
+        self.sequences += encoded
+        self.pairs.append([(first + i, first + j) for i, j in ranking.pairs()])
+
+    def add_pair(self, tokenizer: Tokenizer, exercise: data.Exercise, better: str, worse: str) -> None:
+        texts = [text_of(exercise, data.Answer(text)) for text in (better, worse)]
+        good, bad = (e.ids for e in tokenizer.encode_batch(texts))
+        differs = next((i for i, (a, b) in enumerate(zip(good, bad, strict=False)) if a != b), None)
+        if differs is None or max(len(good), len(bad)) > CONTEXT:
+            return
+        place, sequence = len(self.places), len(self.sequences)
+        self.sequences += [good, bad]
+        self.places += [
+            (sequence, differs),
+            (sequence + 1, differs),
+            (sequence, len(good) - 1),
+            (sequence + 1, len(bad) - 1),
+        ]
+        self.pairs += [[(place, place + 1)], [(place + 2, place + 3)]]
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.sequences))
 
 
 def save_reward(reward: Reward, tokenizer: Tokenizer, directory: Path) -> None:
@@ -114,25 +160,23 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     print(json.dumps({"parameters": sum(p.numel() for p in reward.parameters())}), file=sys.stderr)
     sampled = sample(options.policy, options.samples, options.seed, options.temperature) if options.samples else []
     stream = rankings(sampled, options.sampled_share, options.seed)
+    rng = random.Random(f"{options.seed} pairs")
     optimiser = Optimiser(reward, options.muon_rate, options.adam_rate)
     budget, progress, saved = options.minutes * 60, Progress(), time.monotonic()
     step, tokens, smooth, agreed, start = 0, 0, math.nan, math.nan, time.monotonic()
     while (spent := time.monotonic() - start) < budget:
-        sequences: list[list[int]] = []
-        sizes: list[int] = []
-        while sum(map(len, sequences)) < options.batch_tokens:
-            ranking = next(stream)
-            encoded = [e.ids for e in tokenizer.encode_batch([text_of(ranking.exercise, a) for a in ranking.answers])]
-            if max(map(len, encoded)) <= CONTEXT:
-                sequences += encoded
-                sizes.append(len(encoded))
-        scores = reward(sequences)
-        loss = ranking_loss(scores, sizes)
+        batch = Batch()
+        while batch.tokens < options.batch_tokens:
+            batch.add_ranking(tokenizer, next(stream))
+            batch.add_pair(tokenizer, *data.close_pair(rng, "train"))
+        scores = reward(batch.sequences, batch.places)
+        loss = ranking_loss(scores, batch.pairs)
         loss.backward()
         optimiser.step(schedule(spent / budget))
-        step, tokens = step + 1, tokens + sum(map(len, sequences))
-        pairs = [a > b for own in scores.detach().split(sizes) for a, b in itertools.combinations(own.tolist(), 2)]
-        value, share = loss.item(), sum(pairs) / len(pairs)
+        step, tokens = step + 1, tokens + batch.tokens
+        flat = scores.detach().tolist()
+        won = [flat[i] > flat[j] for own in batch.pairs for i, j in own]
+        value, share = loss.item(), sum(won) / len(won)
         smooth, agreed = (
             new if math.isnan(old) else 0.97 * old + 0.03 * new for old, new in ((smooth, value), (agreed, share))
         )

@@ -422,23 +422,26 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     def weights() -> tuple[int, ...]:  # long tool prompts come late: early on, short exercises teach more per second
         return data.LATE if spent / budget > options.late else data.EARLY
 
-    stream = data.conversations(options.seed)
-    if options.tokenizer:
-        tokenizer = Tokenizer.from_file(str(options.tokenizer))
+    if options.start:
+        trunk, tokenizer = load_policy(options.start)
     else:
-        tokenizer = train_tokenizer((next(stream).text() for _ in range(options.corpus)), options.vocab)
+        stream = data.conversations(options.seed)
+        if options.tokenizer:
+            tokenizer = Tokenizer.from_file(str(options.tokenizer))
+        else:
+            tokenizer = train_tokenizer((next(stream).text() for _ in range(options.corpus)), options.vocab)
+        shape = Shape(
+            options.hidden,
+            options.layers,
+            options.hidden // 32,
+            options.kv_heads,
+            32,
+            options.inner,
+            tokenizer.get_vocab_size(),
+        )
+        trunk = Trunk(shape)
     encoder = Encoder(tokenizer)
     documents = encoder.documents(data.conversations(options.seed, weights))
-    shape = Shape(
-        options.hidden,
-        options.layers,
-        options.hidden // 32,
-        options.kv_heads,
-        32,
-        options.inner,
-        tokenizer.get_vocab_size(),
-    )
-    trunk = Trunk(shape)
     optimiser = Optimiser(trunk, options.muon_rate, options.adam_rate)
     state_file = options.out.with_name(options.out.name + ".state.pt")
     if options.resume and state_file.exists():
@@ -450,7 +453,8 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     progress = Progress()
     begun_here, saved = time.monotonic() - spent, time.monotonic()
     print(
-        json.dumps({"shape": asdict(shape), "parameters": sum(p.numel() for p in trunk.parameters())}), file=sys.stderr
+        json.dumps({"shape": asdict(trunk.shape), "parameters": sum(p.numel() for p in trunk.parameters())}),
+        file=sys.stderr,
     )
     while (spent := time.monotonic() - begun_here) < budget:
         batch: list[tuple[list[int], list[int]]] = []
@@ -500,6 +504,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, default=2048)
     parser.add_argument("--corpus", type=int, default=20000, help="conversations the tokenizer is trained on")
     parser.add_argument("--tokenizer", type=Path, help="use this tokenizer.json instead of training one")
+    parser.add_argument("--start", type=Path, help="go on from the weights of this checkpoint, with its tokenizer")
     parser.add_argument("--batch-tokens", type=int, default=2048)
     parser.add_argument("--late", type=float, default=0.5, help="share of the time after which long tool prompts come")
     parser.add_argument("--muon-rate", type=float, default=0.02)
