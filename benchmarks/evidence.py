@@ -38,7 +38,7 @@ AREAS = {
     "startup": Area(
         ("-m", "tandem.benchmarks.startup", "--runs", "5"), ("server", "model", "kernels", "benchmarks/startup.py")
     ),
-    "demo": Area(("examples/rlhf/evaluate.py", "--full"), ("model", "examples/rlhf")),
+    "demo": Area(("examples/rlhf/evaluate.py", "--count", "150"), ("model", "examples/rlhf")),
 }
 
 

@@ -52,7 +52,7 @@ def wait_for(server: subprocess.Popen[bytes], client: httpx.Client, path: str, d
 
 def first_token(client: httpx.Client) -> tuple[float, float]:
     """time.monotonic() of the first piece of text and of the end of one streamed chat answer."""
-    body = {"messages": [{"role": "user", "content": "What is 7 + 5?"}], "stream": True, "temperature": 0}
+    body = {"messages": [{"role": "user", "content": "What is 17 + 25?"}], "stream": True, "temperature": 0}
     first = 0.0
     with client.stream("POST", "/v1/chat/completions", json=body) as response:
         response.raise_for_status()
@@ -84,7 +84,7 @@ def measure(arguments: list[str], timeout: float) -> Start:
             reward = next((model["id"] for model in models if model.get("role") == "reward"), None)
             rewarded = None
             if reward is not None:
-                client.post("/v1/rewards", json={"model": reward, "input": "What is 7 + 5? 12"}).raise_for_status()
+                client.post("/v1/rewards", json={"model": reward, "input": "What is 17 + 25? 12"}).raise_for_status()
                 rewarded = time.monotonic()
     finally:
         server.send_signal(signal.SIGTERM)
