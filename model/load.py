@@ -1,4 +1,4 @@
-"""From a checkpoint directory to a `Model`."""
+"""From a checkpoint directory to a `Model`, or from a config alone to one with random weights."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from .config import ModelConfig, read_config
 from .heads import LMHead, ScoreHead
 from .linear import linears
 from .model import Model
-from .registry import ARCHITECTURES
+from .registry import ARCHITECTURES, Decoder
 from .slots import Place
-from .weights import Progress, digest, fill, find_files
+from .weights import Progress, digest, fill, find_files, slots_of
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 DecodeCopy = Literal["fp16"]
@@ -35,21 +35,51 @@ def load_model(
     directory, device = Path(path), torch.device(device)
     config = read_config(directory)
     files = find_files(directory)
-    entry = ARCHITECTURES[config.architecture]
     place = Place(choose_dtype(dtype, config, device), device)
-    decoder = entry.family.decoder(config, place)
-    if entry.head == "lm":
-        tied = decoder.embedding if config.tied else None
-        head = LMHead(config.vocab_size, config.hidden_size, place, tied)
-    else:
-        head = ScoreHead(config.labels, config.hidden_size, device)
+    decoder, head = _unfilled(config, place)
     fill(decoder, head, decoder.PREFIX, decoder.IGNORED, files, on_progress or (lambda done, total: None))
+    _finish(decoder, head, decode_copy)
+    return Model(config, decoder, head, place.dtype, digest([directory / "config.json", *files]))
+
+
+def random_model(
+    config: ModelConfig, *, dtype: DType = "auto", device: torch.device | str = "cpu", seed: int = 0
+) -> Model:
+    """A model of that config with random weights drawn on `device`: what speed and memory are measured with.
+
+    Matrices [outs, ins] have deviation ins ** -0.5, norms lie about 1 and biases about 0, so that activations stay near
+    1 and greedy text varies. The same seed gives the same weights on the same kind of device only.
+    """
+    place = Place(choose_dtype(dtype, config, torch.device(device)), torch.device(device))
+    decoder, head = _unfilled(config, place)
+    generator = torch.Generator(place.device).manual_seed(seed)
+    for part in (decoder, head):
+        for slot in slots_of(part):
+            if slot.into.dim() > 1:
+                slot.into.normal_(0, slot.into.shape[1] ** -0.5, generator=generator)
+            else:
+                slot.into.normal_(float(slot.name.endswith("weight")), 0.1, generator=generator)
+    _finish(decoder, head, None)
+    return Model(config, decoder, head, place.dtype, f"random {seed}")
+
+
+def _unfilled(config: ModelConfig, place: Place) -> tuple[Decoder, LMHead | ScoreHead]:
+    """Decoder and head as the config describes them, their weights not yet written."""
+    entry = ARCHITECTURES[config.architecture]
+    decoder = entry.family.decoder(config, place)
+    if entry.head == "score":
+        return decoder, ScoreHead(config.labels, config.hidden_size, place.device)
+    tied = decoder.embedding if config.tied else None
+    return decoder, LMHead(config.vocab_size, config.hidden_size, place, tied)
+
+
+def _finish(decoder: Decoder, head: LMHead | ScoreHead, decode_copy: DecodeCopy | None) -> None:
+    """Second copies and storage orders of the filled matrices."""
     for part in (decoder, head):
         for name, linear in linears(part):
             if decode_copy is not None:
                 linear.add_decode_copy(name)
             linear.pack(keep_plain=part is head)
-    return Model(config, decoder, head, place.dtype, digest([directory / "config.json", *files]))
 
 
 def choose_dtype(dtype: DType, config: ModelConfig, device: torch.device) -> torch.dtype:
