@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 
 from ...model.kv_cache import KVCache
 from ...model.model import Model
+from .counts import Counts
 from .options import EngineOptions
-from .plan import Plan, Sampled
+from .plan import Executor, Plan, Sampled, Ticket
 from .request import EngineError, ModelCard, Output, Request
 from .runner import Runner
-from .scheduler import Counts, Scheduler
+from .scheduler import Scheduler
+from .sequence import Flight, Sequence
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +32,15 @@ class EngineStats:
     counts: Counts
 
 
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The step whose results came last."""
+
+    tokens: int = 0
+    decodes_only: bool = True
+    seconds: float | None = None  # of the device; None where the host waited all the while
+
+
 class Engine:
     """`card.context` and `card.end_ids` hold; `pages` of the KV cache are taken at once.
 
@@ -41,7 +52,8 @@ class Engine:
         self.kv_bytes = pages * KVCache.bytes_per_page(model.config, options.page_size, model.dtype)
         self.weight_bytes, self.digest = model.weight_bytes, model.digest
         self.card = replace(card, max_request_tokens=min(card.context, self.kv_tokens))
-        self.last_plan = (0, True)  # its tokens, and whether all were decodes
+        self.last_step = Step()
+        self._flight: tuple[Flight, Ticket] | None = None
         self.scheduler = Scheduler(
             pages=pages,
             page_size=options.page_size,
@@ -54,7 +66,7 @@ class Engine:
             prefix_caching=options.enable_prefix_caching,
             weight_version=card.weight_version,
         )
-        self.runner = Runner(
+        self.runner: Executor = Runner(
             model,
             KVCache(model.config, pages, options.page_size, model.dtype, options.device),
             max_seqs=options.max_num_seqs,
@@ -65,7 +77,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or self._flight is not None
 
     @property
     def decoding(self) -> int:
@@ -90,22 +102,45 @@ class Engine:
         return self.scheduler.expire(now)
 
     def step(self, budget: int | None = None) -> list[Output]:
-        """Computes up to `budget` tokens and says what came of it. A step that fails ends its own requests alone."""
+        """Computes up to `budget` tokens and says what came of it; where the runner runs ahead, of the step before.
+
+        A step that fails ends its own requests alone.
+        """
+        self.last_step = Step()
         plan = self.scheduler.plan(budget)
         if plan is None:
-            self.last_plan = (0, True)
-            return []
-        self.last_plan = (plan.tokens, plan.decodes == plan.tokens)
+            return self._settle()
         try:
-            sampled = self.runner.execute(plan)
+            ticket = self.runner.launch(plan)
         except Exception as error:
-            log.exception("a step of model %s with %d rows failed", self.card.name, len(plan.slots))
-            what = f"a step of model {self.card.name} failed ({type(error).__name__}); the log has the traceback"
-            return self.scheduler.fail(plan, EngineError("internal", what))
-        failures = self._failures(plan, sampled)
-        outputs = [self._fail(request, error) for request, error in failures]
-        outputs += self.scheduler.commit(plan, sampled)
+            outputs = self._settle()
+            return outputs + (self._fail_step(plan, error) if self.scheduler.planned else [])
+        outputs = self._settle()
+        if self.scheduler.planned:  # not failed together with the step before
+            self._flight = (self.scheduler.advance(plan), ticket)
+            if not self.runner.ahead:
+                outputs += self._settle()
         return outputs
+
+    def _settle(self) -> list[Output]:
+        """Waits for the launched step, if there is one, and brings in what came of it."""
+        if self._flight is None:
+            return []
+        (flight, ticket), self._flight = self._flight, None
+        plan = flight.plan
+        try:
+            sampled = ticket.wait()
+        except Exception as error:
+            return self._fail_step(plan, error)
+        self.last_step = Step(plan.tokens, plan.decodes == plan.tokens, ticket.seconds)
+        outputs = [self._fail(request, error) for request, error in self._failures(flight, sampled)]
+        outputs += self.scheduler.resolve(flight, sampled)
+        return outputs
+
+    def _fail_step(self, plan: Plan, error: Exception) -> list[Output]:
+        log.error("a step of model %s with %d rows failed", self.card.name, len(plan.slots), exc_info=error)
+        what = f"a step of model {self.card.name} failed ({type(error).__name__}); the log has the traceback"
+        return self.scheduler.fail(EngineError("internal", what))
 
     def _refusal(self, request: Request) -> EngineError | None:
         card, sampling, want = self.card, request.sampling, request.want
@@ -144,12 +179,15 @@ class Engine:
         wrong = next(token for token in ids if not 0 <= token < size)
         return EngineError("invalid", f"token id {wrong} in {param} is outside the vocabulary of {size}", param)
 
-    def _failures(self, plan: Plan, sampled: Sampled) -> list[tuple[Request, EngineError]]:
+    def _failures(self, flight: Flight, sampled: Sampled) -> list[tuple[Request, EngineError]]:
         """Requests of the step for which nothing usable came out: a failed score is an error, never a number."""
         failed: dict[int, tuple[Request, EngineError]] = {}
+        plan = flight.plan
 
-        def note(slot: int, what: str) -> None:
-            request, name = self.runner.request(slot), self.card.name
+        def note(sequence: Sequence, what: str) -> None:
+            if sequence.gone:
+                return
+            request, name = sequence.job.request, self.card.name
             sampling = request.sampling
             excludes = sampling and (
                 sampling.allowed_ids or sampling.bad_words or sampling.min_tokens or sampling.logit_bias
@@ -164,15 +202,15 @@ class Engine:
                 )
 
         if sampled.tokens and min(sampled.tokens) < 0:
-            for (_, slot), token in zip(plan.samples, sampled.tokens, strict=True):
+            for sequence, token in zip(flight.sampling, sampled.tokens, strict=True):
                 if token < 0:
-                    note(slot, "token")
-        for (_, slot), scores in zip(plan.scores, sampled.scores, strict=True):
+                    note(sequence, "token")
+        for (row, _), scores in zip(plan.scores, sampled.scores, strict=True):
             if not all(map(math.isfinite, scores)):
-                note(slot, "score")
+                note(flight.rows[row], "score")
         for rows, logprobs in zip(plan.prompt_logprobs, sampled.prompt_logprobs, strict=True):
             if any(map(math.isnan, logprobs.values)):
-                note(plan.slots[rows.row], "log-probability")
+                note(flight.rows[rows.row], "log-probability")
         return list(failed.values())
 
     def _fail(self, request: Request, error: EngineError) -> Output:

@@ -120,11 +120,11 @@ class Hub:
         budget = self._budget(place)
         began = self._clock()
         outputs = place.engine.step(budget)
-        seconds = self._clock() - began
+        step = place.engine.last_step
+        seconds = self._clock() - began if step.seconds is None else step.seconds
         place.time += seconds / place.weight
-        tokens, decodes_only = place.engine.last_plan
-        if tokens:
-            place.cost.observe(tokens, decodes_only, seconds)
+        if step.tokens:
+            place.cost.observe(step.tokens, step.decodes_only, seconds)
         return outputs
 
     def run(self, requests: Iterable[Request]) -> dict[int, list[Output]]:

@@ -18,6 +18,7 @@ Lists of a plan may be reused by the next one: read them before `Scheduler.plan`
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from .request import Logprobs, Request
 
@@ -85,3 +86,24 @@ class Sampled:
     logprobs: list[Logprobs | None] | None = None
     scores: list[list[float]] = field(default_factory=list[list[float]])
     prompt_logprobs: list[Logprobs] = field(default_factory=list[Logprobs])
+
+
+class Ticket(Protocol):
+    """A launched step."""
+
+    def wait(self) -> Sampled:
+        """What came of it, once it is done. Raises what went wrong on the device."""
+        ...
+
+    @property
+    def seconds(self) -> float | None:
+        """How long the device worked on it, once `wait` has returned; None where the host waited all the while."""
+        ...
+
+
+class Executor(Protocol):
+    """What carries plans out, in the order in which they are launched."""
+
+    ahead: bool  # launch returns at once, and what it needs of the step before is on the device
+
+    def launch(self, plan: Plan) -> Ticket: ...

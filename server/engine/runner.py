@@ -12,6 +12,7 @@ Letters: T tokens of the step, B rows of the plan, S page size, M page-table wid
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,17 @@ from .request import Logprobs, Request
 from .sampler import Sampler
 
 Integers = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A step that is over already."""
+
+    sampled: Sampled
+    seconds: float | None = None
+
+    def wait(self) -> Sampled:
+        return self.sampled
 
 
 class Runner:
@@ -66,6 +78,11 @@ class Runner:
         request = self._requests[slot]
         assert request is not None, f"slot {slot} is empty"
         return request
+
+    ahead = False
+
+    def launch(self, plan: Plan) -> Done:
+        return Done(self.execute(plan))
 
     @torch.inference_mode()
     def execute(self, plan: Plan) -> Sampled:

@@ -5,6 +5,10 @@ waiting sequences, as far as slots and pages reach. A sequence that starts gets 
 only decodes ask for more. When there is none left, the last running sequence (worst priority, then latest arrival)
 gives up its pages and waits, keeps its tokens, and is computed again later.
 
+The device may be one step ahead of the host: `advance` counts a launched plan's tokens in without knowing them, the
+next plan is made from that, and `resolve` brings them in later. A sequence that turns out to have ended by a stop token
+has one token too many in the step that was launched meanwhile; it is dropped.
+
 Every admitted request is answered as long as steps are taken: the first running sequence is preempted only for one
 of a better priority; it moves in every step, or when its turn comes where the budget is too small for all decodes (then
 nobody joins them); it ends after at most `limit` tokens; alone it always fits, which `add` makes sure of; and the first
@@ -16,32 +20,22 @@ from __future__ import annotations
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from itertools import repeat
 
+from .counts import Counts
 from .pages import Pages
 from .plan import Plan, PromptRows, Sampled
 from .request import EngineError, Logprobs, Output, Request
 from .running import Running, by_rank
-from .sequence import Job, Rank, Sequence
+from .sequence import UNKNOWN, Flight, Job, Rank, Sequence
 from .waiting import Deadlines, Waiting, too_long
 
 
-@dataclass(slots=True)
-class Counts:
-    """What happened since the start, for metrics."""
-
-    started: int = 0  # requests that began to run
-    prompt_tokens: int = 0  # of those
-    cached_tokens: int = 0  # of which were found in the prefix cache
-    computed_tokens: int = 0  # in all plans, recomputed ones included
-    generated_tokens: int = 0
-    preemptions: int = 0
-
-
 class Scheduler:
-    """Plans the steps of one model. `plan`, run it, `commit` (or `fail`), and so on, from one thread.
+    """Plans the steps of one model, from one thread.
 
+    Either `plan`, run it, `commit` (or `fail`), and so on. Or one step ahead: `plan`, launch it, `resolve` the flight
+    before it, `advance` the plan to a flight, and so on.
     `pages` pages make up its KV cache; a slot is a place in the runner's buffers that a sequence keeps while it runs.
     `paused` freezes everything: nothing is planned; requests are still taken, aborted and expired.
     """
@@ -75,7 +69,8 @@ class Scheduler:
         self._waiting = Waiting(max_waiting_requests, max_waiting_tokens)
         self._running = Running(self.pages, max_seqs, prefix_caching)
 
-        self._plan: Plan | None = None  # made, neither committed nor failed
+        self._plan: Plan | None = None  # made, neither advanced nor failed
+        self._flight: Flight | None = None  # advanced, neither resolved nor failed
         self._rows: list[Sequence] = []  # of the last plan
         self._sampling: list[Sequence] = []  # per entry of its `samples`
         self._forks: list[tuple[Sequence, Sequence]] = []  # (parent, child) of the last plan
@@ -83,6 +78,11 @@ class Scheduler:
         self._base_rows: list[Sequence] = []
         self._pure = False  # the last plan was that
         self._turn: Rank = (0, 0, 0)  # whose turn it was last when the budget did not reach all decodes
+
+    @property
+    def planned(self) -> Plan | None:
+        """The plan that was made, but neither advanced nor failed yet."""
+        return self._plan
 
     @property
     def has_work(self) -> bool:
@@ -142,20 +142,22 @@ class Scheduler:
             outputs.append(self._fail(job, EngineError("deadline", message)))
         return outputs
 
-    def fail(self, plan: Plan, error: EngineError) -> list[Output]:
-        """Instead of `commit` when a plan could not be run: its requests end with the error, their pages are free.
-
-        What else runs is computed again, so that nothing depends on how far the runner came.
-        """
-        assert plan is self._plan, "not the plan that was made last"
-        self._plan = None
-        jobs = {sequence.id: sequence.job for sequence in [*self._rows, *self._sampling] if not sequence.gone}
+    def fail(self, error: EngineError) -> list[Output]:
+        """Instead of `advance` and `resolve`, when the plan or the flight could not be run: the requests of both end
+        with the error. What else runs is computed again, so that nothing depends on how far the runner came."""
+        plan, flight = self._plan, self._flight
+        assert plan or flight, "nothing that could fail"
+        self._plan = self._flight = None
+        sequences = [*self._rows, *self._sampling] if plan else []
+        sequences += [*flight.rows, *flight.sampling] if flight else []
+        jobs = {sequence.id: sequence.job for sequence in sequences if not sequence.gone}
         for sequence in self._running.all():
             sequence.chain = None
         outputs = [self._fail(job, error) for job in jobs.values()]
         for sequence in self._running.all():
             self._preempt(sequence)
-        self._running.undelivered(plan)
+        if plan:
+            self._running.undelivered(plan)
         return outputs
 
     def set_version(self, version: int, keep: bool = True) -> None:
@@ -164,7 +166,7 @@ class Scheduler:
         Running sequences go on with the keys and values they have and publish none of them from now on; with
         `keep=False` they give them up and are computed again.
         """
-        assert self._plan is None, "weights change between steps"
+        assert self._plan is None and self._flight is None, "weights change between steps"
         self.weight_version = version
         for sequence in self._running.all():
             sequence.chain = None
@@ -173,8 +175,9 @@ class Scheduler:
         self.pages.drop()
 
     def plan(self, budget: int | None = None) -> Plan | None:
-        """The next step, of at most `budget` tokens; None while paused, without work or without a budget."""
-        assert self._plan is None, "the last plan is neither committed nor failed"
+        """The next step, of at most `budget` tokens. None while paused, without a budget, and without anything to
+        compute: no request is left, or all wait for what the flight brings."""
+        assert self._plan is None, "the last plan is neither advanced nor failed"
         tokens = self._max_tokens if budget is None else min(budget, self._max_tokens)
         if self.paused or tokens < 1 or not self._jobs:
             return None
@@ -184,7 +187,9 @@ class Scheduler:
         while self._running.decodes and not base.slots:  # whoever had its turn gave up its pages
             base = self._plan_decodes(tokens)
         plan = self._plan_prompts(base, tokens - base.decodes)
-        assert plan.slots, "no step although there is work"
+        if not plan.slots:
+            assert self._flight, "no step although there is work"
+            return None
         self._pure = plan is self._base
         self._running.deliver(plan)
         self.counts.computed_tokens += plan.tokens
@@ -192,36 +197,50 @@ class Scheduler:
         return plan
 
     def commit(self, plan: Plan, sampled: Sampled) -> list[Output]:
-        """What the plan's step brought: tokens, scores, finished choices. Their pages and slots are free at once."""
+        """`advance` and `resolve`, for a runner that keeps the host waiting."""
+        return self.resolve(self.advance(plan), sampled)
+
+    def advance(self, plan: Plan) -> Flight:
+        """The plan is launched: from now on its positions count as computed, and its tokens as drawn but unknown."""
         assert plan is self._plan, "not the plan that was made last"
-        assert len(sampled.tokens) == len(plan.samples)
+        assert self._flight is None, "the flight before is not resolved"
         self._plan = None
-        version = self.weight_version
-        outputs = self._commit_prompts(plan, sampled)
-        ended: list[tuple[Sequence, Output]] = []
+        flight = self._flight = Flight(plan, self._rows, self._sampling)
+        if plan.decodes < len(plan.slots):
+            self._advance_prompts(flight)
+        for sequence in self._sampling:
+            if not sequence.gone:
+                sequence.token_ids.append(UNKNOWN)
+                if len(sequence.token_ids) >= sequence.limit:
+                    self._land(sequence)
+        return flight
+
+    def resolve(self, flight: Flight, sampled: Sampled) -> list[Output]:
+        """What the flight's step brought: tokens, scores, finished choices. Their pages and slots are free at once."""
+        assert flight is self._flight, "not the plan that was advanced last"
+        plan, version = flight.plan, self.weight_version
+        assert len(sampled.tokens) == len(plan.samples)
+        self._flight = None
+        outputs = self._resolve_prompts(flight, sampled)
+        mixed = plan.decodes < len(plan.slots)
         columns = sampled.logprobs or repeat(None)
-        for sequence, token, logprobs in zip(self._sampling, sampled.tokens, columns, strict=False):
+        for sequence, token, logprobs in zip(flight.sampling, sampled.tokens, columns, strict=False):
             if sequence.gone:
                 continue
             token_ids = sequence.token_ids
-            token_ids.append(token)
+            token_ids[-1] = token
             output = Output(sequence.id, sequence.choice, [token], logprobs, None, None, None, None, None, version)
             outputs.append(output)
-            if token in sequence.stops or len(token_ids) >= sequence.limit:
-                ended.append((sequence, output))
-        self.counts.generated_tokens += len(sampled.tokens)
-        if plan.decodes < len(plan.slots):
-            for output in outputs:
-                if job := self._jobs.get(output.request_id):
-                    job.announce(output)
-        for sequence, output in ended:
-            token, length = output.token_ids[0], len(sequence.token_ids)
+            if mixed:
+                sequence.job.announce(output)
+            length = len(token_ids)
             if token in sequence.stops and length > sequence.stops_from:
                 output.finish, output.stop_id = "stop", token
                 self._end(sequence)
             elif length >= sequence.limit:
                 output.finish = "length"
                 self._end(sequence)
+        self.counts.generated_tokens += len(sampled.tokens)
         return outputs
 
     def _plan_decodes(self, budget: int) -> Plan:
@@ -310,34 +329,45 @@ class Scheduler:
             sequence.job.sequences[choice] = child
         return children
 
-    def _commit_prompts(self, plan: Plan, sampled: Sampled) -> list[Output]:
-        """Outputs of the sequences that end with their prompt; the others decode from now on."""
-        outputs: list[Output] = []
-        for wanted, found in zip(plan.prompt_logprobs, sampled.prompt_logprobs, strict=True):
-            self._rows[wanted.row].collect(found)
-        for (row, _), values in zip(plan.scores, sampled.scores, strict=True):
-            self._rows[row].job.scores = values
+    def _advance_prompts(self, flight: Flight) -> None:
+        """Counts the chunks in. Where a prompt is complete its choices decode from now on, or nothing is left to do."""
+        plan = flight.plan
         for row in range(plan.decodes, len(plan.slots)):
-            sequence = self._rows[row]
+            sequence = flight.rows[row]
             if sequence.gone:
                 continue
             sequence.computed += plan.counts[row]
             self._running.publish(sequence)
             if sequence.computed < len(sequence.token_ids):
                 continue
-            job = sequence.job
-            if sequence.rows_from is not None:
-                job.prompt_logprobs = sequence.prompt_logprobs or Logprobs()
+            flight.complete.append(sequence)
             if sequence.draws:
                 self._running.join(sequence)
             else:
+                self._land(sequence)
+        for parent, child in self._forks:
+            if not child.gone:
+                self._running.join(child, parent)
+
+    def _resolve_prompts(self, flight: Flight, sampled: Sampled) -> list[Output]:
+        """Outputs of the sequences that end with their prompt."""
+        plan, rows = flight.plan, flight.rows
+        outputs: list[Output] = []
+        for wanted, found in zip(plan.prompt_logprobs, sampled.prompt_logprobs, strict=True):
+            rows[wanted.row].collect(found)
+        for (row, _), values in zip(plan.scores, sampled.scores, strict=True):
+            rows[row].job.scores = values
+        for sequence in flight.complete:
+            if sequence.gone:
+                continue
+            job = sequence.job
+            if sequence.rows_from is not None:
+                job.prompt_logprobs = sequence.prompt_logprobs or Logprobs()
+            if not sequence.draws:
                 finish = "length" if job.request.sampling else "stop"
                 outputs.append(Output(sequence.id, finish=finish, weight_version=self.weight_version))
                 job.announce(outputs[-1])
                 self._end(sequence)
-        for parent, child in self._forks:
-            if not child.gone:
-                self._running.join(child, parent)
         return outputs
 
     def _start_first(self) -> Sequence | None:
@@ -373,20 +403,28 @@ class Scheduler:
             self._preempt(last)
 
     def _preempt(self, sequence: Sequence) -> None:
+        """It cannot start again in the plan that preempts it, whose need took a part of its room; so when it does, its
+        last token is known."""
         self.counts.preemptions += 1
         self._running.leave(sequence)
         self._waiting.push(sequence)
         self._waiting.stuck = False
 
+    def _land(self, sequence: Sequence) -> None:
+        """All of it is computed; only what the flight brings is still to be told. Its slot and pages are free."""
+        self._running.leave(sequence)
+        self._waiting.stuck = False
+        sequence.landed = True
+
     def _end(self, sequence: Sequence) -> None:
         """A choice, and what would have forked from it, is done with."""
         job = sequence.job
-        if sequence.slot < 0:
-            self._waiting.remove(sequence)
-        else:
+        if sequence.slot >= 0:
             self._running.leave(sequence)
-            sequence.gone = True
             self._waiting.stuck = False
+        elif not sequence.landed:
+            self._waiting.remove(sequence)
+        sequence.gone = True
         del job.sequences[sequence.choice]
         if not job.sequences:
             del self._jobs[sequence.id]

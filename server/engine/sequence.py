@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from .pages import Chain
+from .plan import Plan
 from .request import Logprobs, Output, Request
 
+UNKNOWN = -1  # a token that is drawn, but has not come back from the device yet
 Rank = tuple[int, int, int]  # priority, arrival, choice: the lower goes first; no two sequences have the same
 
 
@@ -91,6 +93,7 @@ class Sequence:
     rows_from: int | None = None  # the prompt row from which log-probabilities are collected, None if they are not
     prompt_logprobs: Logprobs | None = None
     gone: bool = False
+    landed: bool = False  # nothing is left to compute; it has neither slot nor pages and does not wait
 
     @property
     def done(self) -> int:
@@ -119,3 +122,13 @@ class Sequence:
             stops=self.stops,
             stops_from=self.stops_from,
         )
+
+
+@dataclass(slots=True)
+class Flight:
+    """A plan whose step is launched and whose results are not known yet: whom they belong to."""
+
+    plan: Plan
+    rows: list[Sequence]  # one per row of the plan
+    sampling: list[Sequence]  # one per entry of its `samples`
+    complete: list[Sequence] = field(default_factory=list[Sequence])  # whose prompt it completes

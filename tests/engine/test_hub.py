@@ -15,6 +15,7 @@ from hubs import answer, assert_nothing_is_held, collect, generate, make_hub, pr
 
 from tandem.model.errors import CheckpointError
 from tandem.server.engine import memory
+from tandem.server.engine.engine import Step
 from tandem.server.engine.hub import Hub, StepCost
 from tandem.server.engine.options import EngineOptions, ModelSpec, OptionsError
 from tandem.server.engine.request import ModelCard, Output
@@ -180,7 +181,7 @@ class FakeEngine:
     def __init__(self, name: str, clock: list[float], *, rows: int = 0, prompt: int = 0, limit: int = 1000) -> None:
         self.card = ModelCard(name, "policy", "", "", "", 1, 1, (), 0, 0, 0)
         self.clock, self.rows, self.prompt, self.limit = clock, rows, prompt, limit
-        self.decoding, self.last_plan, self.steps = 0, (0, True), list[int]()
+        self.decoding, self.last_step, self.steps = 0, Step(), list[int]()
         self.used = 0.0
         self.scheduler = type("S", (), {"pages": type("P", (), {"page_size": 16})})
         self.fixed, self.per_token = 0.010, 0.001
@@ -194,7 +195,7 @@ class FakeEngine:
         rows = min(self.rows, limit)
         chunk = min(self.prompt, limit - rows)
         self.prompt -= chunk
-        self.last_plan = (rows + chunk, chunk == 0)
+        self.last_step = Step(rows + chunk, chunk == 0)
         self.decoding = self.rows
         self.steps.append(rows + chunk)
         seconds = self.fixed + self.per_token * (rows + chunk)

@@ -218,7 +218,7 @@ def test_a_failed_step_ends_its_requests_and_computes_the_others_again():
     engine.step()
     plan = engine.scheduler.plan(budget=2)
     assert plan is not None
-    failed = engine.scheduler.fail(plan, EngineError("internal", "out of memory"))
+    failed = engine.scheduler.fail(EngineError("internal", "out of memory"))
     assert [output.request_id for output in failed] == requests[:2]
     assert engine.scheduler.pages.used == 0
     engine.finish()

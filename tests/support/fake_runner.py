@@ -77,6 +77,7 @@ class FakeRunner:
                 if drawer == entry.slot and plan.slots[row] != drawer:  # forked: as old as what it forks from
                     since = self.slots[plan.slots[row]].since
             tokens = entry.request.token_ids + entry.generated
+            assert min(tokens) >= 0, "a token that is not known yet"
             self.slots[entry.slot] = Slot(entry.request, entry.choice, tokens, table, since)
         assert len({(slot, index) for slot, index, _ in plan.page_updates}) == len(plan.page_updates)
         for slot, index, page in plan.page_updates:
@@ -113,8 +114,10 @@ class FakeRunner:
 
     def compute(self, slot: int, start: int, count: int) -> int:
         """Attends to what the pages hold, writes the row's positions, gives the hash at its last one."""
-        known = self.slots[slot]
+        known, request = self.slots[slot], self.slots[slot].request
         assert start + count <= len(known.tokens)
+        most = len(request.token_ids) + (max(1, request.sampling.max_tokens) - 1 if request.sampling else 0)
+        assert start + count <= most, "a position that nobody needs"
         state = 0
         for position in range(start + count):
             state = follow(state, known.tokens[position])

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from tandem.server.engine import plan, request, scheduler
+from tandem.server.engine import counts, plan, request, scheduler
 
 MUTATED = ("pages", "sequence", "waiting", "running", "scheduler")  # in order of import
-SHARED = {"plan": plan, "request": request}  # types alone; the tests use the same ones
+SHARED = {"counts": counts, "plan": plan, "request": request}  # types alone; the tests use the same ones
 SOURCES = Path(str(scheduler.__file__)).parent
 
 

@@ -9,6 +9,7 @@ from fake_runner import VOCABULARY, FakeRunner, answer
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from tandem.server.engine.plan import Plan
 from tandem.server.engine.request import EngineError, Output, Request, Sampling
 
 END = frozenset({0})
@@ -113,9 +114,12 @@ def scheduler_machine(scheduler_module: ModuleType) -> type[RuleBasedStateMachin
             seqs=st.integers(1, 6),
             budget=st.sampled_from([1, 3, 8, 20]),
             caching=st.sampled_from([True, True, False]),
+            ahead=st.booleans(),
         )
-        def engine(self, pages: int, size: int, seqs: int, budget: int, caching: bool) -> None:
+        def engine(self, pages: int, size: int, seqs: int, budget: int, caching: bool, ahead: bool) -> None:
+            """`ahead`: results come in only after the next step was launched."""
             self.now = 0.0
+            self.ahead, self.flight = ahead, None
             self.bound = 6
             self.scheduler = scheduler_module.Scheduler(
                 pages=pages,
@@ -154,10 +158,23 @@ def scheduler_machine(scheduler_module: ModuleType) -> type[RuleBasedStateMachin
             for _ in range(steps):
                 plan = self.scheduler.plan(budget)
                 if plan is None:
-                    assert self.scheduler.paused or not self.scheduler.has_work
+                    assert self.flight or self.scheduler.paused or not self.scheduler.has_work
+                    self.settle()
                     return
-                outputs = self.scheduler.commit(plan, self.runner.execute(plan, budget))
-                self.ledger.take(outputs)
+                self.launch(plan, budget)
+
+        def launch(self, plan: Plan, budget: int | None = None) -> None:
+            sampled = self.runner.execute(plan, budget)
+            if self.ahead:
+                self.settle()
+                self.flight = (self.scheduler.advance(plan), sampled)
+            else:
+                self.ledger.take(self.scheduler.commit(plan, sampled))
+
+        def settle(self) -> None:
+            if self.flight:
+                (flight, sampled), self.flight = self.flight, None
+                self.ledger.take(self.scheduler.resolve(flight, sampled))
 
         @precondition(lambda self: any(self.ledger.open.values()))
         @rule(which=st.integers(0, 20), choice=st.sampled_from([None, 0, 1, 2]), amid=st.booleans())
@@ -171,7 +188,7 @@ def scheduler_machine(scheduler_module: ModuleType) -> type[RuleBasedStateMachin
             assert {output.choice for output in outputs} == (before if choice is None else before & {choice})
             self.ledger.take(outputs)
             if plan is not None:
-                self.ledger.take(self.scheduler.commit(plan, self.runner.execute(plan)))
+                self.launch(plan)
 
         @rule(seconds=st.integers(1, 9))
         def time_passes(self, seconds: int) -> None:
@@ -186,6 +203,7 @@ def scheduler_machine(scheduler_module: ModuleType) -> type[RuleBasedStateMachin
 
         @rule(keep=st.booleans())
         def new_weights(self, keep: bool) -> None:
+            self.settle()
             self.runner.version += 1
             self.scheduler.set_version(self.runner.version, keep)
 
@@ -193,11 +211,17 @@ def scheduler_machine(scheduler_module: ModuleType) -> type[RuleBasedStateMachin
         def pause(self) -> None:
             self.scheduler.paused = not self.scheduler.paused
 
-        @rule()
-        def device_fails(self) -> None:
-            plan = self.scheduler.plan()
+        @rule(at_launch=st.booleans(), launched=st.booleans())
+        def device_fails(self, at_launch: bool, launched: bool) -> None:
+            """When a step is launched, or before the step ahead of it is over, with it or without."""
+            plan = self.scheduler.plan() if launched else None
             if plan is not None:
-                self.ledger.take(self.scheduler.fail(plan, EngineError("internal", "boom")))
+                self.runner.execute(plan)
+            if at_launch:
+                self.settle()
+            if plan is not None or self.flight:
+                self.flight = None
+                self.ledger.take(self.scheduler.fail(EngineError("internal", "boom")))
 
         @invariant()
         def books(self) -> None:
@@ -213,7 +237,9 @@ def scheduler_machine(scheduler_module: ModuleType) -> type[RuleBasedStateMachin
             known = sum(len(choices) for choices in self.ledger.open.values())
             held = [sequence for job in self.scheduler._jobs.values() for sequence in job.sequences.values()]
             assert known == sum(1 + len(sequence.siblings) for sequence in held)
-            assert self.scheduler.waiting + self.scheduler.running == len(held)
+            landed = sum(sequence.landed for sequence in held)
+            assert not landed or self.flight
+            assert self.scheduler.waiting + self.scheduler.running + landed == len(held)
             assert self.scheduler._waiting._requests <= self.bound
 
         def teardown(self) -> None:
@@ -221,13 +247,15 @@ def scheduler_machine(scheduler_module: ModuleType) -> type[RuleBasedStateMachin
             if not hasattr(self, "scheduler"):
                 return
             self.scheduler.paused = False
-            work = sum(
-                (CONTEXT + 1) * len(choices) * (CONTEXT + 1) for choices in self.ledger.open.values()
-            )  # generous: one step each for every recomputed token
-            while (plan := self.scheduler.plan()) is not None:
+            # generous: one step each for every recomputed token, and one for the flight
+            work = 1 + sum(2 * (CONTEXT + 1) * len(choices) * (CONTEXT + 1) for choices in self.ledger.open.values())
+            while (plan := self.scheduler.plan()) is not None or self.flight:
                 work -= 1
                 assert work >= 0, "no end in sight"
-                self.ledger.take(self.scheduler.commit(plan, self.runner.execute(plan)))
+                if plan is None:
+                    self.settle()
+                else:
+                    self.launch(plan)
             assert not any(self.ledger.open.values())
             assert not self.scheduler.has_work and not self.scheduler.waiting and not self.scheduler.running
             self.scheduler.pages.check([])
