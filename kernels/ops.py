@@ -20,11 +20,14 @@ from collections.abc import Callable, Mapping
 from functools import wraps
 from importlib import import_module
 from types import MappingProxyType
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import Literal, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from . import attention
+from .attention import decode_chunks as decode_chunks
 
 Args = ParamSpec("Args")
 Result = TypeVar("Result")
@@ -32,11 +35,6 @@ Result = TypeVar("Result")
 # Device type -> module of this package that may define the operations below again.
 BACKENDS: Mapping[str, str] = MappingProxyType({})
 
-# K (and as much V) that one round of decode attention gathers, in elements: 1 MiB in float32. From 4 MiB on every round
-# runs on fresh, unmapped memory from the allocator; below 0.5 MiB the rounds' own cost shows.
-GATHER_ELEMENTS = 1 << 18
-# Elements of one attention mask with a plane per head (32 MiB in float32).
-MASK_ELEMENTS = 1 << 23
 # Float32 logits that `logprobs_of` holds at once, in elements (64 MiB).
 LOGIT_ELEMENTS = 1 << 24
 
@@ -45,7 +43,8 @@ class Sequences(NamedTuple):
     """Which rows belong to which sequence, and where its K and V are. Row counts, not tokens, are what T counts.
 
     The first `decodes` sequences have exactly one row each. `lengths` counts the K/V of a sequence including this
-    step's rows, which are its last ones. Entries of `page_table` past a sequence's last page may hold anything.
+    step's rows, which are its last ones. Entries of `page_table` past a sequence's last page may hold anything. A
+    decoding sequence of length 0 is padding: its row's result is 0.
     """
 
     query_starts: Tensor  # [B + 1] int32
@@ -54,6 +53,9 @@ class Sequences(NamedTuple):
     decodes: int
     max_query: int
     max_length: int
+    work: Tensor | None = None  # `attention_work` of these lengths; without it every layer makes its own on CUDA
+    deterministic: bool = False  # a row's bits depend on its own position, K and V only
+    backend: Literal["triton", "flash", "torch"] = "triton"  # what computes attention on CUDA
 
 
 class KVLayer(NamedTuple):
@@ -227,119 +229,29 @@ def paged_attention(
 
     A row at position p sees j <= p, with `window` only j > p - window. Its score is s = scale · q·k, then
     softcap · tanh(s / softcap), then + alibi[n] · (j - p) with alibi [N] float32. Head n reads kv head n // G.
+
+    With `sequences.deterministic` a row has the same bits in any batch, in any chunk of its prompt and as a decode.
     """
-    out = torch.empty_like(q)
-    starts, lengths = sequences.query_starts.tolist(), sequences.lengths.tolist()
-    decodes = sequences.decodes
-    if decodes:
-        args = (cache, sequences, lengths[:decodes], scale, alibi, window, softcap)
-        _attend_decodes(q[:decodes], out[:decodes], *args)
-    for index in range(decodes, len(lengths)):
-        first, last = starts[index], starts[index + 1]
-        if first < last:
-            args = (cache, sequences.page_table[index : index + 1], lengths[index], scale, alibi, window, softcap)
-            _attend_prefill(q[first:last], out[first:last], *args)
-    return out
+    return attention.attend(q, cache, sequences, scale, alibi, window, softcap)
 
 
-def _gather(pages: Tensor, scales: Tensor | None, table: Tensor) -> Tensor:
-    """The tokens of page tables [b, m] one behind another: [b, K, m S, H] float32."""
-    kv_heads, size, width = pages.shape[1:]
-    count, m = table.shape
-    heads = torch.arange(kv_heads, device=table.device, dtype=table.dtype).unsqueeze(-1)
-    rows = torch.add(heads, table.unsqueeze(1), alpha=kv_heads).flatten()  # [b K m] of the pages seen as [P K, S, H]
-    found = pages.flatten(0, 1).index_select(0, rows).float()
-    if scales is not None:
-        found *= scales.flatten(0, 1).index_select(0, rows).unsqueeze(-1)
-    return found.view(count, kv_heads, m * size, width)
+@op
+def attention_work(lengths: Tensor, decodes: int, capacity: int, prefixes: Tensor | None = None) -> Tensor:
+    """The decode rows of a step cut into chunks of K and V: [2 + 5 or 10, capacity] int32, for all layers of a step.
 
+    lengths [B] int32 as in Sequences. Row r takes `decode_chunks(length)` consecutive slots for partial results; the
+    sum over rows must not exceed `capacity` (at least 2 and at least `decodes`). Rows that do not fit get NaN from
+    `paged_attention`.
 
-def _attend_decodes(
-    q: Tensor,
-    out: Tensor,
-    cache: KVLayer,
-    sequences: Sequences,
-    lengths: list[int],
-    scale: float,
-    alibi: Tensor | None,
-    window: int | None,
-    softcap: float | None,
-) -> None:
-    """One row per sequence, as many sequences at once as keep their gathered K and V in the processor's cache."""
-    kv_heads, size, width = cache.k.shape[1:]
-    heads = q.shape[1]
-    firsts = [max(0, length - window) // size if window else 0 for length in lengths]  # first page that is seen
-    counts = [-(-length // size) - first for length, first in zip(lengths, firsts, strict=True)]
-    group = max(1, GATHER_ELEMENTS // (max(counts) * size * kv_heads * width))
-    queries = q.float().mul(scale).view(-1, kv_heads, heads // kv_heads, width)  # [b, K, G, H]
-    for begin in range(0, len(lengths), group):
-        part = slice(begin, min(begin + group, len(lengths)))
-        m = max(counts[part])
-        ends = sequences.lengths[part].unsqueeze(-1)  # [b, 1]
-        offset = torch.tensor(firsts[part], device=q.device).unsqueeze(-1)
-        column = torch.arange(m, device=q.device) + offset
-        table = sequences.page_table[part].gather(1, column.where(column * size < ends, offset))
-        position = torch.arange(m * size, device=q.device) + offset * size  # [b, m S]
-        hidden = position >= ends
-        if window:
-            hidden |= position < ends - window
-        k, v = _gather(cache.k, cache.k_scale, table), _gather(cache.v, cache.v_scale, table)
-        scores = queries[part] @ k.transpose(-1, -2)  # [b, K, G, m S]
-        if softcap:
-            scores = scores.div_(softcap).tanh_().mul_(softcap)
-        if alibi is not None:
-            scores += alibi.view(kv_heads, -1, 1) * (position - (ends - 1)).view(-1, 1, 1, m * size)
-        scores.masked_fill_(hidden.view(-1, 1, 1, m * size), -torch.inf)
-        # What lies behind a sequence's end was never written: 0 · NaN would be NaN.
-        shortest = min(n - f * size for n, f in zip(lengths[part], firsts[part], strict=True))
-        v[:, :, shortest:].masked_fill_(hidden[:, None, shortest:, None], 0)
-        out[part] = (scores.softmax(-1) @ v).view(-1, heads, width)
+    prefixes [2, B] int32, for groups of neighbouring rows whose first tokens lie in the same pages: the first row of
+    the row's group, and how many tokens the whole group shares, fewer than any of its rows has. 0 tokens: none.
 
-
-def _attend_prefill(
-    q: Tensor,
-    out: Tensor,
-    cache: KVLayer,
-    table: Tensor,
-    length: int,
-    scale: float,
-    alibi: Tensor | None,
-    window: int | None,
-    softcap: float | None,
-) -> None:
-    """The rows [n, N, H] of one sequence, its last n positions; masks are made for a block of rows at a time."""
-    kv_heads, size = cache.k.shape[1:3]
-    rows, heads = q.shape[:2]
-    start = length - rows
-    first = max(0, start + 1 - window) if window else 0  # first position that is seen
-    table = table[:, first // size : -(-length // size)]
-    seen = slice(first % size, first % size + length - first)
-    k = _gather(cache.k, cache.k_scale, table)[:, :, seen]
-    v = _gather(cache.v, cache.v_scale, table)[:, :, seen]
-    queries = q.float().transpose(0, 1).unsqueeze(0)  # [1, N, n, H]
-    if start == 0 and alibi is None and softcap is None and (not window or window >= length):
-        result = F.scaled_dot_product_attention(queries, k, v, is_causal=True, scale=scale, enable_gqa=True)
-        out.copy_(result[0].transpose(0, 1))
-        return
-    block = max(1, MASK_ELEMENTS // (heads * (length - first)))
-    position = torch.arange(first, length, device=q.device)
-    for begin in range(0, rows, block):
-        row = torch.arange(start + begin, start + min(begin + block, rows), device=q.device).unsqueeze(-1)
-        hidden = position > row
-        if window:
-            hidden |= position <= row - window
-        bias = torch.zeros(hidden.shape, device=q.device).masked_fill_(hidden, -torch.inf)  # [n, L]
-        if alibi is not None:
-            bias = alibi.view(-1, 1, 1) * (position - row) + bias  # [N, n, L]
-        part = queries[:, :, begin : begin + block]
-        if softcap is None:
-            result = F.scaled_dot_product_attention(part, k, v, attn_mask=bias, scale=scale, enable_gqa=True)
-        else:
-            grouped = part.unflatten(1, (kv_heads, -1))  # [1, K, G, n, H]
-            scores = (grouped @ k.unsqueeze(2).transpose(-1, -2)).mul_(scale / softcap).tanh_().mul_(softcap)
-            scores = scores.flatten(1, 2) + bias
-            result = (scores.softmax(-1).unflatten(1, (kv_heads, -1)) @ v.unsqueeze(2)).flatten(1, 2)
-        out[begin : begin + block] = result[0].transpose(0, 1)
+    Row 0 of the result holds the numbers of entries and of shared entries, row 1 the first slot of each decode row (-1
+    where it does not fit), then come the fields of the entries: row of the page table, first query row, number of
+    query rows, first chunk, chunk behind the last; then those of the shared entries, where there are prefixes. What
+    lies behind the last entry may be anything. Reads 4 bytes per row, writes 24 per entry, once per step.
+    """
+    return attention.attention_work(lengths, decodes, capacity, prefixes)
 
 
 # Pages --------------------------------------------------------------------------------------------------------------

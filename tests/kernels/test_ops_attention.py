@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tandem.kernels import ops
+from tandem.kernels import attention, ops
 from tandem.kernels.ops import KVLayer, Sequences
 
 PAGE = 5
@@ -95,8 +95,8 @@ def test_paged_attention(shape: str, options: str, kv_heads: int) -> None:
 @pytest.mark.parametrize("options", ["plain", "all"])
 def test_rounds_of_few_elements(options: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many rounds of gathered sequences and many blocks of masks give what one gives."""
-    monkeypatch.setattr(ops, "GATHER_ELEMENTS", 300)
-    monkeypatch.setattr(ops, "MASK_ELEMENTS", 1000)
+    monkeypatch.setattr(attention, "GATHER_ELEMENTS", 300)
+    monkeypatch.setattr(attention, "MASK_ELEMENTS", 1000)
     case = Case(CASES["decodes"] + CASES["chunks"], 6, 2, 8, torch.float32)
     found = ops.paged_attention(case.q, case.cache, case.sequences, 0.4, **OPTIONS[options])
     torch.testing.assert_close(found.double(), case.expected(0.4, **OPTIONS[options]), rtol=1e-5, atol=1e-5)
