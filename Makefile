@@ -8,7 +8,7 @@ NICE_PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 serve: .venv/serve.stamp  ## the bundled policy and reward model on http://127.0.0.1:8000 (ARGS="…" is passed on)
 	$(BIN)/tandem serve $(ARGS)
 
-test: .venv/dev.stamp  ## everything CI checks, with the time per area
+test: .venv/dev.stamp .venvs/aot  ## everything CI checks, with the time per area
 	$(BIN)/python tests/areas.py $(AREAS)
 
 setup: .venv/dev.stamp  ## .venv with everything that tests and tools need
@@ -46,5 +46,12 @@ evidence-status: .venv/dev.stamp  ## which records are older than the code they 
 	$(NICE_PIP) -e '.[dev]'
 	@touch $@
 
+# The Triton of GPU images with torch 2.11. Kernels are compiled with it, too; it stands beside .venv's packages, on PYTHONPATH.
+.venvs/aot: | .venv/dev.stamp
+	@echo "Fetching Triton 3.6.0 into .venvs/aot (once)"
+	@rm -rf $@.part
+	$(NICE_PIP) --no-deps --target $@.part triton==3.6.0
+	@mv $@.part $@
+
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venvs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

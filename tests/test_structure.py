@@ -16,7 +16,8 @@ FILES = sorted(
 )
 MAX_LINES = 450
 
-# Layer -> layers it may import from beside itself. The first layer whose path prefixes a file is the file's.
+# The first layer whose path prefixes a file is the file's.
+LAYERS = ("server/engine", "server/text", "server/api", "server", "model", "kernels/triton", "kernels", "benchmarks")
 INTEGERS = {
     f"server/engine/{name}.py" for name in ("request", "pages", "plan", "sequence", "running", "waiting", "scheduler")
 }
@@ -52,7 +53,7 @@ def imports(file: Path) -> Iterator[tuple[str, bool]]:
 
 
 def layer(path: str) -> str:
-    for name in ("server/engine", "server/text", "server/api", "server", "model", "kernels", "benchmarks"):
+    for name in LAYERS:
         if path == name or path.startswith(name + "/"):
             return name
     return path
@@ -67,13 +68,17 @@ def test_imports_stay_in_their_layer(file: Path) -> None:
             assert library != "tandem" or here == "benchmarks", f"{name}: import relatively inside the packages"
             if here in ("server/api", "server/text", "server") or name in INTEGERS:
                 assert library not in HEAVY, f"{name} imports {library}"
-            if here in ("server/engine", "model", "kernels") and name != LINK:
+            if here in ("server/engine", "model", "kernels", "kernels/triton") and name != LINK:
                 assert library not in EDGE_LIBRARIES, f"{name} imports {library}: a bare CUDA image has none"
             assert library != "transformers" or here == "benchmarks", f"{name} imports transformers"
+            assert library != "triton" or here in ("kernels/triton", "benchmarks"), f"{name} imports triton"
+            assert not target.startswith("tandem.kernels.triton"), f"{name} imports {target}: call the operation"
             continue
         there = layer(target)
         if here == "kernels":
             assert there == "kernels", f"{name} imports {target}"
+        elif here == "kernels/triton":
+            assert there in ("kernels", "kernels/triton"), f"{name} imports {target}"
         elif here == "model":
             assert there in ("model", "kernels"), f"{name} imports {target}"
         elif name in INTEGERS:

@@ -1,0 +1,66 @@
+"""The norms against float64, on strided rows inside poison."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from closeness import DTYPES, assert_close, frame_is_whole, framed, noise, poisoned_memory
+from torch import Tensor
+
+from tandem.kernels.triton import layer_norm, rms_norm
+
+SHAPES = [(1, 1), (1, 64), (3, 5 * 123), (130, 7), (2, 1000), (2, 4096)]
+
+
+def exact_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.double()
+    normal = wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt()
+    return normal.to(x.dtype).double() * weight.double()
+
+
+def exact_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    wide = x.double()
+    centred = wide - wide.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double() + bias.double()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), SHAPES)
+@pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("name", ["rms", "layer"])
+def test_norms(name: str, rows: int, width: int, with_residual: bool, dtype: torch.dtype) -> None:
+    x, weight, bias = 3 * noise(rows, width) + 0.5, noise(width, dtype=dtype, seed=1), noise(width, dtype=dtype, seed=3)
+    x = framed(x.to(dtype))
+    residual = framed(noise(rows, width, dtype=dtype, seed=2)) if with_residual else None
+    total = x.clone() if residual is None else x + residual
+    before = x.clone()
+    with poisoned_memory():
+        out = rms_norm(x, weight, 1e-5, residual) if name == "rms" else layer_norm(x, weight, bias, 1e-5, residual)
+    if name == "rms":
+        # The normal value is rounded before the product: where it lies halfway, either neighbour is right.
+        assert_close(out, exact_rms_norm(total, weight, 1e-5), dtype, ulps=4 if dtype == torch.float32 else 2)
+    else:
+        assert_close(out, exact_layer_norm(total, weight, bias, 1e-5), dtype, ulps=4, magnitude=1)
+    assert torch.equal(x, before) and frame_is_whole(x)
+    if residual is not None:
+        assert torch.equal(residual, total) and frame_is_whole(residual)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_leading_dimensions(dtype: torch.dtype) -> None:
+    x, weight = noise(2, 3, 5, 33, dtype=dtype), noise(33, dtype=dtype, seed=1)
+    out = rms_norm(x, weight, 1e-6)
+    assert out.shape == x.shape and torch.equal(out.view(-1, 33), rms_norm(x.view(-1, 33), weight, 1e-6))
+
+
+def test_statistics_are_float32() -> None:
+    """In float16 the sum of squares of 1000 · 300 would be infinite."""
+    ones = torch.ones_like(noise(1, 1000, dtype=torch.float16))
+    assert torch.equal(rms_norm(300 * ones, ones[0], 0.0), ones)
+    assert torch.equal(layer_norm(300 * ones, ones[0], ones[0], 1.0), ones)
+
+
+@pytest.mark.parametrize("width", [64, 33])
+def test_no_rows(width: int) -> None:
+    empty, weight = noise(0, width), noise(width)
+    assert rms_norm(empty, weight, 1e-6).shape == layer_norm(empty, weight, weight, 1e-6).shape == (0, width)
