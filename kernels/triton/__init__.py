@@ -1,5 +1,18 @@
 """The operations of `ops.py` as Triton kernels, for CUDA devices: same names, same signatures."""
 
+from .activation import gelu, gelu_tanh, silu_and_mul
 from .norm import layer_norm, rms_norm
+from .pages import copy_pages
+from .rotary import qk_norm_rotary_and_write_kv
+from .write import write_kv
 
-__all__ = ["layer_norm", "rms_norm"]
+__all__ = [
+    "copy_pages",
+    "gelu",
+    "gelu_tanh",
+    "layer_norm",
+    "qk_norm_rotary_and_write_kv",
+    "rms_norm",
+    "silu_and_mul",
+    "write_kv",
+]

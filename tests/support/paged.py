@@ -83,3 +83,13 @@ def random_pages(
         max(lengths),
     )
     return Paged(cache, sequences, *dense)
+
+
+def same_cache(found: KVLayer, expected: KVLayer) -> None:
+    """Bit by bit, poison included."""
+    for name, part, other in zip(KVLayer._fields, found, expected, strict=True):
+        if part is None or other is None:
+            assert part is other, name
+        else:
+            assert part.dtype == other.dtype and torch.equal(part.isnan(), other.isnan()), f"{name}: other slots"
+            assert torch.equal(part.nan_to_num(nan=0), other.nan_to_num(nan=0)), f"{name}: other values"
