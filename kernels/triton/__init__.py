@@ -1,16 +1,20 @@
 """The operations of `ops.py` as Triton kernels, for CUDA devices: same names, same signatures."""
 
 from .activation import gelu, gelu_tanh, silu_and_mul
+from .attention import paged_attention
+from .attention_work import attention_work
 from .norm import layer_norm, rms_norm
 from .pages import copy_pages
 from .rotary import qk_norm_rotary_and_write_kv
 from .write import write_kv
 
 __all__ = [
+    "attention_work",
     "copy_pages",
     "gelu",
     "gelu_tanh",
     "layer_norm",
+    "paged_attention",
     "qk_norm_rotary_and_write_kv",
     "rms_norm",
     "silu_and_mul",

@@ -52,6 +52,7 @@ class Variant:
     divisible: Sequence[str] = ()
     num_warps: int = 4
     num_stages: int = 1
+    options: Mapping[str, Any] = field(default_factory=dict)  # further ones of the launch
     archs: Sequence[int] = ARCHS
     max_registers: int = 255
     max_stack: int = 0
@@ -91,7 +92,8 @@ def compile(variant: Variant, arch: int) -> Resources:
             attrs={(names.index(name),): [["tt.divisibility", 16]] for name in variant.divisible},
         ),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": True},
+        options={"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": True}
+        | dict(variant.options),
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
