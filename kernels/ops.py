@@ -33,7 +33,7 @@ Args = ParamSpec("Args")
 Result = TypeVar("Result")
 
 # Device type -> module of this package that may define the operations below again.
-BACKENDS: Mapping[str, str] = MappingProxyType({})
+BACKENDS: Mapping[str, str] = MappingProxyType({"cuda": ".triton"})
 
 # Float32 logits that `logprobs_of` holds at once, in elements (64 MiB).
 LOGIT_ELEMENTS = 1 << 24
