@@ -3,6 +3,10 @@
 A kernel's block sizes stand in its own file, as a mapping from architecture (80, 89, 90, 100) to sizes by shape class;
 `pick` takes the device's entry. `options` are what every launch passes on to Triton.
 
+Triton compiles a kernel again for each type, constant and property of its arguments: a pointer or integer that is a
+multiple of 16, an integer that is 1. Where such a property changes from step to step, a kernel names the argument in
+`do_not_specialize` (counts) or `do_not_specialize_on_alignment` (parts of a staging buffer).
+
 Compiled kernels stay on disk in Triton's own cache: `TRITON_CACHE_DIR`, by default ~/.triton/cache. Its keys hold the
 source, the types, the constants, the architecture and Triton's version, so it may be shared between processes, kept
 over upgrades, and deleted at any time. The container has it in a volume (Dockerfile.cuda): a kernel is compiled once

@@ -17,7 +17,7 @@ from .launch import options
 BYTES = 8192  # of a program: four 16-byte loads per thread of 4 warps
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["src_stride", "dst_stride"], do_not_specialize_on_alignment=["src", "dst"])
 def _copy_pages_kernel(pages, src, dst, src_stride, dst_stride, stride, count, BLOCK: tl.constexpr):
     copy = tl.program_id(0)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -60,7 +60,7 @@ def _store(x, column, query, key, value, out, out_place, k_pages, v_pages, page_
     tl.store(v_pages + place, stored, mask=inside & value[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["positions", "slots"])
 def _rotary_kernel(
     qkv,
     q_norm,

@@ -37,7 +37,7 @@ def to_int8(x, scale):
     return ((whole + HALFWAY) - HALFWAY).to(tl.int8)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots"])
 def _write_kv_kernel(
     k,
     v,

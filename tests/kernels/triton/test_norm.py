@@ -46,6 +46,14 @@ def test_norms(name: str, rows: int, width: int, with_residual: bool, dtype: tor
         assert torch.equal(residual, total) and frame_is_whole(residual)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_the_normal_value_is_rounded_before_the_weight(dtype: torch.dtype) -> None:
+    """As in the definition: unrounded, a third of the results would be their neighbours."""
+    x, weight = noise(8, 1000, dtype=dtype), noise(1000, dtype=dtype, seed=1)
+    same = rms_norm(x, weight, 1e-5) == exact_rms_norm(x, weight, 1e-5).to(dtype)
+    assert same.float().mean() > 0.99
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_leading_dimensions(dtype: torch.dtype) -> None:
     x, weight = noise(2, 3, 5, 33, dtype=dtype), noise(33, dtype=dtype, seed=1)

@@ -12,7 +12,7 @@ def _copy(dtype: str, size: int) -> Variant:
         _copy_pages_kernel,
         {"pages": f"*{dtype}"} | names,
         {"BLOCK": BYTES // size},
-        ["pages", "src", "dst", "stride", "count"],
+        ["pages", "stride", "count"],
         max_registers=64,
         sass=("LDG.128", "STG.128"),
     )

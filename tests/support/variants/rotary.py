@@ -40,7 +40,7 @@ def _rotary(
         _rotary_kernel,
         tensors | {"eps": "fp32"} | dict.fromkeys(STRIDES, "i32"),
         constants,
-        [*tensors, *STRIDES],
+        [*(name for name in tensors if name not in ("positions", "slots")), *STRIDES],
         num_warps=max(1, ELEMENTS // width * 2 * block_half // 512),
         max_registers=128,
         sass=sass,

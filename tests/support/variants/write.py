@@ -20,7 +20,7 @@ def _write(dtype: str, stored: str, kv_heads: int, width: int) -> Variant:
         _write_kv_kernel,
         tensors | dict.fromkeys(STRIDES, "i32"),
         constants,
-        [*tensors, *STRIDES],
+        [*(name for name in tensors if name != "slots"), *STRIDES],
         max_registers=96,
         sass=("LDG.128", "STG.64" if stored == "i8" else "STG.128"),
     )
