@@ -31,12 +31,18 @@ from .attention import decode_chunks as decode_chunks
 
 Args = ParamSpec("Args")
 Result = TypeVar("Result")
+Activation = Literal["silu_and_mul", "gelu_tanh", "gelu"]
 
 # Device type -> module of this package that may define the operations below again.
 BACKENDS: Mapping[str, str] = MappingProxyType({"cuda": ".triton"})
 
+# Rows of a product in a fixed order on a CPU.
+BLOCK_ROWS = 16
 # Float32 logits that `logprobs_of` holds at once, in elements (64 MiB).
 LOGIT_ELEMENTS = 1 << 24
+# The same on a CUDA device, in the dtype of the weights (128 MiB in 16 bits): each round reads the whole head, so it
+# should have many rows. At V = 128k there are 512, and arithmetic bounds the matrix product.
+DEVICE_LOGIT_ELEMENTS = 1 << 26
 
 
 class Sequences(NamedTuple):
@@ -141,6 +147,50 @@ def gelu_tanh(x: Tensor) -> Tensor:
 def gelu(x: Tensor) -> Tensor:
     """x · Φ(x), Φ the standard normal distribution function."""
     return F.gelu(x)
+
+
+# Matrices -----------------------------------------------------------------------------------------------------------
+
+
+@op
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: Activation | None = None,
+    deterministic: bool = False,
+) -> Tensor:
+    """activation(x · weightᵀ + bias). x [T, D], weight [O, D], bias [O] -> [T, O], silu_and_mul [T, O / 2]; x's dtype.
+
+    Sums are rounded to x's dtype before the activation, which is the operation of that name. `deterministic`: a row's
+    bits depend on that row, weight and bias, not on T or on the rows beside it.
+    """
+    if not deterministic:
+        return activate(F.linear(x, weight, bias), activation)
+    return activate(in_blocks(lambda rows: F.linear(rows, weight, bias), x), activation, by_row=True)
+
+
+def activate(x: Tensor, activation: Activation | None, by_row: bool = False) -> Tensor:
+    """The operation named `activation` of x [T, I]. `by_row`: one row at a time.
+
+    On CPUs torch computes what is left behind the last whole vector of a thread's share in another way, which rounds
+    otherwise: in a row by itself those are the same elements whatever T is.
+    """
+    if activation is None:
+        return x
+    apply = {"silu_and_mul": silu_and_mul, "gelu_tanh": gelu_tanh, "gelu": gelu}[activation]
+    return torch.stack([apply(row) for row in x]) if by_row else apply(x)
+
+
+def in_blocks(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """product(x) [T, O] of x [T, D], BLOCK_ROWS rows at a time, the last block filled up with zeros.
+
+    Libraries choose the order of a product's sums by its shape, so that 1 row, 2 rows and 257 rows have other bits
+    (oneDNN and MKL, in all dtypes). Products of one shape have one order, the same for every row in them.
+    """
+    count = x.shape[0]
+    blocks = F.pad(x, (0, 0, 0, -count % BLOCK_ROWS)).split(BLOCK_ROWS)
+    return torch.cat([product(block) for block in blocks])[:count]
 
 
 # Writing K and V ----------------------------------------------------------------------------------------------------
@@ -270,25 +320,36 @@ def copy_pages(pages: Tensor, src: Tensor, dst: Tensor) -> None:
 def token_logprobs(logits: Tensor, targets: Tensor, top: int) -> TokenLogprobs:
     """log softmax(logits)[target], its rank and the `top` most likely tokens, row by row.
 
-    logits [T, V] float32, targets [T] int64. A token's rank is 1 + the number of tokens that are strictly more likely.
-    `top` may exceed V: all are given then.
+    logits [T, V] of any float dtype, targets [T] int64. A token's rank is 1 + the number of tokens that are strictly
+    more likely. A target of -1 asks for no token: value and rank are 0. `top` may exceed V: all are given then.
+    A row's bits do not depend on T.
     """
-    norm = logits.logsumexp(-1, keepdim=True)
-    chosen = logits.gather(-1, targets.unsqueeze(-1))
-    ranks = (logits > chosen).sum(-1).add_(1)
-    best = logits.topk(min(top, logits.shape[-1]))
-    return TokenLogprobs((chosen - norm).squeeze(-1), ranks, best.values - norm, best.indices)
+    logits = logits.float()
+    logprobs = logits.log_softmax(-1)  # a row is one thread's; one row's logsumexp is divided among all
+    place = targets.clamp(min=0).unsqueeze(-1)
+    unasked = targets < 0
+    ranks = (logits > logits.gather(-1, place)).sum(-1).add_(1).masked_fill_(unasked, 0)
+    best = logits.topk(min(top, logits.shape[-1])).indices
+    values = logprobs.gather(-1, place).squeeze(-1).masked_fill_(unasked, 0)
+    return TokenLogprobs(values, ranks, logprobs.gather(-1, best), best)
 
 
 @op
 def logprobs_of(hidden: Tensor, head: Tensor, targets: Tensor, top: int = 0) -> TokenLogprobs:
     """`token_logprobs` of the logits hidden · headᵀ. hidden [T, D], head [V, D], targets [T] int64.
 
-    The logits are computed in chunks of rows, never T × V at once.
+    The logits are computed a few rows at a time, never T × V at once.
     """
-    rows = max(1, LOGIT_ELEMENTS // head.shape[0])
+    return logprobs_in_rounds(lambda rows: F.linear(rows, head), hidden, targets, top, head.shape[0])
+
+
+def logprobs_in_rounds(
+    head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, top: int, vocab_size: int
+) -> TokenLogprobs:
+    """`token_logprobs` of head(hidden) [T, V], LOGIT_ELEMENTS (on a CUDA device DEVICE_LOGIT_ELEMENTS) at a time."""
+    rows = max(1, (LOGIT_ELEMENTS if hidden.device.type == "cpu" else DEVICE_LOGIT_ELEMENTS) // vocab_size)
     parts = [
-        token_logprobs(F.linear(part, head).float(), wanted, top)
+        token_logprobs(head(part), wanted, top)
         for part, wanted in zip(hidden.split(rows), targets.split(rows), strict=True)
     ]
     return TokenLogprobs(*(torch.cat(column) for column in zip(*parts, strict=True)))

@@ -78,11 +78,13 @@ class BloomMLP(nn.Module):
     def __init__(self, config: ModelConfig, place: Place) -> None:
         super().__init__()
         inner, outer = config.intermediate_size, config.hidden_size
-        self.dense_h_to_4h = Linear(("dense_h_to_4h",), outer, (inner,), place, split="column", bias=True)
+        self.dense_h_to_4h = Linear(
+            ("dense_h_to_4h",), outer, (inner,), place, split="column", bias=True, activation="gelu_tanh"
+        )
         self.dense_4h_to_h = Linear(("dense_4h_to_h",), inner, (outer,), place, split="row", bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dense_4h_to_h(ops.gelu_tanh(self.dense_h_to_4h(x)))
+        return self.dense_4h_to_h(self.dense_h_to_4h(x))
 
 
 class BloomLayer(nn.Module):

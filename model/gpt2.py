@@ -66,12 +66,20 @@ class GPT2MLP(nn.Module):
     def __init__(self, config: ModelConfig, place: Place) -> None:
         super().__init__()
         inner, outer = config.intermediate_size, config.hidden_size
-        self.c_fc = Linear(("c_fc",), outer, (inner,), place, split="column", bias=True, stored_transposed=True)
+        self.c_fc = Linear(
+            ("c_fc",),
+            outer,
+            (inner,),
+            place,
+            split="column",
+            bias=True,
+            stored_transposed=True,
+            activation="gelu_tanh" if config.activation in TANH else "gelu",
+        )
         self.c_proj = Linear(("c_proj",), inner, (outer,), place, split="row", bias=True, stored_transposed=True)
-        self.activation = ops.gelu_tanh if config.activation in TANH else ops.gelu
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(self.activation(self.c_fc(x)))
+        return self.c_proj(self.c_fc(x))
 
 
 class GPT2Layer(nn.Module):

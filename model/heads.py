@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels import ops
 from .linear import Linear
 from .slots import Place, Slot
 
@@ -26,9 +26,9 @@ class LMHead(nn.Module):
 class ScoreHead(nn.Module):
     """hidden [R, D] -> scores [R, labels], in float32 whatever the model's dtype. A checkpoint may lack the bias."""
 
-    def __init__(self, labels: int, hidden_size: int, device: torch.device) -> None:
+    def __init__(self, labels: int, hidden_size: int, place: Place) -> None:
         super().__init__()
-        place = Place(torch.float32, device)
+        self.deterministic, place = place.deterministic, place._replace(dtype=torch.float32)
         self.weight, self.bias = nn.Buffer(place.empty(labels, hidden_size)), nn.Buffer(place.zeros(labels))
 
     def slots(self, path: str) -> Iterator[Slot]:
@@ -36,4 +36,4 @@ class ScoreHead(nn.Module):
         yield Slot("score.bias", self.bias, optional=True)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden.float(), self.weight, self.bias)
+        return ops.linear(hidden.float(), self.weight, self.bias, deterministic=self.deterministic)

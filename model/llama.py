@@ -120,12 +120,18 @@ class LlamaMLP(nn.Module):
         super().__init__()
         inner, outer = config.intermediate_size, config.hidden_size
         self.gate_up_proj = Linear(
-            ("gate_proj", "up_proj"), outer, (inner, inner), place, split="column", bias=config.mlp_bias
+            ("gate_proj", "up_proj"),
+            outer,
+            (inner, inner),
+            place,
+            split="column",
+            bias=config.mlp_bias,
+            activation="silu_and_mul",
         )
         self.down_proj = Linear(("down_proj",), inner, (outer,), place, split="row", bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(ops.silu_and_mul(self.gate_up_proj(x)))
+        return self.down_proj(self.gate_up_proj(x))
 
 
 class LlamaLayer(nn.Module):

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from .config import ModelConfig, read_config
+from .errors import CheckpointError
 from .heads import LMHead, ScoreHead
 from .linear import linears
 from .model import Model
@@ -25,42 +26,56 @@ def load_model(
     dtype: DType = "auto",
     device: torch.device | str = "cpu",
     decode_copy: DecodeCopy | None = None,
+    deterministic: bool = False,
     on_progress: Progress | None = None,
 ) -> Model:
     """The model of a Hugging Face checkpoint directory, on `device`.
 
     `dtype`: see `choose_dtype`. `decode_copy` "fp16" keeps a second, float16 copy of the matrices for steps of one
-    or two rows. `on_progress(done, total)` is called with bytes. Raises CheckpointError that names what is wrong.
+    or two rows. `deterministic`: a row's results have the same bits whatever rows are computed with it (for attention
+    `Sequences.deterministic` says so); it excludes the copy, whose rows have other bits. `on_progress(done, total)` is
+    called with bytes. Raises CheckpointError that names what is wrong.
     """
+    if deterministic and decode_copy is not None:
+        raise CheckpointError("in deterministic mode there is no decode copy: leave out --cpu-decode-copy fp16")
     directory, device = Path(path), torch.device(device)
     config = read_config(directory)
     files = find_files(directory)
-    place = Place(choose_dtype(dtype, config, device), device)
+    place = Place(choose_dtype(dtype, config, device), device, deterministic)
     decoder, head = _unfilled(config, place)
     fill(decoder, head, decoder.PREFIX, decoder.IGNORED, files, on_progress or (lambda done, total: None))
     _finish(decoder, head, decode_copy)
-    return Model(config, decoder, head, place.dtype, digest([directory / "config.json", *files]))
+    return Model(config, decoder, head, place, digest([directory / "config.json", *files]))
 
 
 def random_model(
-    config: ModelConfig, *, dtype: DType = "auto", device: torch.device | str = "cpu", seed: int = 0
+    config: ModelConfig,
+    *,
+    dtype: DType = "auto",
+    device: torch.device | str = "cpu",
+    decode_copy: DecodeCopy | None = None,
+    deterministic: bool = False,
+    seed: int = 0,
 ) -> Model:
     """A model of that config with random weights drawn on `device`: what speed and memory are measured with.
 
     Matrices [outs, ins] have deviation ins ** -0.5, norms lie about 1 and biases about 0, so that activations stay near
     1 and greedy text varies. The same seed gives the same weights on the same kind of device only.
     """
-    place = Place(choose_dtype(dtype, config, torch.device(device)), torch.device(device))
+    device = torch.device(device)
+    place = Place(choose_dtype(dtype, config, device), device, deterministic)
     decoder, head = _unfilled(config, place)
     generator = torch.Generator(place.device).manual_seed(seed)
     for part in (decoder, head):
         for slot in slots_of(part):
+            if slot.optional:
+                continue
             if slot.into.dim() > 1:
                 slot.into.normal_(0, slot.into.shape[1] ** -0.5, generator=generator)
             else:
                 slot.into.normal_(float(slot.name.endswith("weight")), 0.1, generator=generator)
-    _finish(decoder, head, None)
-    return Model(config, decoder, head, place.dtype, f"random {seed}")
+    _finish(decoder, head, decode_copy)
+    return Model(config, decoder, head, place, f"random {seed}")
 
 
 def _unfilled(config: ModelConfig, place: Place) -> tuple[Decoder, LMHead | ScoreHead]:
@@ -68,7 +83,7 @@ def _unfilled(config: ModelConfig, place: Place) -> tuple[Decoder, LMHead | Scor
     entry = ARCHITECTURES[config.architecture]
     decoder = entry.family.decoder(config, place)
     if entry.head == "score":
-        return decoder, ScoreHead(config.labels, config.hidden_size, place.device)
+        return decoder, ScoreHead(config.labels, config.hidden_size, place)
     tied = decoder.embedding if config.tied else None
     return decoder, LMHead(config.vocab_size, config.hidden_size, place, tied)
 
@@ -79,7 +94,7 @@ def _finish(decoder: Decoder, head: LMHead | ScoreHead, decode_copy: DecodeCopy 
         for name, linear in linears(part):
             if decode_copy is not None:
                 linear.add_decode_copy(name)
-            linear.pack(keep_plain=part is head)
+            linear.pack()
 
 
 def choose_dtype(dtype: DType, config: ModelConfig, device: torch.device) -> torch.dtype:

@@ -8,21 +8,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kernels import ops
+from ..kernels.ops import TokenLogprobs
 from .batch import Batch
 from .config import ModelConfig
 from .heads import LMHead, ScoreHead
 from .kv_cache import KVCache
 from .linear import linears
 from .registry import Decoder
+from .slots import Place
 
 
 class Model:
-    """Weights, no state: everything that a step needs or changes beside them is in its batch and cache."""
+    """Weights, no state: everything that a step needs or changes beside them is in its batch and cache.
+
+    `deterministic`: results of a row have the same bits whatever rows are computed with it, if the batches say
+    `Sequences.deterministic`, too.
+    """
 
     def __init__(
-        self, config: ModelConfig, decoder: Decoder, head: LMHead | ScoreHead, dtype: torch.dtype, digest: str
+        self, config: ModelConfig, decoder: Decoder, head: LMHead | ScoreHead, place: Place, digest: str
     ) -> None:
-        self.config, self.decoder, self.head, self.dtype = config, decoder, head, dtype
+        self.config, self.decoder, self.head = config, decoder, head
+        self.dtype, self.deterministic = place.dtype, place.deterministic
         self.digest = digest  # of the files it was loaded from
         tensors = {t.data_ptr(): t.nbytes for part in (decoder, head) for t in part.buffers()}
         copies = sum(linear.copy_bytes for part in (decoder, head) for _, linear in linears(part))
@@ -45,8 +53,14 @@ class Model:
         assert isinstance(self.head, ScoreHead), self.config.architecture
         return self.head(hidden)
 
-    @property
-    def head_weight(self) -> Tensor:
-        """[V, D], for `ops.logprobs_of`. Language models only."""
+    @torch.inference_mode()
+    def logprobs_of(self, hidden: Tensor, targets: Tensor, top: int = 0) -> TokenLogprobs:
+        """`ops.token_logprobs` of the logits of hidden [T, D], which exist a few rows at a time; targets [T] int64.
+
+        On CPUs and in deterministic mode these are the bits that `logits` gives. Language models only.
+        """
         assert isinstance(self.head, LMHead), self.config.architecture
-        return self.head.lm_head.weight
+        head = self.head.lm_head
+        if hidden.device.type != "cpu" and not self.deterministic:
+            return ops.logprobs_of(hidden, head.weight, targets, top)
+        return ops.logprobs_in_rounds(head, hidden, targets, top, self.config.vocab_size)

@@ -10,10 +10,14 @@ from torch import Tensor
 
 
 class Place(NamedTuple):
-    """The precision and the device in which a module's weights live."""
+    """The precision and the device in which a module's weights live, and whether its results may depend on batches.
+
+    `deterministic`: they do not; a row has the same bits whatever rows are computed with it.
+    """
 
     dtype: torch.dtype
     device: torch.device
+    deterministic: bool = False
 
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device)

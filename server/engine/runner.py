@@ -20,7 +20,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...kernels import ops
 from ...kernels.ops import Sequences
 from ...model.batch import Batch
 from ...model.kv_cache import KVCache
@@ -220,9 +219,8 @@ class Runner:
                 for slot, wanted in zip(slots, entries, strict=True)
             ]
         )
-        found = ops.logprobs_of(
-            hidden[self._tensor(index)], self.model.head_weight, self._tensor(targets.astype(np.int64)), max(top)
-        )
+        chosen = self._tensor(targets.astype(np.int64))
+        found = self.model.logprobs_of(hidden[self._tensor(index)], chosen, max(top))
         values, ranks, top_values, top_ids = (column.tolist() for column in found)
         columns: list[Logprobs] = []
         begin = 0

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tandem.kernels.ops import TokenLogprobs, token_logprobs
 from tandem.model.batch import Batch
 from tandem.server.engine.plan import Entered, Plan, PromptRows, Sampled
 from tandem.server.engine.request import Request, Sampling
@@ -23,7 +24,6 @@ class FakeModel:
 
     def __init__(self) -> None:
         self.config = SimpleNamespace(vocab_size=VOCAB)
-        self.head_weight = torch.eye(VOCAB)
         self.batches: list[Batch] = []
         self.log: list[str] = []
 
@@ -35,6 +35,10 @@ class FakeModel:
     def logits(self, hidden: Tensor) -> Tensor:
         self.log.append(f"logits {len(hidden)}")
         return hidden.clone()
+
+    def logprobs_of(self, hidden: Tensor, targets: Tensor, top: int) -> TokenLogprobs:
+        self.log.append(f"logprobs {len(hidden)}")
+        return token_logprobs(hidden, targets, top)
 
     def scores(self, hidden: Tensor) -> Tensor:
         return hidden.argmax(-1, keepdim=True).float()

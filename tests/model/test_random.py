@@ -20,6 +20,8 @@ def test_every_tensor_is_drawn(tmp_path: Path, variant: str) -> None:
     parts = [[slot for part in (m.decoder, m.head) for slot in slots_of(part)] for m in models]
     for one, same, other in zip(*parts, strict=True):
         assert torch.equal(one.into, same.into), one.name
+        if one.optional:  # what a checkpoint may leave out
+            continue
         assert not torch.equal(one.into, other.into), one.name
         if one.into.dim() > 1:
             assert one.into.std() == pytest.approx(one.into.shape[1] ** -0.5, rel=0.2), one.name

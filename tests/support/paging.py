@@ -12,7 +12,10 @@ from tandem.model.model import Model
 
 
 class PagedRun:
-    """Sequences of one model, each with a shuffled page table; every slot holds NaN until it is written."""
+    """Sequences of one model, each with a shuffled page table; every slot holds NaN until it is written.
+
+    Attention is in the fixed order if the model is deterministic.
+    """
 
     def __init__(self, model: Model, sequences: int, context: int, page_size: int = 8, seed: int = 0) -> None:
         self.model, self.page_size = model, page_size
@@ -41,6 +44,7 @@ class PagedRun:
         tables[torch.arange(tables.shape[1]) >= used.unsqueeze(-1)] = 2**31 - 1  # entries past the end may be anything
         starts = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         sequences = Sequences(starts, lengths, tables, counts.count(1), max(counts), int(lengths.max()))
+        sequences = sequences._replace(deterministic=self.model.deterministic)
         ids = torch.tensor([token for index in order for token in chunks[index]])
         hidden = self.model.forward(Batch(ids, torch.cat(positions), torch.cat(slots), sequences), self.cache)
         return dict(zip(order, hidden.split(counts), strict=True))
