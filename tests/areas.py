@@ -21,7 +21,7 @@ AREAS: dict[str, tuple[int, list[list[str]]]] = {  # name: (budget in seconds, c
             [str(BIN / "ruff"), "check", "."],
             [str(BIN / "ruff"), "format", "--check", "."],
             [str(BIN / "pyright")],
-            [*PYTEST, "tests/test_structure.py"],
+            [*PYTEST, "tests/test_structure.py", "tests/benchmarks"],
         ],
     ),
     "core": (300, [[*PYTEST, "tests/engine", "tests/model", "tests/text"]]),
