@@ -1,16 +1,22 @@
 """From logits to token ids: the definitions, on the rows of a step that use them.
 
-R rows (one per token to be drawn), V vocabulary, L length of a token history, G = ceil(V / LANES) groups.
+R rows (one per token to be drawn), V vocabulary, L length of a token history, G = ceil(V / LANES) groups, N slots,
+W = ceil(V / 32) words of a bit per token.
+
+`sample` is the whole way as one operation that backends may define again (see `ops.py`): its parameters lie in tensors
+by slot, so that a step which changes none uploads nothing. The functions above it are the parts.
 
 Every function works on each row by itself, so a row's token does not depend on what else is in the step. Random
 numbers come from a counter (Philox), never from a generator's state: the noise of a draw is a function of (seed,
 choice, position of the token in the answer, group or lane of the token id) and of nothing else.
 """
 
-# pyright: reportUnknownMemberType=false
-# torch types some of the functions used here only in part.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# torch types some of the functions used here only in part, and Tensor.tolist not at all.
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,9 +24,21 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .ops import op
+
 LANES = 128  # consecutive token ids that form a group
 GREEDY_BELOW = 1e-5  # temperatures under this are greedy: dividing by them leaves one token anyway
 HEAD = 256  # candidates that top-p looks at before it sorts a whole row
+
+# What a slot uses, one bit each.
+DRAW, RESTRICT, PENALTY, BIAS, ALLOWED, BANS, FLOOR, LOGPROBS, PROCESSED = (1 << bit for bit in range(9))
+RULES = BIAS | ALLOWED | BANS | FLOOR
+EDITS = PENALTY | RULES
+
+# The columns of `Slots.columns`. A seed's low word comes before its high one. `*_AT` are places in `Slots.lists`.
+USES, TEMPERATURE, TOP_K, TOP_P, MIN_P, LOG_MIN_P, REPETITION, PRESENCE, FREQUENCY = range(9)
+SEED, SEED_HIGH, CHOICE, PROMPT, MIN_TOKENS, BIAS_AT, BIASES, BANS_AT, BANNED, ALLOWED_AT = range(9, 19)
+COLUMNS = 20
 
 Words = NDArray[np.uint64]  # 32-bit words, wide enough for a product of two
 
@@ -195,3 +213,140 @@ def penalise(
         value -= presence[:, None] * (count > 0)
         value -= frequency[:, None] * count
     logits.scatter_(1, ids, value)  # equal ids carry equal values
+
+
+class Slots(NamedTuple):
+    """By what the rows of a step draw. A slot's `lists` hold, each where a column says and only if `USES` says so:
+
+    * biases: the token ids, ascending and distinct, then as many float32 values
+    * bans: the token ids, as many prefix lengths, as many places (from BANS_AT on) of the prefixes, then these. A token
+      is banned behind its prefix, so always where that is empty; length -1: in the first MIN_TOKENS of the answer
+    * allowed ids: W words
+    """
+
+    columns: Tensor  # [N, COLUMNS] int32, float32 as their bits
+    lists: Tensor  # int32, any length
+    history: Tensor  # [N, context] int32, prompt first
+
+
+class Drawn(NamedTuple):
+    tokens: Tensor  # [R] int64
+    shown: Tensor  # [R, V]
+
+
+def workspace(rows: int, vocab_size: int) -> int:
+    """Bytes that `sample` takes on a CUDA device, beside its arguments, for a step in which every feature is used.
+
+    Two float32 and one int32 per group, 8 KiB for a restricted row; V float32 only for EDITS, a mask or PROCESSED.
+    """
+    return rows * (12 * groups(vocab_size) + (8 << 10) + 4 * (-(-vocab_size // 16) * 16) + 16)
+
+
+@op
+def sample(
+    logits: Tensor, slots: Tensor, lengths: Tensor, state: Slots, uses: int, mask: Tensor | None = None
+) -> Drawn:
+    """Draws one token per row: logits [R, V] in any float dtype, which stay as they are, slots and lengths [R] int64.
+
+    `lengths` counts the tokens of a row's history. `uses` has at least the bits that the rows' slots have. `mask`
+    [R, W] int32: token t may be drawn where bit t % 32 of word t // 32 is set.
+
+    Order: bias -> mask, allowed ids, bans -> repetition -> presence and frequency -> temperature -> top-k -> top-p ->
+    min-p. A token is -1 where the row has no finite maximum: the model gave NaN or infinity, or nothing is left.
+    `shown` are the logits whose log-softmax belongs to the tokens: `logits` itself or, where `uses` has PROCESSED, a
+    float32 copy of them whose rows of that bit are replaced by those of the distributions that were drawn from.
+    """
+    columns = state.columns[slots]
+    numbers, own = columns.view(torch.float32), columns[:, USES]
+    values, shown = logits.float(), logits
+    if uses & EDITS or mask is not None:
+        values = values.clone() if values is logits else values
+        _edit(values, columns, numbers, slots, lengths, state, mask)
+    if uses & PROCESSED:
+        shown = torch.where((own & PROCESSED != 0)[:, None], values, logits)
+    tokens = greedy(values)
+    drawn = (own & DRAW).nonzero()[:, 0]
+    if len(drawn):
+        scaled = values[drawn]  # a copy
+        tokens[drawn] = _draw(scaled, columns[drawn], numbers[drawn], lengths[drawn])
+        processed = (own[drawn] & PROCESSED).nonzero()[:, 0]
+        if len(processed):
+            shown[drawn[processed]] = scaled[processed]
+    return Drawn(tokens, shown)
+
+
+def _draw(scaled: Tensor, columns: Tensor, numbers: Tensor, lengths: Tensor) -> Tensor:
+    """Tokens [R] of rows that draw; their logits [R, V] become those of the distributions drawn from, in place."""
+    finite = scale(scaled, numbers[:, TEMPERATURE])
+    low, high, choices = (_words(columns[:, column]) for column in (SEED, SEED_HIGH, CHOICE))
+    positions = _words(lengths - columns[:, PROMPT])
+    noise = draws(low | high << _HIGH, choices, positions, scaled.shape[1]).to(scaled.device)
+    lowest = scaled.new_full((len(scaled),), -torch.inf)
+    rows = (columns[:, USES] & RESTRICT).nonzero()[:, 0]
+    if len(rows):
+        filters = columns[rows, TOP_K].long(), numbers[rows, TOP_P], numbers[rows, MIN_P]
+        lowest[rows] = thresholds(scaled[rows], *filters)
+    tokens = gumbel_max(scaled, noise, lowest).masked_fill_(~finite, -1)
+    scaled.masked_fill_(scaled < lowest[:, None], -torch.inf)
+    return tokens
+
+
+def _edit(
+    values: Tensor,
+    columns: Tensor,
+    numbers: Tensor,
+    slots: Tensor,
+    lengths: Tensor,
+    state: Slots,
+    mask: Tensor | None,
+) -> None:
+    """Everything before the temperature, on values [R, V] in place."""
+    vocab_size = values.shape[1]
+    for row in (columns[:, USES] & RULES).nonzero()[:, 0].tolist():
+        column, length = columns[row].tolist(), int(lengths[row])
+        if column[USES] & BIAS:
+            at, count = column[BIAS_AT], column[BIASES]
+            ids, bias = state.lists[at : at + 2 * count].view(2, count)
+            values[row, ids.long()] += bias.view(torch.float32)
+        if column[USES] & ALLOWED:
+            at = column[ALLOWED_AT]
+            values[row].masked_fill_(~bits(state.lists[at : at + -(-vocab_size // 32)], vocab_size), -torch.inf)
+        if column[USES] & (BANS | FLOOR):
+            early = length - column[PROMPT] < column[MIN_TOKENS]
+            bans = state.lists[column[BANS_AT] :]
+            values[row, _banned(bans, column[BANNED], state.history[slots[row], :length], early)] = -torch.inf
+    if mask is not None:
+        values.masked_fill_(~bits(mask, vocab_size), -torch.inf)
+    rows = (columns[:, USES] & PENALTY).nonzero()[:, 0]
+    if len(rows):
+        length = lengths[rows]
+        ids = state.history[slots[rows], : int(length.max())].long()
+        part = values[rows]
+        penalties = (numbers[rows, column] for column in (REPETITION, PRESENCE, FREQUENCY))
+        penalise(part, ids, length, columns[rows, PROMPT], *penalties)
+        values[rows] = part
+
+
+def _banned(bans: Tensor, count: int, history: Tensor, early: bool) -> list[int]:
+    """The tokens that one slot's bans forbid behind its history [L]."""
+    found: list[int] = []
+    past = history.tolist()
+    for token, prefix, at in bans[: 3 * count].view(3, count).T.tolist():
+        if (
+            early
+            if prefix < 0
+            else prefix <= len(past) and past[len(past) - prefix :] == bans[at : at + prefix].tolist()
+        ):
+            found.append(token)
+    return found
+
+
+def bits(words: Tensor, vocab_size: int) -> Tensor:
+    """[..., W] int32 -> [..., V] bool, the lowest bit of a word first."""
+    place = torch.arange(32, dtype=torch.int32, device=words.device)
+    return (words.unsqueeze(-1) >> place & 1).flatten(-2)[..., :vocab_size].bool()
+
+
+def _words(column: Tensor) -> Words:
+    """[R] of any integers -> their low 32 bits."""
+    return column.cpu().numpy().astype(np.int64).astype(np.uint64) & _LOW
