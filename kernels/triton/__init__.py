@@ -3,9 +3,11 @@
 from .activation import gelu, gelu_tanh, silu_and_mul
 from .attention import paged_attention
 from .attention_work import attention_work
+from .logprobs import token_logprobs
 from .norm import layer_norm, rms_norm
 from .pages import copy_pages
 from .rotary import qk_norm_rotary_and_write_kv
+from .sampling import sample
 from .write import write_kv
 
 __all__ = [
@@ -17,6 +19,8 @@ __all__ = [
     "paged_attention",
     "qk_norm_rotary_and_write_kv",
     "rms_norm",
+    "sample",
     "silu_and_mul",
+    "token_logprobs",
     "write_kv",
 ]
