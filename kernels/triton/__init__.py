@@ -4,6 +4,7 @@ from .activation import gelu, gelu_tanh, silu_and_mul
 from .attention import paged_attention
 from .attention_work import attention_work
 from .logprobs import token_logprobs
+from .linear import linear
 from .norm import layer_norm, rms_norm
 from .pages import copy_pages
 from .rotary import qk_norm_rotary_and_write_kv
@@ -16,6 +17,7 @@ __all__ = [
     "gelu",
     "gelu_tanh",
     "layer_norm",
+    "linear",
     "paged_attention",
     "qk_norm_rotary_and_write_kv",
     "rms_norm",
