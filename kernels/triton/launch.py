@@ -32,7 +32,7 @@ MAX_WARPS = 16
 
 @cache
 def architecture(device: torch.device) -> int:
-    """10 · compute capability. GeForce Blackwell (12.x) counts as 8.9: the same shared memory and instructions."""
+    """10 · compute capability. 8.6 and 12.x count as 8.9: as little shared memory, and no `wgmma` either."""
     if device.type == "cpu":
         return INTERPRETED_AS
     major, minor = torch.cuda.get_device_capability(device)
@@ -40,7 +40,7 @@ def architecture(device: torch.device) -> int:
         raise RuntimeError(
             f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}; 8.0 is needed"
         )
-    return 89 if major == 12 else 10 * major + minor
+    return 89 if (major, minor) == (8, 6) or major == 12 else 10 * major + minor
 
 
 @cache

@@ -117,7 +117,7 @@ def _rotary_kernel(
         if BLOCK_REST:
             rest = _weighted(rest, scale, q_norm, k_norm, last, last < WIDTH, query, turned)
 
-    angle = tl.load(positions + row) * HALF + pair
+    angle = tl.maximum(tl.load(positions + row), 0) * HALF + pair
     c = tl.load(cos + angle, mask=paired, other=0.0)[None, :]
     s = tl.load(sin + angle, mask=paired, other=0.0)[None, :]
     a, b = tl.where(turned[:, None], a * c - b * s, a), tl.where(turned[:, None], b * c + a * s, b)
@@ -154,7 +154,10 @@ def qk_norm_rotary_and_write_kv(
     slots: Tensor,
     cache: KVLayer,
 ) -> Tensor:
-    """`ops.qk_norm_rotary_and_write_kv`. qkv may have any stride between rows. A slot occurs once."""
+    """`ops.qk_norm_rotary_and_write_kv`. qkv may have any stride between rows.
+
+    A slot occurs once, or nobody reads it. Position -1, a padding row's, is rotated as 0.
+    """
     rows = qkv.shape[0]
     kv_heads, size, width = cache.k.shape[1:]
     queries, half = qkv.shape[1] // width - 2 * kv_heads, cos.shape[1]

@@ -82,7 +82,7 @@ def _write_kv_kernel(
 
 
 def write_kv(k: Tensor, v: Tensor, slots: Tensor, cache: KVLayer) -> None:
-    """`ops.write_kv`. k, v [T, K, H] may have any strides between rows and heads. A slot occurs once."""
+    """`ops.write_kv`. k, v [T, K, H]: any strides between rows and heads. A slot occurs once, or nobody reads it."""
     rows, kv_heads, width = k.shape
     assert v.shape == k.shape and k.dtype == v.dtype and k.stride(2) == v.stride(2) == 1
     assert cache.k.shape[1] == kv_heads and cache.k.shape[3] == width

@@ -106,6 +106,15 @@ def test_v_may_be_infinite() -> None:
     assert cache.v.isinf().all() and cache.k.isfinite().all()
 
 
+def test_padding_reads_no_angle_before_the_table() -> None:
+    """A padding row of a recorded step is at position -1, in a slot that nobody reads."""
+    cache, table = empty_cache(1, 1, 2, 8, torch.float32), noise(4, 4)
+    table[0] = torch.nan
+    at = torch.tensor([-1, 0], device=DEVICE)
+    q = qk_norm_rotary_and_write_kv(noise(2, 24), None, None, EPS, at, table[1:], table[1:], False, at + 1, cache)
+    assert q.isfinite().all() and cache.k.isfinite().all()
+
+
 def test_no_rows() -> None:
     cache, none = empty_cache(1, 1, 1, 8, torch.float32), torch.empty(0, dtype=torch.int64, device=DEVICE)
     table = noise(3, 4)
