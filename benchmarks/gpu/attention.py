@@ -47,6 +47,9 @@ def run(setting: Setting, report: Report) -> None:
                 decode(setting, report, heads, rows, context, pages, peer)
                 release(setting.device)
     decode(setting, report, setting.pick(GQA, SMALL), 1, setting.pick(8192, 40), BFLOAT16, peer)
+    for heads in setting.pick((GQA, MHA), (SMALL,)):
+        cascade(setting, report, heads, *setting.pick((16, 16, 1024, 256), (2, 2, 16, 4)))
+        release(setting.device)
     for rows, length in setting.pick(((8, 1024), (8, 2048)), ((2, 16),)):
         prefill(setting, report, setting.pick(GQA, SMALL), rows, length, peer)
         release(setting.device)
@@ -109,6 +112,33 @@ def decode(
                 report.add(f"{name}, FA3", theirs, "µs", scale=1e6, limit=1e6 * floor, share=floor / theirs.median)
                 judged = "decode attention against FA3" if goal else None
                 report.add(against, theirs.median / taken.median, "×", goal=judged)
+
+
+def cascade(
+    setting: Setting, report: Report, heads: Heads, groups: int, members: int, prefix: int, suffix: int
+) -> None:
+    """Groups whose rows share the pages of a prefix: read once per group beside once per row."""
+    name = f"decode attention, {heads.name}, bf16, {groups} groups of {members}, {prefix} shared + {suffix}"
+    with report.case(name):
+        rows = groups * members
+        q, layer, alone = decode_inputs(setting, heads, rows, prefix + suffix, BFLOAT16)
+        leaders = torch.arange(rows, device=setting.device) // members * members
+        table, pages = alone.page_table.clone(), prefix // layer.k.shape[2]
+        table[:, :pages] = table[leaders, :pages]
+        alone = alone._replace(page_table=table)
+        prefixes = torch.stack((leaders, torch.full_like(leaders, prefix))).int()
+        capacity = max(2, rows * ops.decode_chunks(prefix + suffix))
+        together = alone._replace(work=ops.attention_work(alone.lengths, rows, capacity, prefixes))
+        scale = heads.size**-0.5
+        same(ops.paged_attention(q, layer, together, scale), ops.paged_attention(q, layer, alone, scale))
+        own, other = (
+            device_time(lambda s=s: ops.paged_attention(q, layer, s, scale), setting.device, tiny=setting.tiny)
+            for s in (together, alone)
+        )
+        tokens = groups * prefix + rows * suffix
+        floor = decode_bytes(heads, 1, tokens, layer) / setting.limits.read
+        report.add(name, own, "µs", scale=1e6, limit=1e6 * floor, share=floor / own.median)
+        report.add(f"{name}, against unshared", other.median / own.median, "×")
 
 
 def prefill_inputs(setting: Setting, heads: Heads, rows: int, length: int) -> tuple[Tensor, KVLayer, Sequences, float]:

@@ -292,12 +292,12 @@ def test_the_best_size_is_named_and_a_wrong_result_is_no_candidate(tmp_path: Pat
         return call, 1e-3
 
     candidates = {
-        "3": {(sizes, "size"): 3},
         "1": {(sizes, "size"): 1},
         "9": {(sizes, "size"): 9},
         "0, wrong": {((sizes, "size"), (sizes, "wrong")): 0.5},
     }
     decisions.sweep(setting(tmp_path), report, "size", candidates, make)
     row = report.rows[0]
-    assert row.detail["best"] == "1" and row.detail["now"] == "3" and row.reason.startswith("1 instead of 3")
+    assert row.detail["best"] == "1" and row.reason.startswith("1: ")
     assert set(row.detail["failed"]) == {"9", "0, wrong"} and sizes.size == 3
+    assert set(row.detail["microseconds"]) == {"as it is", "1"}
