@@ -40,7 +40,9 @@ def run(setting: Setting, report: Report) -> None:
     for name in ("llama GQA", "gpt2"):
         one = setting.config(name)
         ratio = KVCache.bytes_per_page(one, 64, torch.float16) / KVCache.bytes_per_page(one, 64, torch.int8)
-        report.add(f"KV tokens, int8 against fp16, {setting.title(name)}", ratio, "×", goal="int8 KV")
+        report.add(f"KV tokens, int8 against fp16, {setting.title(name)}, by formula", ratio, "×")
+    with report.case("KV tokens, int8 against fp16", "int8 KV"):
+        tokens_with_int8(setting, report)
     cold, warm = f"{title} bf16, start to first token, cold kernel cache", f"{title} bf16, start to first token"
     with report.case(cold, "start cold"):
         size = int(1.3 * step_bytes(config, 4.0, torch.float16, 0, 0) / setting.pick(2, 1))
@@ -56,6 +58,16 @@ def run(setting: Setting, report: Report) -> None:
                 others = [one["first_token"] for one in again]
                 report.add(warm, best["first_token"], "s", goal="start warm", runs=others, **best)
             memory(report, title, found)
+
+
+def tokens_with_int8(setting: Setting, report: Report) -> None:
+    """Tokens that engines with the same number of bytes hold. Raises Absent while the engine keeps no int8 pages."""
+    model = engines.draw_model(setting, setting.config("gpt2"), torch.float16)
+    room: dict[str, Any] = {"rows": 4, "context": setting.pick(1024, 64)}
+    plain = engines.make_engine(setting, model, **room)
+    narrow = engines.make_engine(setting, model, **room, kv_cache_dtype="int8")
+    ratio = (narrow.kv_tokens / narrow.kv_bytes) / (plain.kv_tokens / plain.kv_bytes)
+    report.add("KV tokens, int8 against fp16", ratio, "×", goal="int8 KV")
 
 
 def place_for(size: int) -> str:
