@@ -40,7 +40,7 @@ NO_TOKEN = tl.constexpr(0x7FFFFFFF)
 BOUND_STEPS, BOUND_DEPTH = tl.constexpr(12), tl.constexpr(64.0)  # a bound of top-p is sought in [-64, 0], to 1/64
 BOUND_MARGIN = tl.constexpr(1.0001)  # on the mass, for sums in another order
 
-TILE = 16  # groups of a sweep's step
+TILE = 8  # groups of a sweep's step
 PIVOTS = 4
 GATHERED = 2048
 

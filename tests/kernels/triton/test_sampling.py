@@ -203,7 +203,8 @@ def test_bad_words_of_several_tokens() -> None:
         step.lengths[row] = length
         step.state.history[slot, length - len(tail) : length] = torch.tensor(tail, dtype=torch.int32)
     step.lengths[3] = 1
-    step.state.history[int(step.slots[3]), 0] = 2  # shorter than the prefix (1, 2)
+    step.state.history[int(step.slots[3]), 0] = 2  # shorter than the prefix (1, 2), which spans two slots' tokens
+    step.state.history[int(step.slots[3]) - 1, -1] = 1
     logits = normal(5, 100)
     for last in (50, 60, 70, 80, 90, 59):
         logits[:, last] = 50.0 + last

@@ -72,7 +72,7 @@ VARIANTS = [
         "bf16",
         UNEDITED | RESTRICT | {"limits": None, "GROUPS": 1024},
         8,
-        sass=WIDE,
+        sass=("LDG.64",),
         **LIMITS,
     ),
     _variant("restrict fp32 edited V=256k", _restrict_kernel, "fp32", RESTRICT | {"GROUPS": 2048}, 8, **LIMITS),
