@@ -19,7 +19,8 @@ MAX_LINES = 450
 # The first layer whose path prefixes a file is the file's.
 LAYERS = ("server/engine", "server/text", "server/api", "server", "model", "kernels/triton", "kernels", "benchmarks")
 INTEGERS = {
-    f"server/engine/{name}.py" for name in ("request", "pages", "plan", "sequence", "running", "waiting", "scheduler")
+    f"server/engine/{name}.py"
+    for name in ("request", "pages", "plan", "counts", "sequence", "running", "waiting", "scheduler")
 }
 CLIENT_SIDE = {f"server/engine/{name}.py" for name in ("request", "stream", "link", "options", "control")}
 LINK = "server/engine/link.py"  # of the engine's files it alone may import libraries that a bare CUDA image lacks

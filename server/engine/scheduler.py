@@ -334,13 +334,15 @@ class Scheduler:
         plan = flight.plan
         for row in range(plan.decodes, len(plan.slots)):
             sequence = flight.rows[row]
+            complete = plan.starts[row] + plan.counts[row] == len(sequence.token_ids)
+            if complete:  # even if it is gone: choices that forked from it tell its prompt's log-probabilities
+                flight.complete.append(sequence)
             if sequence.gone:
                 continue
             sequence.computed += plan.counts[row]
             self._running.publish(sequence)
-            if sequence.computed < len(sequence.token_ids):
+            if not complete:
                 continue
-            flight.complete.append(sequence)
             if sequence.draws:
                 self._running.join(sequence)
             else:
@@ -358,12 +360,10 @@ class Scheduler:
         for (row, _), values in zip(plan.scores, sampled.scores, strict=True):
             rows[row].job.scores = values
         for sequence in flight.complete:
-            if sequence.gone:
-                continue
             job = sequence.job
             if sequence.rows_from is not None:
                 job.prompt_logprobs = sequence.prompt_logprobs or Logprobs()
-            if not sequence.draws:
+            if not sequence.draws and not sequence.gone:
                 finish = "length" if job.request.sampling else "stop"
                 outputs.append(Output(sequence.id, finish=finish, weight_version=self.weight_version))
                 job.announce(outputs[-1])
@@ -373,8 +373,8 @@ class Scheduler:
     def _start_first(self) -> Sequence | None:
         """Starts the first that waits, if it fits."""
         sequence = None if self._waiting.stuck else self._waiting.first()
-        if sequence is None:
-            return None
+        if sequence is None or (self._flight and self._flight.holds(sequence)):
+            return None  # one that this plan preempted: its last token is not known yet
         if not self._running.start(sequence, self.weight_version):
             self._waiting.stuck = True
             return None
@@ -396,6 +396,8 @@ class Scheduler:
         while (first := self._waiting.first()) and (last := running.last()) and first.rank[0] < last.rank[0]:
             if self._start_first():
                 continue
+            if self._flight and self._flight.holds(first):
+                return
             lower = [sequence for sequence in running.all() if sequence.rank[0] > first.rank[0]]
             room = self.pages.available + sum(len(sequence.table) for sequence in lower)
             if running.pages_for(first) + len(running) - len(lower) > room:
@@ -403,8 +405,6 @@ class Scheduler:
             self._preempt(last)
 
     def _preempt(self, sequence: Sequence) -> None:
-        """It cannot start again in the plan that preempts it, whose need took a part of its room; so when it does, its
-        last token is known."""
         self.counts.preemptions += 1
         self._running.leave(sequence)
         self._waiting.push(sequence)

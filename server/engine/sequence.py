@@ -132,3 +132,7 @@ class Flight:
     rows: list[Sequence]  # one per row of the plan
     sampling: list[Sequence]  # one per entry of its `samples`
     complete: list[Sequence] = field(default_factory=list[Sequence])  # whose prompt it completes
+
+    def holds(self, sequence: Sequence) -> bool:
+        """Whether something of the sequence is still to come."""
+        return sequence in self.rows or sequence in self.sampling

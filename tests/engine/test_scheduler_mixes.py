@@ -49,3 +49,21 @@ def test_requests_get_in_a_mix_what_they_get_alone(seed: int, caching: bool):
         key for key, tokens in ledger.tokens.items() if tokens == answer(requests[key[0]], key[1], CONTEXT, END)[0]
     ]
     assert len(complete) > 100
+
+
+def test_nothing_starts_again_before_its_last_token_is_known():
+    """A plan that preempts a sequence may have room for it once more while its token is on the way."""
+    machine = scheduler_machine(scheduler_module)()
+    machine.engine(pages=12, size=1, seqs=2, budget=3, caching=True, ahead=True)
+    machine.add(seed=2111)
+    machine.add(seed=2111)
+    machine.teardown()
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_choice_tells_the_prompts_logprobs_when_the_one_it_forked_from_is_gone(ahead: bool):
+    machine = scheduler_machine(scheduler_module)()
+    machine.engine(pages=4, size=2, seqs=2, budget=3, caching=True, ahead=ahead)
+    machine.add(seed=5764)
+    machine.abort(which=0, choice=0, amid=True)
+    machine.teardown()
