@@ -10,9 +10,9 @@ import typer
 
 from .api.options import ApiOptions
 from .engine.control import Ready, as_flags, log_to_stderr
-from .engine.options import Dtype, EngineOptions, ModelSpec, OptionsError
+from .engine.options import AttentionBackend, Dtype, EngineOptions, ModelSpec, OptionsError
 from .engine.request import LogprobsMode
-from .options import LogLevel, ServeOptions, bundled_models, parse_model, parse_quantity, read_config_file
+from .options import LogLevel, ServeOptions, bundled_models, has_gpu, parse_model, parse_quantity, read_config_file
 
 if TYPE_CHECKING:
     from .supervisor import Supervisor
@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 
 ENGINE, API = EngineOptions(), ApiOptions()
+GPU_SEQS, GPU_TOKENS = 256, 8192  # where a GPU is used and nothing else is said
 
 
 def _show_version(wanted: bool) -> None:
@@ -86,10 +87,35 @@ def serve(
     max_model_len: Annotated[
         str | None, typer.Option(help="Tokens of prompt and answer; 4096, 4k (4,000) or 4K (4,096).")
     ] = None,
-    max_num_seqs: Annotated[int, typer.Option(help="Sequences of one model that run at once.")] = ENGINE.max_num_seqs,
-    max_num_batched_tokens: Annotated[str, typer.Option(help="Tokens of one step.")] = str(
-        ENGINE.max_num_batched_tokens
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N. auto: a GPU where torch finds one.")] = "auto",
+    max_num_seqs: Annotated[
+        int | None,
+        typer.Option(help=f"Sequences of a model that run at once. None: {ENGINE.max_num_seqs}, on a GPU {GPU_SEQS}."),
+    ] = None,
+    max_num_batched_tokens: Annotated[
+        str | None,
+        typer.Option(help=f"Tokens of one step. None: {ENGINE.max_num_batched_tokens}, on a GPU {GPU_TOKENS}."),
+    ] = None,
+    gpu_memory_utilization: Annotated[
+        float, typer.Option(help="Of the GPU's whole memory, for weights, steps and KV caches together.")
+    ] = ENGINE.gpu_memory_utilization,
+    page_size: Annotated[int, typer.Option("--page-size", "--block-size", help="Tokens of a page of the KV cache.")] = (
+        ENGINE.page_size
     ),
+    attention_backend: Annotated[
+        str, typer.Option(help="On GPUs: triton, flash (needs flash-attn and --page-size 256) or torch.")
+    ] = ENGINE.attention_backend,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="A token's bits do not depend on what else is computed with it.")
+    ] = False,
+    run_ahead: Annotated[
+        bool | None,
+        typer.Option(
+            "--run-ahead/--no-run-ahead",
+            help="Launch the next step before the last one's tokens are read. None: on GPUs.",
+            show_default=False,
+        ),
+    ] = None,
     max_waiting_requests: Annotated[int, typer.Option(help="Of one model; more are refused.")] = (
         ENGINE.max_waiting_requests
     ),
@@ -139,14 +165,25 @@ def serve(
     from .supervisor import CannotServe, Supervisor, bind
 
     try:
+        gpu = device.startswith("cuda") or (device == "auto" and has_gpu())
         defaults = {"dtype": _one_of("--dtype", dtype, get_args(Dtype)), "chat_template": chat_template}
         options = ServeOptions(
             models=_models(models or [], served_model_name or [], defaults),
             engine=EngineOptions(
                 threads=threads,
                 max_model_len=None if max_model_len is None else parse_quantity(max_model_len, "--max-model-len"),
-                max_num_seqs=max_num_seqs,
-                max_num_batched_tokens=parse_quantity(max_num_batched_tokens, "--max-num-batched-tokens"),
+                device=device,
+                max_num_seqs=max_num_seqs or (GPU_SEQS if gpu else ENGINE.max_num_seqs),
+                max_num_batched_tokens=(
+                    (GPU_TOKENS if gpu else ENGINE.max_num_batched_tokens)
+                    if max_num_batched_tokens is None
+                    else parse_quantity(max_num_batched_tokens, "--max-num-batched-tokens")
+                ),
+                gpu_memory_utilization=gpu_memory_utilization,
+                page_size=page_size,
+                attention_backend=_one_of("--attention-backend", attention_backend, get_args(AttentionBackend)),
+                deterministic=deterministic,
+                run_ahead=run_ahead,
                 kv_cache_memory_bytes=(
                     None
                     if kv_cache_memory_bytes is None

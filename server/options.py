@@ -41,6 +41,11 @@ class StartWorker:
     options: ServeOptions
 
 
+def has_gpu() -> bool:
+    """Whether NVIDIA's driver runs here; says nothing of torch, which is not imported for it."""
+    return Path("/proc/driver/nvidia/version").exists()
+
+
 def parse_quantity(text: str, flag: str) -> int:
     """`8192`, `8k` (8,000), `8K` (8,192), `1.5G` (bytes or tokens; lower case counts in thousands, as in vLLM)."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgtKMGT]?)(?:i?B)?", text.strip())

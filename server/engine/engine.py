@@ -7,9 +7,12 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+import torch
+
 from ...model.kv_cache import KVCache
 from ...model.model import Model
 from .counts import Counts
+from .device_runner import DeviceRunner
 from .options import EngineOptions
 from .plan import Executor, Plan, Sampled, Ticket
 from .request import EngineError, ModelCard, Output, Request
@@ -66,14 +69,20 @@ class Engine:
             prefix_caching=options.enable_prefix_caching,
             weight_version=card.weight_version,
         )
-        self.runner: Executor = Runner(
+        ahead = options.runs_ahead
+        spare = 1 if ahead else 0  # a page for rows that are nobody's
+        cache = KVCache(model.config, pages + spare, options.page_size, model.dtype, options.device)
+        make = DeviceRunner if ahead else Runner
+        self.runner: Executor = make(
             model,
-            KVCache(model.config, pages, options.page_size, model.dtype, options.device),
+            cache,
             max_seqs=options.max_num_seqs,
             context=card.context,
             end_ids=card.end_ids,
             device=options.device,
+            attention=options.attention_backend,
         )
+        self.runner.prepare()
 
     @property
     def has_work(self) -> bool:
@@ -90,6 +99,10 @@ class Engine:
         return EngineStats(
             scheduler.waiting, scheduler.running, pages.count, pages.used, pages.cached, replace(scheduler.counts)
         )
+
+    def idle(self) -> bool:
+        """Uses a moment without work for what makes later steps faster; whether more of that is left."""
+        return self.runner.idle()
 
     def add(self, request: Request) -> EngineError | None:
         """Takes a request, or says why it cannot be answered."""
@@ -140,6 +153,12 @@ class Engine:
     def _fail_step(self, plan: Plan, error: Exception) -> list[Output]:
         log.error("a step of model %s with %d rows failed", self.card.name, len(plan.slots), exc_info=error)
         what = f"a step of model {self.card.name} failed ({type(error).__name__}); the log has the traceback"
+        if isinstance(error, torch.OutOfMemoryError):  # its message says what was asked for and what was free
+            asked = ". ".join(str(error).split(". ")[:3])
+            what = (
+                f"a step of model {self.card.name} with {plan.tokens} tokens ran out of memory: {asked}. Lower "
+                "--max-num-batched-tokens, or --gpu-memory-utilization so that the KV cache takes less"
+            )
         return self.scheduler.fail(EngineError("internal", what))
 
     def _refusal(self, request: Request) -> EngineError | None:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
+from ...kernels import flash
 from ...model.config import read_config
 from ...model.errors import CheckpointError
 from ...model.kv_cache import KVCache
 from ...model.load import load_model
 from ...model.model import Model
+from .device_memory import MIB, divide, kv_bytes, measure
 from .engine import Engine
 from .memory import available_memory, kv_cache_bytes, page_count, shares
 from .options import EngineOptions, ModelSpec, OptionsError
@@ -30,6 +33,7 @@ def load_engines(
 
     Raises CheckpointError and OptionsError, naming the model or the option.
     """
+    options = replace(options, device=_device(options.device))
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     names = [name for spec in specs for name in (spec.name, *spec.aliases)]
@@ -38,20 +42,45 @@ def load_engines(
             raise OptionsError(f"two hosted models are called {name}: give each its own name")
     parts = shares(specs)
     models = [_load(spec, options, on_progress) for spec in specs]
-    available = available_memory()
-    memory = kv_cache_bytes(options, available)
+    for spec, model in zip(specs, models, strict=True):
+        _check_attention(spec, model, options)
+    cards = [_card(spec, model, options) for spec, model in zip(specs, models, strict=True)]
+    memory, terms = _memory(models, cards, options)
     engines: list[Engine] = []
-    for spec, model, part in zip(specs, models, parts, strict=True):
-        card = _card(spec, model, options)
+    for spec, card, model, part in zip(specs, cards, models, parts, strict=True):
         page = KVCache.bytes_per_page(model.config, options.page_size, model.dtype)
         pages = page_count(spec.name, int(memory * part), page, options, card.context)
         engines.append(Engine(card, model, pages=pages, options=options))
     taken = sum(engine.kv_bytes for engine in engines)
-    division = (
-        f"{sum(model.weight_bytes for model in models) / 2**20:,.0f} MiB of weights; KV caches take "
-        f"{taken / 2**20:,.0f} of {memory / 2**20:,.0f} MiB allowed, {available / 2**20:,.0f} MiB were free"
-    )
-    return engines, division
+    return engines, f"KV caches take {taken / MIB:,.0f} of {memory / MIB:,.0f} MiB allowed; {terms}"
+
+
+def _memory(models: list[Model], cards: list[ModelCard], options: EngineOptions) -> tuple[int, str]:
+    """Bytes for all KV caches, and the terms that they are left by. Raises OptionsError."""
+    if options.device.startswith("cuda"):
+        parts = [
+            (model.config, model.dtype.itemsize, model.weight_bytes, card.context)
+            for model, card in zip(models, cards, strict=True)
+        ]
+        division = divide(parts, options, *measure(options.device))
+        return kv_bytes(division, options), str(division)
+    available = available_memory()
+    weights = sum(model.weight_bytes for model in models) / MIB
+    return kv_cache_bytes(options, available), f"{weights:,.0f} MiB of weights, {available / MIB:,.0f} MiB were free"
+
+
+def _device(wanted: str) -> str:
+    """Where the models shall live. Raises OptionsError for a GPU that is not there."""
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cpu":
+        return wanted
+    count, number = torch.cuda.device_count(), int(wanted.partition(":")[2] or 0)
+    if number >= count:
+        raise OptionsError(
+            f"device is {wanted}, but torch {torch.__version__} finds {count} GPUs here; use auto or cpu"
+        )
+    return wanted
 
 
 def _load(spec: ModelSpec, options: EngineOptions, on_progress: Progress | None) -> Model:
@@ -66,10 +95,19 @@ def _load(spec: ModelSpec, options: EngineOptions, on_progress: Progress | None)
             dtype=spec.dtype,
             device=options.device,
             decode_copy=options.cpu_decode_copy,
+            deterministic=options.deterministic,
             on_progress=progress,
         )
     except CheckpointError as error:
         raise CheckpointError(f"model {spec.name}: {error}") from error
+
+
+def _check_attention(spec: ModelSpec, model: Model, options: EngineOptions) -> None:
+    if options.attention_backend == "flash":
+        try:
+            flash.check(model.config.head_size, options.page_size, model.dtype, model.dtype, options.deterministic)
+        except flash.FlashUnavailable as error:
+            raise OptionsError(f"model {spec.name}: attention_backend is flash: {error}") from error
 
 
 def _check_role(spec: ModelSpec, labels: int) -> Role:

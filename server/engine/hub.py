@@ -127,6 +127,10 @@ class Hub:
             place.cost.observe(step.tokens, step.decodes_only, seconds)
         return outputs
 
+    def idle(self) -> bool:
+        """Uses a moment without work; whether more could be done in another one."""
+        return not self.has_work and any([engine.idle() for engine in self.engines])
+
     def run(self, requests: Iterable[Request]) -> dict[int, list[Output]]:
         """Answers requests in this thread, until nothing is left to do: by request, its outputs in order."""
         answers: dict[int, list[Output]] = {}

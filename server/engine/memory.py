@@ -62,9 +62,11 @@ def shares(specs: Sequence[ModelSpec]) -> list[float]:
 
 
 def page_count(name: str, memory: int, bytes_per_page: int, options: EngineOptions, context: int) -> int:
-    """Pages that fit into `memory` bytes, but no more than `FULL_SEQUENCES` times what can be in use at once."""
+    """Pages that fit into `memory` bytes; on CPUs no more than `FULL_SEQUENCES` times what can be in use at once."""
     useful = FULL_SEQUENCES * options.max_num_seqs * -(-context // options.page_size)
-    pages = min(memory // bytes_per_page, useful)
+    pages = memory // bytes_per_page
+    if options.device == "cpu":
+        pages = min(pages, useful)
     if pages < 2:
         raise OptionsError(
             f"the KV cache of model {name} gets {memory:,} bytes, less than two pages of {bytes_per_page:,}: "

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 from .request import Role
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+AttentionBackend = Literal["triton", "flash", "torch"]
 
 
 class OptionsError(ValueError):
@@ -33,23 +35,35 @@ class ModelSpec:
 class EngineOptions:
     """How the hosted models share one engine process."""
 
-    device: str = "cpu"
+    device: str = "cpu"  # or cuda, cuda:N, auto: a GPU where torch finds one
     threads: int | None = None  # of torch on CPU; None: torch's own choice
     max_model_len: int | None = None  # tokens, prompt and answer together; None: each checkpoint's context
     max_num_seqs: int = 64  # sequences of one model that run at once
     max_num_batched_tokens: int = 2048  # of one step
     page_size: int = 16  # tokens
     kv_cache_memory_bytes: int | None = None  # all models together; None: by formula, from the memory that is free
+    gpu_memory_utilization: float = 0.9  # of a GPU's whole memory: weights, what steps need, KV caches
+    attention_backend: AttentionBackend = "triton"  # on GPUs; on CPUs the definitions run
+    deterministic: bool = False  # a token's bits do not depend on what else is in the step
+    run_ahead: bool | None = None  # launch the next step before the last one's tokens are read; None: not on CPUs
     enable_prefix_caching: bool = True
     max_waiting_requests: int = 4096  # of one model
     max_waiting_tokens: int = 1 << 22
     cpu_decode_copy: Literal["fp16"] | None = None
     step_target_ms: float | None = None  # longest step while another model decodes; None: one step of that model
 
+    @property
+    def runs_ahead(self) -> bool:
+        return self.device != "cpu" if self.run_ahead is None else self.run_ahead
+
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise OptionsError(f"device is {self.device}: auto, cpu, cuda or cuda:N")
         for name in ("max_num_seqs", "max_num_batched_tokens", "page_size", "max_waiting_requests"):
             if getattr(self, name) < 1:
                 raise OptionsError(f"{name} is {getattr(self, name)}: at least 1")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise OptionsError(f"gpu_memory_utilization is {self.gpu_memory_utilization}: above 0 and at most 1")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise OptionsError(
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}: at least max_num_seqs "

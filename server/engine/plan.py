@@ -107,3 +107,11 @@ class Executor(Protocol):
     ahead: bool  # launch returns at once, and what it needs of the step before is on the device
 
     def launch(self, plan: Plan) -> Ticket: ...
+
+    def prepare(self) -> None:
+        """What must be done before the first step, all of its memory included."""
+        ...
+
+    def idle(self) -> bool:
+        """Uses a moment without work for what makes later steps faster; whether more of that is left."""
+        ...

@@ -55,7 +55,7 @@ def serve(hub: Hub, server: EngineServer, control: Connection[object, object]) -
     while True:
         busy = hub.has_work
         outputs: list[Output] = []
-        for message in server.receive(0.0 if busy else BEAT_SECONDS):
+        for message in server.receive(0.0 if busy or hub.idle() else BEAT_SECONDS):
             if isinstance(message, Request):
                 outputs += _submit(hub, message)
             else:

@@ -24,6 +24,7 @@ from ...kernels.ops import Sequences
 from ...model.batch import Batch
 from ...model.kv_cache import KVCache
 from ...model.model import Model
+from .options import AttentionBackend
 from .plan import Plan, PromptRows, Sampled
 from .request import Logprobs, Request
 from .sampler import Sampler
@@ -58,11 +59,13 @@ class Runner:
         context: int,
         end_ids: tuple[int, ...],
         device: str = "cpu",
+        attention: AttentionBackend = "triton",
     ) -> None:
         self.model, self._cache = model, cache
         self._page_size = cache.page_size
         self._context = context
         self._device = torch.device(device)
+        self._attention: AttentionBackend = attention
         self._history = np.zeros((max_seqs, context), np.int32)
         self._table = np.zeros((max_seqs, -(-context // cache.page_size)), np.int32)
         self._requests: list[Request | None] = [None] * max_seqs
@@ -82,6 +85,12 @@ class Runner:
 
     def launch(self, plan: Plan) -> Done:
         return Done(self.execute(plan))
+
+    def prepare(self) -> None:
+        pass
+
+    def idle(self) -> bool:
+        return False
 
     @torch.inference_mode()
     def execute(self, plan: Plan) -> Sampled:
@@ -147,6 +156,8 @@ class Runner:
                 rows,
                 1,
                 longest,
+                deterministic=self.model.deterministic,
+                backend=self._attention,
             ),
         )
 
@@ -172,6 +183,8 @@ class Runner:
                 plan.decodes,
                 int(counts.max()),
                 longest,
+                deterministic=self.model.deterministic,
+                backend=self._attention,
             ),
         )
         return batch, firsts[1:] - 1

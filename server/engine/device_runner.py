@@ -1,0 +1,325 @@
+"""Steps of one model on a device that runs ahead of the host.
+
+What a sequence is (its tokens, its page table, its sampling parameters) lies on the device by slot. A drawn token is
+written into the history there and read from there by the next step, so the host, which learns of it a step later, keeps
+nobody waiting. A decode that goes on as before sends nothing to the device; any other step sends its integers in one
+copy. Decodes are replayed from CUDA graphs; on devices without graphs the same code runs as it is.
+
+Letters: T tokens of the step, B rows of the plan, S page size, M page-table width, R draws, V vocabulary.
+"""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# torch types some of the functions used here only in part.
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ...kernels import ops
+from ...kernels.attention import decode_chunks
+from ...kernels.ops import Sequences
+from ...kernels.sampling import DRAW, RESTRICT
+from ...model.batch import Batch
+from ...model.kv_cache import KVCache
+from ...model.model import Model
+from .device_sampler import DeviceSampler
+from .graphs import Graphs
+from .launched import Clock, Launched, logprobs_to_host, to_host
+from .options import AttentionBackend
+from .plan import Plan
+from .request import Request
+from .staging import Staging
+
+Integers = NDArray[np.int64]
+NONE: Integers = np.zeros(0, np.int64)
+RECORDED = (DRAW, DRAW | RESTRICT)  # what draws may use and still be part of a recorded decode
+
+
+class DeviceRunner:
+    """`context` is the most tokens of one sequence; slots go from 0 to `max_seqs` - 1.
+
+    The last page of `cache` is nobody's: rows that only fill a graph up belong to one slot more, whose tokens and pages
+    mean nothing. What a Sampled holds for a failed computation is visible as such, as with `Runner`.
+    """
+
+    ahead = True
+
+    def __init__(
+        self,
+        model: Model,
+        cache: KVCache,
+        *,
+        max_seqs: int,
+        context: int,
+        end_ids: tuple[int, ...],
+        device: str = "cpu",
+        attention: AttentionBackend = "triton",
+    ) -> None:
+        self.model, self._cache = model, cache
+        self._page_size, self._context = cache.page_size, context
+        self._chunks = decode_chunks(context)  # of a sequence at full length
+        self._device = torch.device(device)
+        self._attention: AttentionBackend = attention
+        width = -(-context // cache.page_size)
+        # One column more than the context: a last token at its very end is never read again.
+        self._history = torch.zeros(max_seqs + 1, context + 1, dtype=torch.int32, device=self._device)
+        self._table = torch.zeros(max_seqs + 1, width, dtype=torch.int32, device=self._device)
+        self._nobody = max_seqs
+        self._table[self._nobody] = cache.pages - 1
+        self._requests: list[Request | None] = [None] * max_seqs
+        self._sampler = DeviceSampler(self._history, model.config.vocab_size, end_ids, self._device)
+        self._staging = Staging(self._device)
+        # Of the last pure decode, on the device: its slots, how many tokens each has, what was drawn.
+        self._slots = torch.full((max_seqs,), self._nobody, dtype=torch.int64, device=self._device)
+        self._lengths = torch.ones(max_seqs, dtype=torch.int64, device=self._device)
+        self._drawn = torch.zeros(max_seqs, dtype=torch.int64, device=self._device)
+        self._row_numbers = torch.arange(max_seqs + 1, dtype=torch.int32, device=self._device)
+        self._rows = 0  # of that decode; 0 where its slots no longer stand there
+        self._uses, self._tops = 0, list[int | None]()
+        self._logits: Tensor | None = None  # [max_seqs, V] float32, where a decode leaves them for the sampler
+        self._recorded: dict[int | None, Graphs] = {}  # by what their draws may use; None: without draws
+
+    def request(self, slot: int) -> Request:
+        """The request in a slot."""
+        request = self._requests[slot]
+        assert request is not None, f"slot {slot} is empty"
+        return request
+
+    @torch.inference_mode()
+    def prepare(self) -> None:
+        """Records the largest decode. Before the first step, because it sets how much memory graphs take."""
+        if self.model.config.labels == 0:
+            self._graphs()
+
+    @torch.inference_mode()
+    def idle(self) -> bool:
+        """Uses a moment without work to record one more decode; whether any are left."""
+        left = False
+        for graphs in self._recorded.values():
+            if graphs.missing:
+                self._clear_rows()
+                left |= graphs.record_next()
+        return left
+
+    @torch.inference_mode()
+    def launch(self, plan: Plan) -> Launched:
+        step = Launched(Clock(self._device))
+        self._note(plan)
+        if plan.decodes == len(plan.slots):
+            self._decode(plan, step)
+        else:
+            self._mixed(plan, step)
+        step.clock.stop()
+        return step
+
+    # Changes ----------------------------------------------------------------------------------------------------------
+
+    def _note(self, plan: Plan) -> None:
+        """What the host keeps of the slots."""
+        for slot in plan.left:
+            self._requests[slot] = None
+        for entered in plan.entered:
+            request = entered.request
+            self._requests[entered.slot] = request
+            if request.sampling is not None:
+                self._sampler.enter(entered.slot, request.sampling, entered.choice, len(request.token_ids))
+
+    def _send(self, plan: Plan, *arrays: Integers) -> list[Tensor]:
+        """The arrays on the device, after what changed in the slots was applied there, and pages were copied."""
+        known = [[*entered.request.token_ids, *entered.generated] for entered in plan.entered]
+        sent = self._staging.send(
+            [
+                np.array([token for tokens in known for token in tokens], np.int64),
+                np.array([entered.slot for entered in plan.entered], np.int64),
+                np.array([len(tokens) for tokens in known], np.int64),
+                np.array(plan.page_updates, np.int64).reshape(-1, 3),
+                np.array(plan.copies, np.int64).reshape(-1, 2),
+                *arrays,
+            ]
+        )
+        tokens, slots, counts, updates, copies, *rest = sent
+        if plan.entered:
+            row, position = self._spread(counts, len(tokens))
+            self._history[slots[row], position] = tokens.int()
+            self._sampler.flush()
+        if plan.page_updates:
+            self._table[updates[:, 0], updates[:, 1]] = updates[:, 2].int()
+        if plan.copies:
+            self._cache.copy_pages(copies[:, 0], copies[:, 1])
+        return rest
+
+    def _spread(self, counts: Tensor, total: int) -> tuple[Tensor, Tensor]:
+        """(entry, place in it) of each of the `total` elements of entries of these sizes."""
+        numbers = torch.arange(len(counts), device=self._device)
+        entry = torch.repeat_interleave(numbers, counts, output_size=total)
+        return entry, torch.arange(total, device=self._device) - (counts.cumsum(0) - counts)[entry]
+
+    # Pure decodes -----------------------------------------------------------------------------------------------------
+
+    def _decode(self, plan: Plan, step: Launched) -> None:
+        rows = len(plan.slots)
+        if plan.steady and self._rows == rows:
+            graphs = self._graphs()
+            self._send(plan)
+        else:
+            self._uses, self._tops = self._wanted(plan.slots)
+            graphs = self._graphs()
+            slots = np.full(self._nobody, self._nobody, np.int64)
+            lengths = np.ones(self._nobody, np.int64)
+            slots[:rows], lengths[:rows] = plan.slots, plan.starts
+            lengths[:rows] += 1
+            sent = self._send(plan, slots, lengths)
+            self._slots.copy_(sent[0])
+            self._lengths.copy_(sent[1])
+            self._rows = rows
+        room = self._room(rows)
+        needed = sum(decode_chunks(start + 1) for start in plan.starts) if room < rows * self._chunks else 0
+        if needed > room:
+            logits = self._decode_logits(rows, needed)
+        else:
+            graphs.run(graphs.rows_for(rows))
+            if graphs is not self._recorded.get(None):
+                step.tokens = to_host(self._drawn[:rows])
+                return
+            assert self._logits is not None
+            logits = self._logits[:rows]
+        self._draw(step, logits, self._slots[:rows], self._lengths[:rows], self._uses, self._tops)
+        self._lengths[:rows] += 1
+
+    def _graphs(self) -> Graphs:
+        """Those that draw as well, where that can be recorded for what the slots use, else those that leave logits."""
+        uses = next((known for known in RECORDED if self._uses & ~known == 0), None)
+        if uses not in self._recorded:
+            if uses is None:
+                shape = (self._nobody, self.model.config.vocab_size)
+                self._logits = torch.empty(shape, dtype=torch.float32, device=self._device)
+            work = self._decode_only if uses is None else partial(self._decode_and_draw, uses)
+            self._clear_rows()
+            self._recorded[uses] = Graphs(work, self._nobody, self._device)
+        return self._recorded[uses]
+
+    def _clear_rows(self) -> None:
+        """Only rows of nobody, so that what is recorded now changes nothing."""
+        self._slots.fill_(self._nobody)
+        self._lengths.fill_(1)
+        self._rows = 0
+
+    def _decode_and_draw(self, uses: int, rows: int) -> None:
+        slots, lengths = self._slots[:rows], self._lengths[:rows]
+        drawn = self._sampler.sample(self._decode_logits(rows, self._room(rows)), slots, lengths, uses, 0)
+        self._drawn[:rows] = drawn.tokens
+        self._history[slots, lengths] = drawn.tokens.int()
+        lengths += slots != self._nobody
+
+    def _decode_only(self, rows: int) -> None:
+        assert self._logits is not None
+        self._logits[:rows] = self._decode_logits(rows, self._room(rows))
+
+    def _decode_logits(self, rows: int, room: int) -> Tensor:
+        """One token per row: the last one of its slot. [rows, V] float32. `room`: for attention's partial results."""
+        slots, lengths = self._slots[:rows], self._lengths[:rows]
+        positions = lengths - 1
+        sequences = self._sequences(
+            self._row_numbers[: rows + 1], lengths.int(), self._table[slots], rows, 1, self._context, room
+        )
+        batch = self._batch(slots, positions, sequences)
+        return self.model.logits(self.model.forward(batch, self._cache))
+
+    def _room(self, rows: int) -> int:
+        """Partial results of attention that a recorded decode has room for: every row at full length, or, where that
+        is a lot, twice what the cache holds."""
+        held = 2 * decode_chunks(self._cache.pages * self._page_size)
+        return min(rows * self._chunks, rows + held)
+
+    def _sequences(
+        self, starts: Tensor, lengths: Tensor, table: Tensor, decodes: int, widest: int, longest: int, room: int
+    ) -> Sequences:
+        """With the list of the decodes' work, made once for all layers."""
+        work = ops.attention_work(lengths, decodes, max(2, room)) if decodes else None
+        return Sequences(
+            starts, lengths, table, decodes, widest, longest, work, self.model.deterministic, self._attention
+        )
+
+    def _batch(self, slots: Tensor, positions: Tensor, sequences: Sequences) -> Batch:
+        """The tokens at `positions` [T] of `slots` [T]."""
+        tokens = self._history[slots, positions].long().clamp_(min=0)  # -1: the model failed, which is told elsewhere
+        pages = self._table[slots, positions // self._page_size].long()
+        return Batch(tokens, positions, pages * self._page_size + positions % self._page_size, sequences)
+
+    # Steps with prompts -----------------------------------------------------------------------------------------------
+
+    def _mixed(self, plan: Plan, step: Launched) -> None:
+        self._rows = 0
+        slots, starts, counts = (np.array(column, np.int64) for column in (plan.slots, plan.starts, plan.counts))
+        firsts = np.zeros(len(slots) + 1, np.int64)
+        np.cumsum(counts, out=firsts[1:])
+        ends, lengths = firsts[1:] - 1, starts + counts
+        drawing = np.array(plan.samples, np.int64).reshape(-1, 2)
+        needed, copies = np.unique(drawing[:, 0], return_inverse=True)
+        scored = ends[[row for row, _ in plan.scores]]
+        asked = [
+            ends[wanted.row] - (lengths[wanted.row] - 1) + np.arange(wanted.first, wanted.end)
+            for wanted in plan.prompt_logprobs
+        ]
+        targets = [  # where they stand in the history
+            plan.slots[wanted.row] * self._history.shape[1] + np.arange(wanted.first + 1, wanted.end + 1)
+            for wanted in plan.prompt_logprobs
+        ]
+        sent = self._send(
+            plan,
+            *(slots, starts, counts, firsts, lengths),
+            *(ends[needed], copies.reshape(-1), drawing[:, 1], lengths[drawing[:, 0]]),
+            *(scored, np.concatenate([NONE, *asked]), np.concatenate([NONE, *targets])),
+        )
+        hidden = self._forward(plan, int(lengths.max()), *sent[:5])
+        rows, places, drawers, histories, scored_rows, asked_rows, target_places = sent[5:]
+        if plan.samples:
+            logits = self.model.logits(hidden[rows])
+            if len(needed) < len(drawing):  # several choices draw from one row
+                logits = logits[places]
+            self._draw(step, logits, drawers, histories, *self._wanted([slot for _, slot in plan.samples]))
+        if plan.scores:
+            step.scores = to_host(self.model.scores(hidden[scored_rows]))
+        if plan.prompt_logprobs:
+            wanted = [self.request(plan.slots[rows.row]).prompt_logprobs or 0 for rows in plan.prompt_logprobs]
+            ids = self._history.view(-1)[target_places].long()
+            found = self.model.logprobs_of(hidden[asked_rows], ids, max(wanted))
+            step.prompt_logprobs = logprobs_to_host(found)
+            edges = np.cumsum([0, *map(len, asked)]).tolist()
+            step.prompts = list(zip(edges, edges[1:], wanted, strict=False))
+
+    def _forward(
+        self, plan: Plan, longest: int, slots: Tensor, starts: Tensor, counts: Tensor, firsts: Tensor, lengths: Tensor
+    ) -> Tensor:
+        """Hidden states [T, D] of rows of any length."""
+        row, place = self._spread(counts, plan.tokens)
+        table = self._table[slots, : -(-longest // self._page_size)]
+        room = sum(decode_chunks(start + 1) for start in plan.starts[: plan.decodes])
+        sequences = self._sequences(firsts.int(), lengths.int(), table, plan.decodes, max(plan.counts), longest, room)
+        return self.model.forward(self._batch(slots[row], starts[row] + place, sequences), self._cache)
+
+    # Draws ------------------------------------------------------------------------------------------------------------
+
+    def _wanted(self, slots: list[int]) -> tuple[int, list[int | None]]:
+        """What the draws of these slots use, and how many likely tokens each wants told; None: not even its own."""
+        tops: list[int | None] = []
+        for slot in slots:
+            sampling = self.request(slot).sampling
+            assert sampling is not None
+            tops.append(sampling.logprobs)
+        return self._sampler.uses_of(slots), tops
+
+    def _draw(
+        self, step: Launched, logits: Tensor, slots: Tensor, lengths: Tensor, uses: int, tops: list[int | None]
+    ) -> None:
+        """Draws the tokens [R] and writes them behind their sequences."""
+        drawn = self._sampler.sample(logits, slots, lengths, uses, max((top or 0 for top in tops), default=0))
+        self._history[slots, lengths] = drawn.tokens.int()
+        step.tokens = to_host(drawn.tokens)
+        if drawn.logprobs is not None:
+            step.logprobs, step.tops = logprobs_to_host(drawn.logprobs), tops
