@@ -27,6 +27,8 @@ from safetensors.torch import load_file
 from sft import (
     CONTEXT,
     DEMO,
+    FAST,
+    Encoder,
     Optimiser,
     Progress,
     Trunk,
@@ -39,6 +41,7 @@ from sft import (
 )
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 
 
 class Reward(nn.Module):
@@ -49,14 +52,20 @@ class Reward(nn.Module):
         self.model = trunk
         self.score = nn.Linear(trunk.shape.hidden, 1, bias=False)
         nn.init.normal_(self.score.weight, std=0.02)
+        self.doubt = nn.Linear(trunk.shape.hidden, 1, bias=False)  # for training only: where an answer goes wrong
 
-    def forward(self, sequences: list[list[int]], places: list[tuple[int, int]] | None = None) -> Tensor:
-        """The score of each sequence; with `places` at each (sequence, position) of those instead."""
-        flat = flatten(sequences)
-        if places is None:
-            places = [(index, len(ids) - 1) for index, ids in enumerate(sequences)]
-        at = torch.tensor([flat.starts[index] + position for index, position in places])
-        return self.score(self.model(flat)[at])[:, 0]
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """(score of each sequence, doubt at each place of `batch.turns`, mean cross-entropy of the batch's texts)."""
+        flat = flatten(batch.sequences)
+        hidden = self.model(flat)
+        ends = [(index, len(ids) - 1) for index, ids in enumerate(batch.sequences)]
+        scored, turned, told = (
+            torch.tensor([flat.starts[index] + position for index, position in places], dtype=torch.long)
+            for places in (ends, batch.turns, batch.texts)
+        )
+        logits = hidden[told] @ self.model.embed_tokens.weight.T  # [texts, V]
+        text_loss = F.cross_entropy(logits.float(), flat.ids[told + 1])
+        return self.score(hidden[scored])[:, 0].float(), self.doubt(hidden[turned])[:, 0].float(), text_loss
 
 
 def ranking_loss(scores: Tensor, pairs: list[list[tuple[int, int]]]) -> Tensor:
@@ -70,44 +79,71 @@ def ranking_loss(scores: Tensor, pairs: list[list[tuple[int, int]]]) -> Tensor:
 
 @dataclass
 class Batch:
-    """Sequences, where they are read, and per prompt the pairs (better, worse) of those places.
+    """Sequences, and per prompt the pairs (better, worse) of them.
 
-    Besides rankings there are close pairs of answers: they are compared at their ends and already at the first token
-    that differs, which tells the model what was wrong.
+    Besides rankings there are close pairs of answers: they are compared at their ends and, by a head of its own that is
+    thrown away, at the first token that differs, which tells the trunk what was wrong. (The score itself must not be
+    high there: an answer that has not ended is garbage.) The best answers are also learnt as text, so that the trunk
+    does not forget what is true while it learns what is liked.
     """
 
     sequences: list[list[int]] = field(default_factory=list)
-    places: list[tuple[int, int]] = field(default_factory=list)
     pairs: list[list[tuple[int, int]]] = field(default_factory=list)
+    turns: list[tuple[int, int]] = field(default_factory=list)  # (sequence, position): right, wrong, right, wrong …
+    texts: list[tuple[int, int]] = field(default_factory=list)  # (sequence, position before a token of a best answer)
 
-    def add_ranking(self, tokenizer: Tokenizer, ranking: data.Ranking) -> None:
-        encoded = [e.ids for e in tokenizer.encode_batch([text_of(ranking.exercise, a) for a in ranking.answers])]
+    def add_ranking(self, encoder: Encoder, ranking: data.Ranking) -> None:
+        texts = [text_of(ranking.exercise, answer) for answer in ranking.answers]
+        encoded = [encoding.ids for encoding in encoder.tokenizer.encode_batch(texts)]
         if max(map(len, encoded)) > CONTEXT:
             return
-        first = len(self.places)
-        self.places += [(len(self.sequences) + index, len(ids) - 1) for index, ids in enumerate(encoded)]
+        if ranking.grades[0] == 0:
+            self._learn(encoder, encoded[0])
+        first = len(self.sequences)
         self.sequences += encoded
         self.pairs.append([(first + i, first + j) for i, j in ranking.pairs()])
 
-    def add_pair(self, tokenizer: Tokenizer, exercise: data.Exercise, better: str, worse: str) -> None:
+    def add_pair(self, encoder: Encoder, exercise: data.Exercise, better: str, worse: str) -> None:
         texts = [text_of(exercise, data.Answer(text)) for text in (better, worse)]
-        good, bad = (e.ids for e in tokenizer.encode_batch(texts))
+        good, bad = (encoding.ids for encoding in encoder.tokenizer.encode_batch(texts))
         differs = next((i for i, (a, b) in enumerate(zip(good, bad, strict=False)) if a != b), None)
         if differs is None or max(len(good), len(bad)) > CONTEXT:
             return
-        place, sequence = len(self.places), len(self.sequences)
+        self._learn(encoder, good)
+        first = len(self.sequences)
         self.sequences += [good, bad]
-        self.places += [
-            (sequence, differs),
-            (sequence + 1, differs),
-            (sequence, len(good) - 1),
-            (sequence + 1, len(bad) - 1),
-        ]
-        self.pairs += [[(place, place + 1)], [(place + 2, place + 3)]]
+        self.pairs.append([(first, first + 1)])
+        self.turns += [(first, differs), (first + 1, differs)]
+
+    def _learn(self, encoder: Encoder, ids: list[int]) -> None:
+        """The next sequence, `ids`, is one whose answers are learnt."""
+        self.texts += [(len(self.sequences), position) for position in encoder.targets(ids)]
 
     @property
     def tokens(self) -> int:
         return sum(map(len, self.sequences))
+
+
+class Batches(IterableDataset[Batch]):
+    """Batches without end, made in a process of their own beside the training."""
+
+    def __init__(self, tokenizer: Tokenizer, sampled: list[tuple[data.Exercise, list[str]]], options: Any) -> None:
+        super().__init__()
+        self.tokenizer, self.sampled, self.options = tokenizer, sampled, options
+
+    def __iter__(self) -> Iterator[Batch]:
+        options, encoder = self.options, Encoder(self.tokenizer)
+        stream, rng = (
+            rankings(self.sampled, options.sampled_share, options.seed),
+            random.Random(f"{options.seed} pairs"),
+        )
+        while True:
+            batch = Batch()
+            while batch.tokens < options.batch_tokens:
+                batch.add_ranking(encoder, next(stream))
+                for _ in range(options.close_pairs):
+                    batch.add_pair(encoder, *data.close_pair(rng, "train"))
+            yield batch
 
 
 def save_reward(reward: Reward, tokenizer: Tokenizer, directory: Path) -> None:
@@ -115,7 +151,7 @@ def save_reward(reward: Reward, tokenizer: Tokenizer, directory: Path) -> None:
     save_tokenizer(tokenizer, directory)
     architecture = {"architectures": ["LlamaForSequenceClassification"], "num_labels": 1, "problem_type": "regression"}
     hf_config(reward.model.shape, **architecture).save_pretrained(directory)
-    save_weights(reward.state_dict(), directory)
+    save_weights({name: tensor for name, tensor in reward.state_dict().items() if "doubt" not in name}, directory)
 
 
 def sample(directory: Path, prompts: int, seed: int, temperature: float) -> list[tuple[data.Exercise, list[str]]]:
@@ -156,22 +192,20 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     reward = Reward(trunk)
     if options.resume:
         weights = load_file(options.out / "model.safetensors")
-        reward.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+        reward.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, strict=False)
     print(json.dumps({"parameters": sum(p.numel() for p in reward.parameters())}), file=sys.stderr)
     sampled = sample(options.policy, options.samples, options.seed, options.temperature) if options.samples else []
-    stream = rankings(sampled, options.sampled_share, options.seed)
-    rng = random.Random(f"{options.seed} pairs")
+    batches = iter(DataLoader(Batches(tokenizer, sampled, options), batch_size=None, num_workers=1, prefetch_factor=8))
     optimiser = Optimiser(reward, options.muon_rate, options.adam_rate)
     budget, progress, saved = options.minutes * 60, Progress(), time.monotonic()
     step, tokens, smooth, agreed, start = 0, 0, math.nan, math.nan, time.monotonic()
     while (spent := time.monotonic() - start) < budget:
-        batch = Batch()
-        while batch.tokens < options.batch_tokens:
-            batch.add_ranking(tokenizer, next(stream))
-            batch.add_pair(tokenizer, *data.close_pair(rng, "train"))
-        scores = reward(batch.sequences, batch.places)
+        batch = next(batches)
+        with torch.autocast("cpu", FAST, enabled=FAST is torch.bfloat16):
+            scores, doubts, text_loss = reward(batch)
         loss = ranking_loss(scores, batch.pairs)
-        loss.backward()
+        turn_loss = -F.logsigmoid(doubts[1::2] - doubts[0::2]).mean()
+        (loss + turn_loss + options.text_weight * text_loss).backward()
         optimiser.step(schedule(spent / budget))
         step, tokens = step + 1, tokens + batch.tokens
         flat = scores.detach().tolist()
@@ -207,6 +241,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--sampled-share", type=float, default=0.3, help="share of rankings that hold sampled answers")
     parser.add_argument("--temperature", type=float, default=1.2, help="of those samples")
+    parser.add_argument("--close-pairs", type=int, default=1, help="pairs that are hard to tell apart, per ranking")
+    parser.add_argument("--text-weight", type=float, default=0.3, help="of the loss of the best answers as text")
     parser.add_argument("--batch-tokens", type=int, default=2048)
     parser.add_argument("--muon-rate", type=float, default=0.015)
     parser.add_argument("--adam-rate", type=float, default=0.003)

@@ -30,6 +30,7 @@ DEMO = Path(__file__).resolve().parents[2] / "model" / "demo"
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MARKS = ("<tools>", "</tools>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 CONTEXT = 2048
+FAST = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32  # what matrices are multiplied in
 
 
 # --- tokenizer --------------------------------------------------------------------------------------------------------
@@ -264,9 +265,10 @@ class Trunk(nn.Module):
 
 
 class Muon:
-    """Momentum whose matrices are orthogonalised by a quintic Newton-Schulz iteration (Jordan et al., 2024), in fp32.
+    """Momentum whose matrices are orthogonalised by a quintic Newton-Schulz iteration (Jordan et al., 2024).
 
-    Matrices of one shape are orthogonalised together. The step is scaled by sqrt(max(1, rows / columns)).
+    Matrices of one shape are orthogonalised together, in bf16 where the CPU multiplies it. The step is scaled by
+    sqrt(max(1, rows / columns)).
     """
 
     def __init__(self, parameters: list[Tensor], momentum: float = 0.95, weight_decay: float = 0.01):
@@ -284,11 +286,11 @@ class Muon:
             update = gradient.lerp(buffer, self.momentum)
             flip = shape[0] > shape[1]
             x = update.mT if flip else update
-            x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+            x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(FAST)
             for _ in range(5):
                 gram = x @ x.mT
                 x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-            x = x.mT if flip else x
+            x = (x.mT if flip else x).float()
             scale = max(1.0, shape[0] / shape[1]) ** 0.5
             for parameter, direction in zip(same, x, strict=True):
                 parameter.mul_(1 - rate * self.weight_decay).add_(direction, alpha=-rate * scale)
@@ -410,7 +412,7 @@ def next_token_loss(trunk: Trunk, documents: list[tuple[list[int], list[int]]]) 
     flat = flatten([ids for ids, _ in documents])
     at = torch.tensor([flat.starts[i] + p for i, (_, positions) in enumerate(documents) for p in positions])
     logits = trunk(flat)[at] @ trunk.embed_tokens.weight.T  # [targets, V]
-    return F.cross_entropy(logits, flat.ids[at + 1]), flat.real
+    return F.cross_entropy(logits.float(), flat.ids[at + 1]), flat.real
 
 
 def train(options: argparse.Namespace) -> dict[str, Any]:
@@ -460,7 +462,8 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         batch: list[tuple[list[int], list[int]]] = []
         while sum(len(ids) for ids, _ in batch) < options.batch_tokens:
             batch.append(next(documents))
-        loss, count = next_token_loss(trunk, batch)
+        with torch.autocast("cpu", FAST, enabled=FAST is torch.bfloat16):
+            loss, count = next_token_loss(trunk, batch)
         loss.backward()
         optimiser.step(schedule(spent / budget))
         step, tokens = step + 1, tokens + count
