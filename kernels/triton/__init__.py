@@ -3,8 +3,8 @@
 from .activation import gelu, gelu_tanh, silu_and_mul
 from .attention import paged_attention
 from .attention_work import attention_work
-from .logprobs import token_logprobs
 from .linear import linear
+from .logprobs import token_logprobs
 from .norm import layer_norm, rms_norm
 from .pages import copy_pages
 from .rotary import qk_norm_rotary_and_write_kv
