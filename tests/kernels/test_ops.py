@@ -88,7 +88,9 @@ def test_activations(dtype: torch.dtype) -> None:
                 exact = [v * 0.5 * (1 + math.erf(v / math.sqrt(2))) for v in values]
             else:
                 exact = [v / 2 * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))) for v in values]
-            torch.testing.assert_close(out[row].double(), torch.tensor(exact).double(), **rounding(dtype))
+            # Near 0 the error is that of erf and tanh, which AVX-512's versions round otherwise than AVX2's.
+            close = rounding(dtype) | {"atol": 2 * rounding(dtype)["atol"]}
+            torch.testing.assert_close(out[row].double(), torch.tensor(exact).double(), **close)
 
 
 def empty_cache(pages: int, kv_heads: int, size: int, width: int, dtype: torch.dtype) -> KVLayer:
