@@ -10,13 +10,12 @@ multiple of 16, an integer that is 1. Where such a property changes from step to
 Compiled kernels stay on disk in Triton's own cache: `TRITON_CACHE_DIR`, by default ~/.triton/cache. Its keys hold the
 source, the types, the constants, the architecture and Triton's version, so it may be shared between processes, kept
 over upgrades, and deleted at any time. The container has it in a volume (Dockerfile.cuda): a kernel is compiled once
-per image, not once per start. `prewarm` fills it, and loads from it, before the first request.
+per image, not once per start; those of decodes when the engine records its first graph, before the first request.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from functools import cache
 from typing import TypeVar
 
@@ -68,14 +67,3 @@ def warps(elements: int, per_thread: int = 16) -> int:
 def options(num_warps: int, num_stages: int = 1) -> dict[str, int | bool]:
     """Keyword arguments of a launch. Products and sums fuse to one rounding, whatever a Triton version's default is."""
     return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
-
-
-def prewarm(calls: Iterable[Callable[[], object]], threads: int = 8) -> None:
-    """Make the calls, each of which launches kernels on tensors that nobody reads, and return when all are compiled.
-
-    For the time before graphs are captured and requests served: the first launch of a kernel would otherwise compile
-    it then. The assembler is a process of its own, so threads compile several kernels at once.
-    """
-    with ThreadPoolExecutor(threads) as pool:
-        for done in [pool.submit(call) for call in calls]:
-            done.result()

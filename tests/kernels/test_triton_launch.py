@@ -1,8 +1,6 @@
-"""Sizes of launches, and kernels that are compiled before they are needed."""
+"""Sizes of launches."""
 
 from __future__ import annotations
-
-import threading
 
 import pytest
 import torch
@@ -47,15 +45,3 @@ def test_the_interpreter_stands_for_an_h200() -> None:
 @pytest.mark.parametrize(("elements", "warps"), [(1, 1), (512, 1), (1024, 2), (4096, 8), (65536, 16)])
 def test_warps(elements: int, warps: int) -> None:
     assert launch.warps(elements) == warps
-
-
-def test_prewarm_makes_its_calls_at_once_and_tells_what_failed() -> None:
-    """The barrier opens only when three threads wait at it."""
-    barrier = threading.Barrier(3, timeout=30)
-    launch.prewarm([barrier.wait] * 3, threads=3)
-
-    def fail() -> None:
-        raise RuntimeError("out of registers")
-
-    with pytest.raises(RuntimeError, match="out of registers"):
-        launch.prewarm([fail])
