@@ -1020,6 +1020,16 @@ _LOOK_UP: dict[Language, tuple[str, ...]] = {
 }
 
 
+def _expression(rng: random.Random) -> str:
+    """An operation that is not held out."""
+
+    def draw() -> tuple[str, bool]:
+        op, a, b = rng.choice("+-*/"), rng.randint(1, 9999), rng.randint(1, 9999)
+        return f"{a} {op} {b}", pair_held_out(op, a, b)
+
+    return _until("train", draw)
+
+
 def _thing(rng: random.Random, language: Language) -> str:
     """Something to copy: a name, a number, a city, an expression, a weather report."""
     at = 0 if language == "en" else 1
@@ -1028,7 +1038,7 @@ def _thing(rng: random.Random, language: Language) -> str:
         lambda: str(rng.randint(0, 10 ** rng.randint(1, 7) - 1)),
         lambda: rng.choice(_CITIES)[at],
         lambda: rng.choice((_PEOPLE, _JOBS, _CALCULATORS, _WEATHERS, _EXPRESSION_KEYS, _CITY_KEYS))[rng.randrange(10)],
-        lambda: f"{rng.randint(1, 9999)} {rng.choice('+-*/')} {rng.randint(1, 9999)}",
+        lambda: _expression(rng),
         lambda: _observation(rng, language),
         lambda: json.dumps({_made_up(rng): rng.randint(0, 999)}),
     )
