@@ -307,12 +307,7 @@ class DeviceRunner:
 
     def _wanted(self, slots: list[int]) -> tuple[int, list[int | None]]:
         """What the draws of these slots use, and how many likely tokens each wants told; None: not even its own."""
-        tops: list[int | None] = []
-        for slot in slots:
-            sampling = self.request(slot).sampling
-            assert sampling is not None
-            tops.append(sampling.logprobs)
-        return self._sampler.uses_of(slots), tops
+        return self._sampler.uses_of(slots), self._sampler.tops_of(slots)
 
     def _draw(
         self, step: Launched, logits: Tensor, slots: Tensor, lengths: Tensor, uses: int, tops: list[int | None]

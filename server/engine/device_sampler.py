@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ...kernels import sampling as ops
 from ...kernels.ops import TokenLogprobs, token_logprobs
-from .request import Logprobs, Sampling
+from .request import Sampling
 from .sampler import MOST_PENALTY
 
 Words = NDArray[np.int32]
@@ -150,17 +150,17 @@ class DeviceSampler:
         """What any of these slots uses: bits of `kernels.sampling`. From the host's copy, `flush`ed or not."""
         return int(np.bitwise_or.reduce(self._uses[slots])) if len(slots) else 0
 
-    def top_of(self, slots: Sequence[int]) -> int:
-        """How many of the most likely tokens one of these slots wants at most."""
-        return int(self._top[slots].max()) if len(slots) else 0
+    def tops_of(self, slots: Sequence[int]) -> list[int | None]:
+        """How many of the most likely tokens each slot wants told beside its own; None: no log-probability at all."""
+        return [int(self._top[slot]) if self._uses[slot] & ops.LOGPROBS else None for slot in slots]
 
     def sample(
         self, logits: Tensor, slots: Tensor, lengths: Tensor, uses: int, top: int | None, mask: Tensor | None = None
     ) -> Drawn:
         """Draws one token per row: logits [R, V] of any float dtype, unchanged; slots, lengths of history [R] int64.
 
-        `uses` and `top` are at least `uses_of` and `top_of` of the slots: more costs time and changes nothing. `mask`
-        [R, ceil(V / 32)] int32: see `kernels.sampling.sample`.
+        `uses` and `top` are at least `uses_of` and the most of `tops_of` the slots: more costs time and changes
+        nothing. `mask` [R, ceil(V / 32)] int32: see `kernels.sampling.sample`.
         """
         tokens, shown = ops.sample(logits, slots, lengths, self._state, uses, mask)
         if not uses & ops.LOGPROBS:
@@ -168,19 +168,6 @@ class DeviceSampler:
         targets = tokens.clamp(min=0)
         targets = targets.masked_fill_(self._state.columns[slots, ops.USES] & ops.LOGPROBS == 0, -1)
         return Drawn(tokens, token_logprobs(shown, targets, top or 0))
-
-    def logprobs(self, found: TokenLogprobs, slots: Sequence[int]) -> list[Logprobs | None]:
-        """The columns of each row from a step's log-probabilities, which the host has by now."""
-        values, ranks, top_values, top_ids = (column.tolist() for column in found)
-        columns: list[Logprobs | None] = []
-        for row, slot in enumerate(slots):
-            if not self._uses[slot] & ops.LOGPROBS:
-                columns.append(None)
-                continue
-            likely: list[float] = top_values[row][: int(self._top[slot])]
-            width = len(likely) - likely.count(-np.inf)  # a token that cannot be drawn is not among the likely
-            columns.append(Logprobs([values[row]], [ranks[row]], [top_ids[row][:width]], [likely[:width]]))
-        return columns
 
 
 class _Spans:
