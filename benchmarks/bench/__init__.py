@@ -1,0 +1,1 @@
+"""`tandem bench`: throughput, latency, a server under load, reward models, kernels, start-up."""
