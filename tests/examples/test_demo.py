@@ -61,9 +61,8 @@ def test_policy_answers_held_out_questions(accuracy: dict[str, float], cell: str
 
 
 def test_reward_prefers_the_better_of_two() -> None:
-    """It must get no worse. The bar is 0.90 and not reached: examples/rlhf/README.md says what is missing."""
     report = evaluate.evaluate_reward(DEMO / "reward", count=60)
-    assert report["pairs"] >= 0.87, report
+    assert report["pairs"] >= 0.9, report
 
 
 @pytest.mark.parametrize("script", ["sft", "reward"])
