@@ -37,6 +37,7 @@ SECTIONS = {
     "prefill": 30,
     "scoring": 35,
     "throughput": 55,
+    "roles": 25,
     "start": 50,
     "peers": 50,
     "decisions": 10,

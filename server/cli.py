@@ -116,6 +116,9 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    role_streams: Annotated[
+        bool, typer.Option("--role-streams", help="Models of one GPU compute side by side instead of in turns.")
+    ] = False,
     max_waiting_requests: Annotated[int, typer.Option(help="Of one model; more are refused.")] = (
         ENGINE.max_waiting_requests
     ),
@@ -184,6 +187,7 @@ def serve(
                 attention_backend=_one_of("--attention-backend", attention_backend, get_args(AttentionBackend)),
                 deterministic=deterministic,
                 run_ahead=run_ahead,
+                role_streams=role_streams,
                 kv_cache_memory_bytes=(
                     None
                     if kv_cache_memory_bytes is None
@@ -298,6 +302,14 @@ def chat(
     from .chat import chat as talk
 
     raise typer.Exit(talk(ChatOptions(url, model, api_key, system, temperature, max_tokens, prompt, stats)))
+
+
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(context: typer.Context) -> None:
+    """Measure: throughput, latency, serve, score, kernels, startup."""
+    from ..benchmarks.bench.cli import app as measure
+
+    measure(context.args, prog_name="tandem bench")
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
@@ -17,6 +18,7 @@ import torch
 
 from ...model.load import random_model
 from ...model.model import Model
+from ...server.engine.request import Output
 from . import engines
 from .rows import Report
 from .setting import Setting
@@ -34,6 +36,7 @@ pythonpath = {root}/tests/support
 # Sizes at which the kernels take their ordinary paths, small enough for a CPU.
 SMALL: Mapping[str, Any] = MappingProxyType({"hidden_size": 256, "intermediate_size": 512})
 PROMPTS, NEW_TOKENS = (1, 5, 63, 64, 65, 130, 200), 24
+SHARED, CHOICES = 400, 3  # a prompt that several choices have in common, longer than attention's chunk
 
 
 def run(setting: Setting, report: Report) -> None:
@@ -71,22 +74,33 @@ def twins(setting: Setting, shape: Shape, dtype: torch.dtype) -> tuple[Model, Mo
 def greedy(setting: Setting, report: Report, what: str, shape: Shape, dtype: torch.dtype, goal: str) -> None:
     """Figure: the reference's gap between its two best tokens where a text first differs, at most; 0 if none does."""
     reference, model, here = twins(setting, shape, dtype)
-    size, lengths = reference.config.vocab_size, setting.pick(PROMPTS, PROMPTS[:3])
+    size, lengths = reference.config.vocab_size, (*setting.pick(PROMPTS, PROMPTS[:3]), SHARED)
     given = [engines.prompt(length, size, 7) for length in lengths]
-    room = {"rows": len(lengths), "context": max(lengths) + NEW_TOKENS}
+    room = {"rows": len(lengths) + CHOICES - 1, "context": max(lengths) + NEW_TOKENS}
     requests = [engines.generate(index, ids, NEW_TOKENS, logprobs=2) for index, ids in enumerate(given)]
     expected = engines.answer(engines.make_engine(here, reference, **room), requests)
     plain = [engines.generate(index, ids, NEW_TOKENS) for index, ids in enumerate(given)]
-    found = engines.texts(engines.answer(engines.make_engine(setting, model, **room), plain))
+    plain[-1] = replace(plain[-1], n=CHOICES)
+    found = by_choice(engines.answer(engines.make_engine(setting, model, **room), plain))
     gaps: list[float] = []
-    for index, ids in engines.texts(expected).items():
-        if ids == found[index]:
+    for (index, _), ids in found.items():
+        wanted = engines.texts({index: expected[index]})[index]
+        if ids == wanted:
             continue
-        first = next(place for place, pair in enumerate(zip(ids, found[index], strict=True)) if pair[0] != pair[1])
+        first = next(place for place, pair in enumerate(zip(wanted, ids, strict=True)) if pair[0] != pair[1])
         columns = [output.logprobs for output in expected[index] if output.logprobs is not None]
         best = [values for column in columns for values in column.top_values][first]
         gaps.append(best[0] - best[1])
-    report.add(what, max(gaps, default=0.0), "nats", goal=goal, texts=len(lengths), differ=len(gaps), gaps=gaps)
+    report.add(what, max(gaps, default=0.0), "nats", goal=goal, texts=len(found), differ=len(gaps), gaps=gaps)
+
+
+def by_choice(answers: dict[int, list[Output]]) -> dict[tuple[int, int], list[int]]:
+    """The tokens of each choice of each request."""
+    found: dict[tuple[int, int], list[int]] = {}
+    for number, outputs in answers.items():
+        for output in outputs:
+            found.setdefault((number, output.choice), []).extend(output.token_ids)
+    return found
 
 
 def scores(setting: Setting, report: Report, shape: Shape) -> None:

@@ -30,6 +30,9 @@ def run(setting: Setting, report: Report) -> None:
     drawn = {"temperature": 1.0, "top_p": 0.95}
     llama_3.measure(*many, f"{title('llama GQA')} bf16, {many[0]} × {many[1]}, top-p 0.95", **drawn)
     llama_3.measure(*half, f"{title('llama GQA')} bf16, {half[0]} × {half[1]}")
+    choices = setting.pick(8, 3)
+    groups = f"{many[0] // choices} × {choices} choices of {many[1]}"
+    llama_3.measure(*many, f"{title('llama GQA')} bf16, {groups}", choices=choices)
     llama_3.measure(*many, f"{title('llama GQA')} bf16, int8 KV, {many[0]} × {many[1]}", kv_int8=True)
     gpt2 = Loads(setting, report, "gpt2", FLOAT16)
     gpt2.measure(*one[:1], setting.pick(896, 20), f"{title('gpt2')} fp16, batch 1", goal="GPT-2 batch 1", profiled=True)
@@ -78,12 +81,16 @@ class Loads:
         floor_goal: str | None = None,
         kv_int8: bool = False,
         profiled: bool = False,
+        choices: int = 1,
         **sampling: Any,
     ) -> Timing | None:
-        """Steps of `rows` sequences at about `context` tokens: a row, and one against the floor if that has a goal."""
+        """Steps of `rows` sequences at about `context` tokens: a row, and one against the floor if that has a goal.
+
+        `choices` of each prompt: their K and V of it are read once.
+        """
         found: Timing | None = None
         with self.report.case(name, goal or floor_goal):
-            found = self._measure(rows, context, name, goal, floor_goal, kv_int8, profiled, **sampling)
+            found = self._measure(rows, context, name, goal, floor_goal, kv_int8, profiled, choices, **sampling)
         release(self.setting.device)
         return found
 
@@ -96,6 +103,7 @@ class Loads:
         floor_goal: str | None,
         kv_int8: bool,
         profiled: bool,
+        choices: int,
         **sampling: Any,
     ) -> Timing:
         setting, report, config = self.setting, self.report, self.config
@@ -106,11 +114,11 @@ class Loads:
         given: dict[str, Any] = {"kv_cache_dtype": "int8"} if kv_int8 else {}
         room, batched = engines.room_for(context, steps), setting.pick(16384, 64)
         engine = engines.make_engine(setting, self.model, rows=rows, context=room, batched=batched, **given)
-        seconds, mean = engines.decode(engine, rows, context, steps, **sampling)
+        seconds, mean = engines.decode(engine, rows, context, steps, choices=choices, **sampling)
         taken = timing_of(seconds)
         kv_dtype = torch.int8 if kv_int8 else self.model.dtype
         element = 1.0 if self.drawn.get("int8") else float(self.model.dtype.itemsize)
-        read = step_bytes(config, element, kv_dtype, mean, rows)
+        read = step_bytes(config, element, kv_dtype, mean - context + context / choices, rows)
         floor = read / setting.limits.read
         detail: dict[str, Any] = {
             "bytes": read,

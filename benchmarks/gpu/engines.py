@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -161,20 +161,24 @@ def decode(
     context: int,
     steps: int,
     around: AbstractContextManager[Any] | None = None,
+    choices: int = 1,
     **sampling: Any,
 ) -> Decoded:
-    """Measures pure decode steps of `rows` sequences with prompts of `context` tokens.
+    """Measures pure decode steps of `rows` sequences with prompts of `context` tokens, of which each has `choices`.
 
     `around` is entered for the measured steps alone. The engine is left as it was found: the requests are aborted.
     """
     size = engine.card.vocab_size
     wanted = room_for(context, steps) - context
-    requests = [generate(n + 1, prompt(context, size, n), wanted, **sampling) for n in range(rows)]
+    requests = [
+        replace(generate(n + 1, prompt(context, size, n), wanted, **sampling), n=choices)
+        for n in range(rows // choices)
+    ]
     for request in requests:
         if error := engine.add(request):
             raise RuntimeError(f"{error.kind}: {error.message}")
     tokens = dict.fromkeys((request.id for request in requests), 0)
-    while min(tokens.values()) < WARM:
+    while min(tokens.values()) < WARM * choices:
         _count(engine.step(), tokens)
     before = sum(tokens.values()) / rows
     seconds: list[float] = []

@@ -89,14 +89,15 @@ def divide(
 ) -> Division:
     """`models`: (config, bytes per value, bytes of weights, context) of each. `own`: bytes that this process holds.
 
-    Models take turns on the device, so what steps need is that of the largest; graphs are everyone's own.
+    Models that take turns on the device need for steps what the largest of them does; graphs are everyone's own.
     """
+    steps = [step_bytes(config, size, options, context) for config, size, _, context in models]
     return Division(
         total=total,
         others=max(0, total - free - own),
         limit=int(total * options.gpu_memory_utilization),
         weights=sum(weights for _, _, weights, _ in models),
-        steps=max(step_bytes(config, size, options, context) for config, size, _, context in models),
+        steps=sum(steps) if options.role_streams else max(steps),
         graphs=sum(graph_bytes(config, size, options, context) for config, size, _, context in models),
     )
 

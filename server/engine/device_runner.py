@@ -13,6 +13,7 @@ Letters: T tokens of the step, B rows of the plan, S page size, M page-table wid
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import numpy as np
@@ -28,7 +29,7 @@ from ...model.batch import Batch
 from ...model.kv_cache import KVCache
 from ...model.model import Model
 from .device_sampler import DeviceSampler
-from .graphs import Graphs
+from .graphs import Graphs, new_pool
 from .launched import Clock, Launched, logprobs_to_host, to_host
 from .options import AttentionBackend
 from .plan import Plan
@@ -44,7 +45,8 @@ class DeviceRunner:
     """`context` is the most tokens of one sequence; slots go from 0 to `max_seqs` - 1.
 
     The last page of `cache` is nobody's: rows that only fill a graph up belong to one slot more, whose tokens and pages
-    mean nothing. What a Sampled holds for a failed computation is visible as such, as with `Runner`.
+    mean nothing. `own_stream`: not the device's common one, so that other models' steps may run at the same time.
+    What a Sampled holds for a failed computation is visible as such, as with `Runner`.
     """
 
     ahead = True
@@ -59,6 +61,7 @@ class DeviceRunner:
         end_ids: tuple[int, ...],
         device: str = "cpu",
         attention: AttentionBackend = "triton",
+        own_stream: bool = False,
     ) -> None:
         self.model, self._cache = model, cache
         self._page_size, self._context = cache.page_size, context
@@ -78,11 +81,15 @@ class DeviceRunner:
         self._slots = torch.full((max_seqs,), self._nobody, dtype=torch.int64, device=self._device)
         self._lengths = torch.ones(max_seqs, dtype=torch.int64, device=self._device)
         self._drawn = torch.zeros(max_seqs, dtype=torch.int64, device=self._device)
+        self._prefixes = torch.zeros(2, max_seqs, dtype=torch.int32, device=self._device)  # see ops.attention_work
         self._row_numbers = torch.arange(max_seqs + 1, dtype=torch.int32, device=self._device)
         self._rows = 0  # of that decode; 0 where its slots no longer stand there
-        self._uses, self._tops = 0, list[int | None]()
+        self._uses, self._tops, self._grouped = 0, list[int | None](), False
         self._logits: Tensor | None = None  # [max_seqs, V] float32, where a decode leaves them for the sampler
-        self._recorded: dict[int | None, Graphs] = {}  # by what their draws may use; None: without draws
+        # By what their draws may use (None: without draws) and whether rows share prefixes.
+        self._recorded: dict[tuple[int | None, bool], Graphs] = {}
+        self._pool = new_pool(self._device)
+        self._stream = torch.cuda.Stream(self._device) if own_stream and self._device.type == "cuda" else None
 
     def request(self, slot: int) -> Request:
         """The request in a slot."""
@@ -93,29 +100,37 @@ class DeviceRunner:
     @torch.inference_mode()
     def prepare(self) -> None:
         """Records the largest decode. Before the first step, because it sets how much memory graphs take."""
+        if self._stream is not None:  # weights and buffers were filled on the common one
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
         if self.model.config.labels == 0:
-            self._graphs()
+            with self._on_stream():
+                self._graphs()
 
     @torch.inference_mode()
     def idle(self) -> bool:
         """Uses a moment without work to record one more decode; whether any are left."""
         left = False
-        for graphs in self._recorded.values():
-            if graphs.missing:
-                self._clear_rows()
-                left |= graphs.record_next()
+        with self._on_stream():
+            for graphs in self._recorded.values():
+                if graphs.missing:
+                    self._clear_rows()
+                    left |= graphs.record_next()
         return left
 
     @torch.inference_mode()
     def launch(self, plan: Plan) -> Launched:
-        step = Launched(Clock(self._device))
-        self._note(plan)
-        if plan.decodes == len(plan.slots):
-            self._decode(plan, step)
-        else:
-            self._mixed(plan, step)
-        step.clock.stop()
+        with self._on_stream():
+            step = Launched(Clock(self._device))
+            self._note(plan)
+            if plan.decodes == len(plan.slots):
+                self._decode(plan, step)
+            else:
+                self._mixed(plan, step)
+            step.clock.stop()
         return step
+
+    def _on_stream(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     # Changes ----------------------------------------------------------------------------------------------------------
 
@@ -168,22 +183,25 @@ class DeviceRunner:
             self._send(plan)
         else:
             self._uses, self._tops = self._wanted(plan.slots)
+            self._grouped = plan.prefixes is not None
             graphs = self._graphs()
             slots = np.full(self._nobody, self._nobody, np.int64)
             lengths = np.ones(self._nobody, np.int64)
             slots[:rows], lengths[:rows] = plan.slots, plan.starts
             lengths[:rows] += 1
-            sent = self._send(plan, slots, lengths)
+            sent = self._send(plan, slots, lengths, _prefixes(plan, self._nobody))
             self._slots.copy_(sent[0])
             self._lengths.copy_(sent[1])
+            if self._grouped:
+                self._prefixes.copy_(sent[2])
             self._rows = rows
         room = self._room(rows)
         needed = sum(decode_chunks(start + 1) for start in plan.starts) if room < rows * self._chunks else 0
         if needed > room:
-            logits = self._decode_logits(rows, needed)
+            logits = self._decode_logits(rows, needed, self._grouped)
         else:
             graphs.run(graphs.rows_for(rows))
-            if graphs is not self._recorded.get(None):
+            if self._uses_recorded is not None:
                 step.tokens = to_host(self._drawn[:rows])
                 return
             assert self._logits is not None
@@ -193,39 +211,50 @@ class DeviceRunner:
 
     def _graphs(self) -> Graphs:
         """Those that draw as well, where that can be recorded for what the slots use, else those that leave logits."""
-        uses = next((known for known in RECORDED if self._uses & ~known == 0), None)
-        if uses not in self._recorded:
-            if uses is None:
+        uses = self._uses_recorded
+        kind = uses, self._grouped
+        if kind not in self._recorded:
+            if uses is None and self._logits is None:
                 shape = (self._nobody, self.model.config.vocab_size)
                 self._logits = torch.empty(shape, dtype=torch.float32, device=self._device)
-            work = self._decode_only if uses is None else partial(self._decode_and_draw, uses)
+            if uses is None:
+                work = partial(self._decode_only, self._grouped)
+            else:
+                work = partial(self._decode_and_draw, self._grouped, uses)
             self._clear_rows()
-            self._recorded[uses] = Graphs(work, self._nobody, self._device)
-        return self._recorded[uses]
+            self._recorded[kind] = Graphs(work, self._nobody, self._device, self._pool)
+        return self._recorded[kind]
+
+    @property
+    def _uses_recorded(self) -> int | None:
+        """What the draws of a recorded decode may use that fits these rows; None: only its logits can be recorded."""
+        return next((known for known in RECORDED if self._uses & ~known == 0), None)
 
     def _clear_rows(self) -> None:
         """Only rows of nobody, so that what is recorded now changes nothing."""
         self._slots.fill_(self._nobody)
         self._lengths.fill_(1)
+        self._prefixes.zero_()
         self._rows = 0
 
-    def _decode_and_draw(self, uses: int, rows: int) -> None:
+    def _decode_and_draw(self, grouped: bool, uses: int, rows: int) -> None:
         slots, lengths = self._slots[:rows], self._lengths[:rows]
-        drawn = self._sampler.sample(self._decode_logits(rows, self._room(rows)), slots, lengths, uses, 0)
+        drawn = self._sampler.sample(self._decode_logits(rows, self._room(rows), grouped), slots, lengths, uses, 0)
         self._drawn[:rows] = drawn.tokens
         self._history[slots, lengths] = drawn.tokens.int()
         lengths += slots != self._nobody
 
-    def _decode_only(self, rows: int) -> None:
+    def _decode_only(self, grouped: bool, rows: int) -> None:
         assert self._logits is not None
-        self._logits[:rows] = self._decode_logits(rows, self._room(rows))
+        self._logits[:rows] = self._decode_logits(rows, self._room(rows), grouped)
 
-    def _decode_logits(self, rows: int, room: int) -> Tensor:
+    def _decode_logits(self, rows: int, room: int, grouped: bool) -> Tensor:
         """One token per row: the last one of its slot. [rows, V] float32. `room`: for attention's partial results."""
         slots, lengths = self._slots[:rows], self._lengths[:rows]
         positions = lengths - 1
         sequences = self._sequences(
-            self._row_numbers[: rows + 1], lengths.int(), self._table[slots], rows, 1, self._context, room
+            *(self._row_numbers[: rows + 1], lengths.int(), self._table[slots], rows, 1, self._context, room),
+            self._prefixes if grouped else None,
         )
         batch = self._batch(slots, positions, sequences)
         return self.model.logits(self.model.forward(batch, self._cache))
@@ -237,10 +266,18 @@ class DeviceRunner:
         return min(rows * self._chunks, rows + held)
 
     def _sequences(
-        self, starts: Tensor, lengths: Tensor, table: Tensor, decodes: int, widest: int, longest: int, room: int
+        self,
+        starts: Tensor,
+        lengths: Tensor,
+        table: Tensor,
+        decodes: int,
+        widest: int,
+        longest: int,
+        room: int,
+        prefixes: Tensor | None,
     ) -> Sequences:
         """With the list of the decodes' work, made once for all layers."""
-        work = ops.attention_work(lengths, decodes, max(2, room)) if decodes else None
+        work = ops.attention_work(lengths, decodes, max(2, room), prefixes) if decodes else None
         return Sequences(
             starts, lengths, table, decodes, widest, longest, work, self.model.deterministic, self._attention
         )
@@ -272,12 +309,12 @@ class DeviceRunner:
         ]
         sent = self._send(
             plan,
-            *(slots, starts, counts, firsts, lengths),
+            *(slots, starts, counts, firsts, lengths, _prefixes(plan, plan.decodes)),
             *(ends[needed], copies.reshape(-1), drawing[:, 1], lengths[drawing[:, 0]]),
             *(scored, np.concatenate([NONE, *asked]), np.concatenate([NONE, *targets])),
         )
-        hidden = self._forward(plan, int(lengths.max()), *sent[:5])
-        rows, places, drawers, histories, scored_rows, asked_rows, target_places = sent[5:]
+        hidden = self._forward(plan, int(lengths.max()), *sent[:6])
+        rows, places, drawers, histories, scored_rows, asked_rows, target_places = sent[6:]
         if plan.samples:
             logits = self.model.logits(hidden[rows])
             if len(needed) < len(drawing):  # several choices draw from one row
@@ -294,13 +331,24 @@ class DeviceRunner:
             step.prompts = list(zip(edges, edges[1:], wanted, strict=False))
 
     def _forward(
-        self, plan: Plan, longest: int, slots: Tensor, starts: Tensor, counts: Tensor, firsts: Tensor, lengths: Tensor
+        self,
+        plan: Plan,
+        longest: int,
+        slots: Tensor,
+        starts: Tensor,
+        counts: Tensor,
+        firsts: Tensor,
+        lengths: Tensor,
+        prefixes: Tensor,
     ) -> Tensor:
         """Hidden states [T, D] of rows of any length."""
         row, place = self._spread(counts, plan.tokens)
         table = self._table[slots, : -(-longest // self._page_size)]
         room = sum(decode_chunks(start + 1) for start in plan.starts[: plan.decodes])
-        sequences = self._sequences(firsts.int(), lengths.int(), table, plan.decodes, max(plan.counts), longest, room)
+        sequences = self._sequences(
+            *(firsts.int(), lengths.int(), table, plan.decodes, max(plan.counts), longest, room),
+            None if plan.prefixes is None else prefixes.int(),
+        )
         return self.model.forward(self._batch(slots[row], starts[row] + place, sequences), self._cache)
 
     # Draws ------------------------------------------------------------------------------------------------------------
@@ -318,3 +366,13 @@ class DeviceRunner:
         step.tokens = to_host(drawn.tokens)
         if drawn.logprobs is not None:
             step.logprobs, step.tops = logprobs_to_host(drawn.logprobs), tops
+
+
+def _prefixes(plan: Plan, rows: int) -> Integers:
+    """`plan.prefixes` as `ops.attention_work` takes them, [2, rows]: behind the plan's own are rows that share nothing.
+    Empty where there are none."""
+    if plan.prefixes is None:
+        return NONE
+    prefixes = np.stack((np.arange(rows), np.zeros(rows, np.int64)))
+    prefixes[:, : len(plan.prefixes)] = np.array(plan.prefixes).T
+    return prefixes

@@ -6,9 +6,11 @@ import logging
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
+from ...kernels.attention import CHUNK
 from ...model.kv_cache import KVCache
 from ...model.model import Model
 from .counts import Counts
@@ -67,12 +69,13 @@ class Engine:
             max_waiting_requests=options.max_waiting_requests,
             max_waiting_tokens=options.max_waiting_tokens,
             prefix_caching=options.enable_prefix_caching,
+            shared_tokens=CHUNK if options.groups_decodes else None,
             weight_version=card.weight_version,
         )
         ahead = options.runs_ahead
         spare = 1 if ahead else 0  # a page for rows that are nobody's
         cache = KVCache(model.config, pages + spare, options.page_size, model.dtype, options.device)
-        make = DeviceRunner if ahead else Runner
+        make = partial(DeviceRunner, own_stream=options.role_streams) if ahead else Runner
         self.runner: Executor = make(
             model,
             cache,

@@ -1,8 +1,8 @@
 """Work of fixed shapes that is recorded once and replayed: CUDA graphs by number of rows.
 
 A recording runs on the same tensors as the work itself, so whoever replays one has first written its inputs. Graphs of
-one pool never run at the same time, and what they leave in the pool is good until the next replay: results are copied
-out.
+one pool, of one kind of work or several, never run at the same time, and what they leave in the pool is good until the
+next replay: results are copied out.
 """
 
 # pyright: reportUnknownMemberType=false
@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 Work = Callable[[int], None]  # the rows
+Pool = Any  # of torch, without a public name
 
 
 def buckets(most: int) -> list[int]:
@@ -22,21 +24,26 @@ def buckets(most: int) -> list[int]:
     return sorted({count for count in (1, 2, 4, 8, *range(16, most, 16)) if count < most} | {most})
 
 
+def new_pool(device: torch.device) -> Pool | None:
+    """Memory for graphs that one stream replays; None where there are no graphs."""
+    return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+
 class Graphs:
-    """`work(rows)` by number of rows. The largest is recorded at once: it sets the size of the pool.
+    """`work(rows)` by number of rows. The largest is recorded at once: it sets the size of the `pool`.
 
     Others follow in idle time, those first that were asked for; until then the next larger one is replayed. On devices
     without graphs the work itself runs, on the same number of rows as its recording would.
     """
 
-    def __init__(self, work: Work, most: int, device: torch.device) -> None:
+    def __init__(self, work: Work, most: int, device: torch.device, pool: Pool | None) -> None:
         self._work = work
         self._device = device
         self._sizes = buckets(most)
         self._wanted: list[int] = []
         self._ready: list[int] = []  # sorted
         self._recorded: dict[int, torch.cuda.CUDAGraph] = {}
-        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._pool = pool
         self._record(most)
 
     @property

@@ -45,6 +45,7 @@ class EngineOptions:
     gpu_memory_utilization: float = 0.9  # of a GPU's whole memory: weights, what steps need, KV caches
     attention_backend: AttentionBackend = "triton"  # on GPUs; on CPUs the definitions run
     deterministic: bool = False  # a token's bits do not depend on what else is in the step
+    role_streams: bool = False  # models of one GPU compute side by side instead of in turns
     run_ahead: bool | None = None  # launch the next step before the last one's tokens are read; None: not on CPUs
     enable_prefix_caching: bool = True
     max_waiting_requests: int = 4096  # of one model
@@ -55,6 +56,12 @@ class EngineOptions:
     @property
     def runs_ahead(self) -> bool:
         return self.device != "cpu" if self.run_ahead is None else self.run_ahead
+
+    @property
+    def groups_decodes(self) -> bool:
+        """Whether attention reads what decodes have in common once for all of them; their sums are not those of one row
+        alone then."""
+        return self.runs_ahead and self.attention_backend == "triton" and not self.deterministic
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):

@@ -71,6 +71,7 @@ class Plan:
     entered: list[Entered] = field(default_factory=list[Entered])
     page_updates: list[tuple[int, int, int]] = field(default_factory=list[tuple[int, int, int]])  # (slot, index, page)
     copies: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])  # (source page, destination page)
+    prefixes: list[tuple[int, int]] | None = None  # per decode (first row of its group, tokens that the group shares)
     steady: bool = False  # rows and samples of the plan before, all decodes, starts one further; other slots may change
 
 

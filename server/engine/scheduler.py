@@ -25,6 +25,7 @@ from itertools import repeat
 from .counts import Counts
 from .pages import Pages
 from .plan import Plan, PromptRows, Sampled
+from .prefixes import groups_of
 from .request import EngineError, Logprobs, Output, Request
 from .running import Running, by_rank
 from .sequence import UNKNOWN, Flight, Job, Rank, Sequence
@@ -37,6 +38,7 @@ class Scheduler:
     Either `plan`, run it, `commit` (or `fail`), and so on. Or one step ahead: `plan`, launch it, `resolve` the flight
     before it, `advance` the plan to a flight, and so on.
     `pages` pages make up its KV cache; a slot is a place in the runner's buffers that a sequence keeps while it runs.
+    `shared_tokens`: plans name groups of decodes that have so many tokens or more in common; None: they do not.
     `paused` freezes everything: nothing is planned; requests are still taken, aborted and expired.
     """
 
@@ -52,6 +54,7 @@ class Scheduler:
         max_waiting_requests: int = 4096,
         max_waiting_tokens: int = 1 << 22,
         prefix_caching: bool = True,
+        shared_tokens: int | None = None,
         weight_version: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -60,15 +63,14 @@ class Scheduler:
         self.paused = False
         self.counts = Counts()
         self._max_tokens = max_batched_tokens
-        self._context = context
-        self._end_ids = frozenset(end_ids)
+        self._shared_tokens = shared_tokens
+        self._context, self._end_ids = context, frozenset(end_ids)
         self._clock = clock
         self._jobs: dict[int, Job] = {}
         self._arrivals = 0
         self._deadlines = Deadlines()
         self._waiting = Waiting(max_waiting_requests, max_waiting_tokens)
         self._running = Running(self.pages, max_seqs, prefix_caching)
-
         self._plan: Plan | None = None  # made, neither advanced nor failed
         self._flight: Flight | None = None  # advanced, neither resolved nor failed
         self._rows: list[Sequence] = []  # of the last plan
@@ -251,14 +253,12 @@ class Scheduler:
             starts = [start + 1 for start in base.starts]
             needy = [decodes[row] for row, start in enumerate(starts) if start % size == 0]
         else:
-            base = None
+            base, decodes = None, list(decodes)
             if len(decodes) > budget:
                 first = bisect_right(decodes, self._turn, key=by_rank)
                 decodes = (decodes[first:] + decodes[:first])[:budget]
                 self._turn = decodes[-1].rank
                 decodes.sort(key=by_rank)
-            else:
-                decodes = list(decodes)
             starts = [len(sequence.token_ids) - 1 for sequence in decodes]
             needy = [one for one, start in zip(decodes, starts, strict=True) if one.forked or start % size == 0]
         for sequence in needy:  # by rank: whoever is preempted has not got anything from this plan yet
@@ -267,16 +267,17 @@ class Scheduler:
                 assert last is not None
                 self._preempt(last)
         if base is not None and not running.changed:
-            rows = len(starts)
-            base = Plan(base.slots, starts, base.counts, rows, rows, base.samples, steady=self._pure)
+            columns = base.slots, starts, base.counts, len(starts), len(starts), base.samples
+            base = Plan(*columns, prefixes=base.prefixes, steady=self._pure)
         else:
             decodes = [sequence for sequence in decodes if sequence.decoding]
             slots = [sequence.slot for sequence in decodes]
-            rows = len(slots)
             starts = [len(sequence.token_ids) - 1 for sequence in decodes]
-            base = Plan(slots, starts, [1] * rows, rows, rows, list(enumerate(slots)))
+            base = Plan(slots, starts, [1] * len(slots), len(slots), len(slots), list(enumerate(slots)))
+            if self._shared_tokens is not None:
+                base.prefixes = groups_of([sequence.table for sequence in decodes], size, self._shared_tokens)
             self._base_rows = decodes
-        self._base = base if rows == len(running.decodes) else None
+        self._base = base if base.decodes == len(running.decodes) else None
         running.changed = False
         self._rows = self._sampling = self._base_rows
         return base
@@ -287,7 +288,8 @@ class Scheduler:
         prefills = iter(list(self._running.prefills))
         while budget and (sequence := next(prefills, None) or self._start_first()):
             if plan is None:
-                plan = Plan([*base.slots], [*base.starts], [*base.counts], base.decodes, base.tokens, [*base.samples])
+                columns = [*base.slots], [*base.starts], [*base.counts]
+                plan = Plan(*columns, base.decodes, base.tokens, [*base.samples], prefixes=base.prefixes)
                 self._rows, self._sampling = [*self._rows], [*self._sampling]
             count = min(budget, len(sequence.token_ids) - sequence.computed)
             budget -= count

@@ -87,7 +87,7 @@ def test_limits_are_found_by_the_other_sections(tmp_path: Path) -> None:
     assert limits.read == limits.peak(torch.int8) == 1e12
 
 
-@pytest.mark.parametrize("section", ["kernels", "decode", "prefill", "throughput", "decisions"])
+@pytest.mark.parametrize("section", ["kernels", "decode", "prefill", "throughput", "roles", "decisions"])
 def test_a_section_measures_what_it_names(tmp_path: Path, section: str) -> None:
     write_limits(tmp_path)
     rows = measure(section, tmp_path)
@@ -129,7 +129,7 @@ def test_a_text_that_differs_is_found(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(correctness, "twins", lambda *given: (*twins, here))
     report = Report("correctness", None, "cuda")
     correctness.greedy(here, report, "text", {}, torch.float32, "greedy fp32")
-    assert report.rows[0].verdict == "missed" and report.rows[0].detail["differ"] == 3
+    assert report.rows[0].verdict == "missed" and report.rows[0].detail["differ"] == report.rows[0].detail["texts"] == 6
 
 
 def test_a_start_is_timed_from_the_process_on(tmp_path: Path) -> None:

@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 from checkpoints import VOCAB, write_checkpoint
 from hubs import Answer, assert_nothing_is_held, collect, generate, make_hub, prompt, score
+from torch import Tensor
 
+from tandem.kernels import ops
+from tandem.kernels.attention import CHUNK
 from tandem.server.engine.device_runner import DeviceRunner
 from tandem.server.engine.hub import Hub
 from tandem.server.engine.request import Request, Sampling
@@ -114,6 +117,35 @@ def test_rows_are_filled_up_to_what_was_recorded(checkpoint: Path) -> None:
     assert_same(first, answers(make_hub(checkpoint, run_ahead=False), requests))
     recorded = hub.engines[0].runner._recorded
     assert all(not graphs.missing for graphs in recorded.values())
+
+
+def test_choices_of_a_long_prompt_are_read_together(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention is told which rows share how much, also beside other prompts; the answers stay the same."""
+    told: list[tuple[int, int, int]] = []  # decodes of the step, most tokens that a group shares, rows of that group
+    work = ops.attention_work
+
+    def attention_work(lengths: Tensor, decodes: int, capacity: int, prefixes: Tensor | None = None) -> Tensor:
+        if prefixes is not None:
+            shared = prefixes[1, :decodes]
+            assert bool((shared < lengths[:decodes]).all())
+            told.append((decodes, int(shared.max()), int((shared == shared.max()).sum())))
+        return work(lengths, decodes, capacity, prefixes)
+
+    monkeypatch.setattr(ops, "attention_work", attention_work)
+    long = prompt(CHUNK + 40)
+    given: dict[str, Any] = {"temperature": 1.0, "max_tokens": 12}
+    requests = [
+        generate(0, checkpoint.name, long, n=3, **given),
+        *(generate(number, checkpoint.name, prompt(9, seed=number), **given) for number in range(1, 7)),
+    ]
+    options: dict[str, Any] = {"max_num_seqs": 12, "max_model_len": 400}
+    ran_ahead, waited = (answers(make_hub(checkpoint, run_ahead=ahead, **options), requests) for ahead in (True, False))
+    assert_same(waited, ran_ahead)
+    assert {(shared, rows) for _, shared, rows in told} >= {(CHUNK + 32, 3)}
+    assert len({decodes for decodes, _, _ in told}) > 1
+    told.clear()
+    answers(make_hub(checkpoint, run_ahead=True, deterministic=True, **options), requests[:1])
+    assert not told
 
 
 def test_idle_moments_between_requests_do_not_disturb_them(checkpoint: Path) -> None:

@@ -52,10 +52,12 @@ class Slot:
 
 
 class FakeRunner:
-    def __init__(self, pages: int, page_size: int, max_seqs: int, budget: int) -> None:
+    def __init__(self, pages: int, page_size: int, max_seqs: int, budget: int, shared_tokens: int = 1) -> None:
         self.size = page_size
         self.max_seqs = max_seqs
         self.budget = budget
+        self.shared_tokens = shared_tokens
+        self.grouped = 0  # plans with groups
         self.version = 0
         self.contents: list[list[tuple[int, int] | None]] = [
             [None] * page_size for _ in range(pages)
@@ -86,7 +88,12 @@ class FakeRunner:
         assert len(set(destinations)) == len(destinations) and not set(sources) & set(destinations)
         for source, destination in plan.copies:
             self.contents[destination] = list(self.contents[source])
-        states = [self.compute(*row) for row in zip(plan.slots, plan.starts, plan.counts, strict=True)]
+        self.check_groups(plan)
+        groups = [*(plan.prefixes or []), *[(0, 0)] * len(plan.slots)]
+        states = [
+            self.compute(slot, start, count, self.slots[plan.slots[first]].table, shared)
+            for slot, start, count, (first, shared) in zip(plan.slots, plan.starts, plan.counts, groups, strict=False)
+        ]
         self.check_writes(plan)
         sampled = Sampled([])
         last = [start + count for start, count in zip(plan.starts, plan.counts, strict=True)]
@@ -112,8 +119,11 @@ class FakeRunner:
         self.previous = plan
         return sampled
 
-    def compute(self, slot: int, start: int, count: int) -> int:
-        """Attends to what the pages hold, writes the row's positions, gives the hash at its last one."""
+    def compute(self, slot: int, start: int, count: int, prefix: dict[int, int], shared: int) -> int:
+        """Attends to what the pages hold, writes the row's positions, gives the hash at its last one.
+
+        The first `shared` positions are read from the pages `prefix`, another sequence's.
+        """
         known, request = self.slots[slot], self.slots[slot].request
         assert start + count <= len(known.tokens)
         most = len(request.token_ids) + (max(1, request.sampling.max_tokens) - 1 if request.sampling else 0)
@@ -121,7 +131,8 @@ class FakeRunner:
         state = 0
         for position in range(start + count):
             state = follow(state, known.tokens[position])
-            page = self.contents[known.table[position // self.size]]
+            table = prefix if position < shared else known.table
+            page = self.contents[table[position // self.size]]
             if position < start:
                 held = page[position % self.size]
                 assert held is not None and held[0] == state, f"slot {slot}, position {position}: other contents"
@@ -142,6 +153,16 @@ class FakeRunner:
             assert last is not None and not plan.copies
             assert (plan.slots, plan.counts, plan.samples) == (last.slots, last.counts, last.samples)
             assert plan.starts == [start + 1 for start in last.starts] and plan.decodes == rows
+
+    def check_groups(self, plan: Plan) -> None:
+        if plan.prefixes is None:
+            return
+        self.grouped += 1
+        assert len(plan.prefixes) == plan.decodes and any(shared for _, shared in plan.prefixes)
+        for row, (first, shared) in enumerate(plan.prefixes):
+            assert first == row or (plan.prefixes[row - 1] == (first, shared) and first < row)
+            assert shared % self.size == 0 and shared <= plan.starts[row]
+            assert not shared or shared >= self.shared_tokens
 
     def check_writes(self, plan: Plan) -> None:
         """No page that this step wrote belongs to anybody else."""

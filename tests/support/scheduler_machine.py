@@ -115,9 +115,12 @@ def scheduler_machine(scheduler_module: ModuleType) -> type[RuleBasedStateMachin
             budget=st.sampled_from([1, 3, 8, 20]),
             caching=st.sampled_from([True, True, False]),
             ahead=st.booleans(),
+            shared=st.sampled_from([None, 1, 4]),
         )
-        def engine(self, pages: int, size: int, seqs: int, budget: int, caching: bool, ahead: bool) -> None:
-            """`ahead`: results come in only after the next step was launched."""
+        def engine(
+            self, pages: int, size: int, seqs: int, budget: int, caching: bool, ahead: bool, shared: int | None = None
+        ) -> None:
+            """`ahead`: results come in only after the next step was launched. `shared`: tokens that make a group."""
             self.now = 0.0
             self.ahead, self.flight = ahead, None
             self.bound = 6
@@ -131,9 +134,10 @@ def scheduler_machine(scheduler_module: ModuleType) -> type[RuleBasedStateMachin
                 max_waiting_requests=self.bound,
                 max_waiting_tokens=40,
                 prefix_caching=caching,
+                shared_tokens=shared,
                 clock=lambda: self.now,
             )
-            self.runner = FakeRunner(pages, size, seqs, budget)
+            self.runner = FakeRunner(pages, size, seqs, budget, shared or 0)
             self.ledger = Ledger(CONTEXT)
             self.capacity = pages * size
 
