@@ -93,7 +93,7 @@ class Child:
         return tail.decode("utf-8", "replace").strip()
 
     def load(self, model: Path | str, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Imports the engine and reads the checkpoint; once per process.
+        """Imports the engine and reads the checkpoint. Another call takes another checkpoint where the engine can.
 
         The answer has `versions` (by package), `import_seconds`, `load_seconds`, and what the engine really took:
         `dtype`, `threads`, `ignored` options, and a `note` where its way of running is not the others'.

@@ -119,6 +119,13 @@ def ignored(options: Mapping[str, Any], *known: str) -> list[str]:
     return sorted(name for name, value in options.items() if name not in known and value not in (None, False))
 
 
+def on_cpu(options: Mapping[str, Any]) -> None:
+    """Raises ValueError where another device was asked for than the one that is set up here."""
+    device = options.get("device") or "cpu"
+    if device not in ("auto", "cpu"):
+        raise ValueError(f"device {device}: this engine was set up for the CPU")
+
+
 def answers(token_ids: list[list[int]], output_lens: list[int], watch: Stopwatch, computed: int) -> dict[str, Any]:
     """The answer to `generate`: what is beyond a length that was asked for is computed, but not counted."""
     wanted = [ids[:length] for ids, length in zip(token_ids, output_lens, strict=True)]

@@ -27,6 +27,8 @@ class Transformers:
         kind = transformers.AutoModelForSequenceClassification if scores else transformers.AutoModelForCausalLM
         wanted = options.get("dtype") or "auto"
         self.device = options.get("device") or "cpu"
+        if self.device == "auto":
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.batch = options.get("max_num_seqs")
         self.model = kind.from_pretrained(model, dtype=wanted if wanted == "auto" else getattr(torch, wanted))
         self.model = self.model.eval().to(self.device)
@@ -69,7 +71,7 @@ class Transformers:
         return answers(generated, output_lens, watch, computed)
 
     def score(self, token_ids: list[list[int]]) -> dict[str, Any]:
-        """Padded on the right: the head reads the last token that is not the padding's, so no sequence may end in it."""
+        """Padded on the right: the head reads the last token that is no padding, so no sequence may end in that id."""
         if any(ids[-1] == self.pad for ids in token_ids):
             raise ValueError(f"a sequence ends in the padding token {self.pad}")
         scores: list[list[float]] = []
