@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from .api.options import ApiOptions
-from .engine.options import Dtype, EngineOptions, ModelSpec, OptionsError
+from .engine.options import DEMO, NULL, Dtype, EngineOptions, ModelSpec, OptionsError
 from .engine.request import Role
 
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -57,11 +57,14 @@ def parse_quantity(text: str, flag: str) -> int:
 
 
 def parse_model(text: str) -> ModelSpec:
-    """`[NAME=]PATH[,key=value…]`. Raises OptionsError naming what is wrong; the directory must hold a config.json."""
+    """`[NAME=]PATH[,key=value…]`. Raises OptionsError naming what is wrong; the directory must hold a config.json.
+
+    The paths `null` and `null:5` are no directories: `ModelSpec.path`.
+    """
     head, *settings = text.split(",")
     name, equals, path = head.partition("=")
     if not equals or Path(head).exists():
-        name, path = Path(head).resolve().name, head
+        name, path = (NULL if head.startswith(NULL + ":") else Path(head).resolve().name), head
     if not name or not path:
         raise OptionsError(f"model {text!r}: NAME=PATH or PATH is needed before the first comma")
     given: dict[str, str] = {}
@@ -77,9 +80,9 @@ def parse_model(text: str) -> ModelSpec:
             raise OptionsError(f"model {name}: {key}= needs one value in {text!r}")
         given[key] = value
     limit = given.get("max_model_len")
-    return ModelSpec(
+    spec = ModelSpec(
         name=name,
-        path=_directory(name, path),
+        path=path if path.partition(":")[0] == NULL else _directory(name, path),
         role=_choice(name, "role", given.get("role"), get_args(Role)),
         dtype=_choice(name, "dtype", given.get("dtype", "auto"), get_args(Dtype)),
         aliases=tuple(alias for alias in given.get("alias", "").split("|") if alias),
@@ -88,14 +91,15 @@ def parse_model(text: str) -> ModelSpec:
         max_model_len=None if limit is None else parse_quantity(limit, f"model {name}: max_model_len="),
         chat_template=given.get("chat_template"),
     )
+    assert spec.step_seconds >= 0  # or it has said what is wrong with it
+    return spec
 
 
 def bundled_models() -> tuple[ModelSpec, ...]:
     """The policy and the reward model that come with Tandem."""
-    demo = Path(__file__).parents[1] / "model" / "demo"
     specs = (
-        ModelSpec("tandem-demo", str(demo / "policy"), role="policy"),
-        ModelSpec("tandem-demo-reward", str(demo / "reward"), role="reward"),
+        ModelSpec("tandem-demo", str(DEMO / "policy"), role="policy"),
+        ModelSpec("tandem-demo-reward", str(DEMO / "reward"), role="reward"),
     )
     for spec in specs:
         if not Path(spec.path).is_dir():

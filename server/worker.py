@@ -39,7 +39,7 @@ class Texts:
         self._templates = {spec.name: spec.chat_template for spec in options.models}
         self._texts: dict[tuple[str, str | None], Text] = {}
         for spec in options.models:
-            self._load(str(spec.path), spec.chat_template)
+            self._load(spec.text_path, spec.chat_template)
 
     def __call__(self, card: ModelCard) -> Text:
         return self._load(card.path, self._templates.get(card.name))

@@ -15,6 +15,7 @@ from ...model.kv_cache import KVCache
 from ...model.model import Model
 from .counts import Counts
 from .device_runner import DeviceRunner
+from .null_runner import NullModel, NullRunner
 from .options import EngineOptions
 from .plan import Executor, Plan, Sampled, Ticket
 from .request import EngineError, ModelCard, Output, Request
@@ -52,7 +53,7 @@ class Engine:
     `step` and everything else is called from one thread.
     """
 
-    def __init__(self, card: ModelCard, model: Model, *, pages: int, options: EngineOptions) -> None:
+    def __init__(self, card: ModelCard, model: Model | NullModel, *, pages: int, options: EngineOptions) -> None:
         self.kv_pages, self.kv_tokens = pages, pages * options.page_size
         self.kv_bytes = pages * KVCache.bytes_per_page(model.config, options.page_size, model.dtype)
         self.weight_bytes, self.digest = model.weight_bytes, model.digest
@@ -72,20 +73,25 @@ class Engine:
             shared_tokens=CHUNK if options.groups_decodes else None,
             weight_version=card.weight_version,
         )
+        self.runner = self._make_runner(model, pages, options)
+        self.runner.prepare()
+
+    def _make_runner(self, model: Model | NullModel, pages: int, options: EngineOptions) -> Executor:
         ahead = options.runs_ahead
+        if isinstance(model, NullModel):
+            return NullRunner(model, options.max_num_seqs, ahead)
         spare = 1 if ahead else 0  # a page for rows that are nobody's
         cache = KVCache(model.config, pages + spare, options.page_size, model.dtype, options.device)
         make = partial(DeviceRunner, own_stream=options.role_streams) if ahead else Runner
-        self.runner: Executor = make(
+        return make(
             model,
             cache,
             max_seqs=options.max_num_seqs,
-            context=card.context,
-            end_ids=card.end_ids,
+            context=self.card.context,
+            end_ids=self.card.end_ids,
             device=options.device,
             attention=options.attention_backend,
         )
-        self.runner.prepare()
 
     @property
     def has_work(self) -> bool:
@@ -166,6 +172,8 @@ class Engine:
 
     def _refusal(self, request: Request) -> EngineError | None:
         card, sampling, want = self.card, request.sampling, request.want
+        if isinstance(self.runner, NullRunner) and (error := self.runner.refusal(request)):
+            return error
         if request.adapter:
             return EngineError("not_found", f"model {card.name} has no adapter {request.adapter!r}", "model")
         if want & {"values", "embedding"}:

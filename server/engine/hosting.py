@@ -20,6 +20,7 @@ from ...model.model import Model
 from .device_memory import MIB, divide, kv_bytes, measure
 from .engine import Engine
 from .memory import available_memory, kv_cache_bytes, page_count, shares
+from .null_runner import NullModel
 from .options import EngineOptions, ModelSpec, OptionsError
 from .request import ModelCard, Role
 
@@ -55,7 +56,7 @@ def load_engines(
     return engines, f"KV caches take {taken / MIB:,.0f} of {memory / MIB:,.0f} MiB allowed; {terms}"
 
 
-def _memory(models: list[Model], cards: list[ModelCard], options: EngineOptions) -> tuple[int, str]:
+def _memory(models: list[Model | NullModel], cards: list[ModelCard], options: EngineOptions) -> tuple[int, str]:
     """Bytes for all KV caches, and the terms that they are left by. Raises OptionsError."""
     if options.device.startswith("cuda"):
         parts = [
@@ -83,12 +84,15 @@ def _device(wanted: str) -> str:
     return wanted
 
 
-def _load(spec: ModelSpec, options: EngineOptions, on_progress: Progress | None) -> Model:
+def _load(spec: ModelSpec, options: EngineOptions, on_progress: Progress | None) -> Model | NullModel:
     def progress(done: int, total: int) -> None:
         if on_progress is not None:
             on_progress(spec.name, done, total)
 
     try:
+        if spec.is_null:
+            _check_role(spec, labels=0)
+            return NullModel(spec.text_path, spec.step_seconds)
         _check_role(spec, read_config(spec.path).labels)
         return load_model(
             spec.path,
@@ -102,7 +106,7 @@ def _load(spec: ModelSpec, options: EngineOptions, on_progress: Progress | None)
         raise CheckpointError(f"model {spec.name}: {error}") from error
 
 
-def _check_attention(spec: ModelSpec, model: Model, options: EngineOptions) -> None:
+def _check_attention(spec: ModelSpec, model: Model | NullModel, options: EngineOptions) -> None:
     if options.attention_backend == "flash":
         try:
             flash.check(model.config.head_size, options.page_size, model.dtype, model.dtype, options.deterministic)
@@ -122,7 +126,7 @@ def _check_role(spec: ModelSpec, labels: int) -> Role:
     return spec.role
 
 
-def _card(spec: ModelSpec, model: Model, options: EngineOptions) -> ModelCard:
+def _card(spec: ModelSpec, model: Model | NullModel, options: EngineOptions) -> ModelCard:
     config = model.config
     wanted = spec.max_model_len or options.max_model_len
     if spec.max_model_len is not None and spec.max_model_len > config.context:
@@ -132,12 +136,12 @@ def _card(spec: ModelSpec, model: Model, options: EngineOptions) -> ModelCard:
     return ModelCard(
         name=spec.name,
         role=_check_role(spec, config.labels),
-        path=spec.path,
+        path=spec.text_path,
         architecture=config.architecture,
         dtype=str(model.dtype).removeprefix("torch."),
         context=min(config.context, wanted or config.context),
         vocab_size=config.vocab_size,
-        end_ids=tuple(sorted({*config.end_ids, *tokenizer_end_ids(Path(spec.path))})),
+        end_ids=tuple(sorted({*config.end_ids, *tokenizer_end_ids(Path(spec.text_path))})),
         labels=config.labels,
         weight_version=0,
         created=int(time.time()),

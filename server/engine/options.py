@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from .request import Role
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 AttentionBackend = Literal["triton", "flash", "torch"]
+
+DEMO = Path(__file__).parents[2] / "model" / "demo"  # the bundled models
+NULL = "null"  # the path of the model whose step is free
 
 
 class OptionsError(ValueError):
@@ -21,7 +25,7 @@ class ModelSpec:
     """One model to host."""
 
     name: str
-    path: str  # directory of a Hugging Face checkpoint
+    path: str  # directory of a Hugging Face checkpoint; null, or null:5 for 5 ms a step: `null_runner.NullModel`
     role: Role | None = None  # None: found from the checkpoint
     dtype: Dtype = "auto"
     aliases: tuple[str, ...] = ()
@@ -29,6 +33,25 @@ class ModelSpec:
     weight: float = 1.0  # share of the device's time beside the other models while all are busy
     max_model_len: int | None = None  # None: the engine's
     chat_template: str | None = None  # file or built-in name; read by the workers
+
+    @property
+    def is_null(self) -> bool:
+        return self.path.partition(":")[0] == NULL
+
+    @property
+    def text_path(self) -> str:
+        """Where the tokenizer and the chat template lie."""
+        return str(DEMO / "policy") if self.is_null else self.path
+
+    @property
+    def step_seconds(self) -> float:
+        """What a step of the null model takes, 0 unless its path says so. Raises OptionsError."""
+        _, colon, pace = self.path.partition(":")
+        if not self.is_null or not colon:
+            return 0.0
+        if not re.fullmatch(r"\d+(\.\d+)?", pace):
+            raise OptionsError(f"model {self.name}: {self.path}: null, or null:5 for steps of 5 milliseconds")
+        return float(pace) / 1000
 
 
 @dataclass(frozen=True, slots=True)

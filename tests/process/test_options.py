@@ -75,8 +75,18 @@ def test_a_model_is_called_as_its_directory(model: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
+    ("words", "name", "milliseconds"), [("null", "null", 0), ("m=null", "m", 0), ("null:2.5", "null", 2.5)]
+)
+def test_the_null_model(words: str, name: str, milliseconds: float) -> None:
+    spec = parse_model(words)
+    assert (spec.name, spec.is_null, spec.step_seconds) == (name, True, milliseconds / 1000)
+    assert (Path(spec.text_path) / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize(
     ("words", "said"),
     [
+        ("m=null:fast", "null:5 for steps of 5 milliseconds"),
         ("m={model},rolle=reward", "did you mean role="),
         ("m={model},colour=red", "there are role=, dtype=, kv=, alias=, chat_template=, max_model_len=, weight="),
         ("m={model},quantization=int8", "not supported yet"),
