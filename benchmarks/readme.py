@@ -1,0 +1,105 @@
+"""Writes README's table of measurements from the records in `docs/evidence/`: nobody types a figure.
+
+python -m tandem.benchmarks.readme            rewrites the part between the two markers
+python -m tandem.benchmarks.readme --check    says whether it is up to date
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+README, EVIDENCE = ROOT / "README.md", ROOT / "docs" / "evidence"
+BEGIN, END = "<!-- written by `make readme` -->", "<!-- end -->"
+
+Record = dict[str, Any]
+Line = tuple[str, str, str]  # what, figure, beside it
+
+
+def startup(figures: Record) -> Iterator[Line]:
+    seconds = figures["medians"]["first_token"]
+    beside = f"`import torch` alone in the same run: {figures['import_torch']:.2f} s"
+    yield (
+        f"process start to the first streamed token, bundled models, median of {figures['runs']}",
+        f"{seconds:.2f} s",
+        beside,
+    )
+
+
+def demo(figures: Record) -> Iterator[Line]:
+    policy, reward = figures["policy"], figures["reward"]
+    for kind, bar in (
+        ("arithmetic", "bar 0.80"),
+        ("facts", "bar 0.80"),
+        ("react", ""),
+        ("tool_calls", ""),
+        ("json", ""),
+    ):
+        name = kind.replace("_", " ")
+        shown = f"{policy[f'{kind}_en']:.2f} / {policy[f'{kind}_zh']:.2f}"
+        yield f"bundled policy, held-out {name}, English / Chinese", shown, bar
+    yield "bundled reward model, the better of two held-out answers wins", f"{reward['pairs']:.3f}", "bar 0.90"
+
+
+def peers(figures: Record) -> Iterator[Line]:
+    for row in figures["rows"]:
+        goal = [f"{sign} {row[bound]:g}" for sign, bound in (("≥", "least"), ("≤", "most")) if row[bound] is not None]
+        missed = ", **missed**" if row["met"] is False else ""
+        beside = "; ".join(
+            part for part in (row["beside"], f"goal {' and '.join(goal)}{missed}" if goal else "") if part
+        )
+        yield row["name"], f"{row['figure']:.2f} {row['unit']}", beside
+
+
+AREAS: Mapping[str, Callable[[Record], Iterator[Line]]] = MappingProxyType(
+    {"startup": startup, "demo": demo, "peers": peers}
+)
+
+
+def tables() -> str:
+    """One table per area that has a record."""
+    parts: list[str] = []
+    for name, lines in AREAS.items():
+        file = EVIDENCE / f"{name}.json"
+        if not file.exists():
+            continue
+        record = json.loads(file.read_text())
+        machine = record["machine"]
+        where = (
+            f"{machine['cores']} cores of {machine['processor']}, {record['date'][:10]}, commit {record['commit'][:10]}"
+        )
+        parts.append(f"`make evidence-{name}`: {where}\n\n| what | figure | beside it |\n|---|---|---|")
+        parts[-1] += "".join(f"\n| {what} | {figure} | {beside} |" for what, figure, beside in lines(record["figures"]))
+    return "\n\n".join(parts)
+
+
+def written(text: str) -> str:
+    """README with the tables of now. Raises ValueError where it has no markers."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README.md lacks {BEGIN} or {END}")
+    return f"{before}{BEGIN}\n\n{tables()}\n\n{END}{after}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 if it is out of date")
+    options = parser.parse_args()
+    text = README.read_text()
+    new = written(text)
+    if options.check:
+        print("README.md is up to date" if new == text else "README.md is out of date: make readme")
+        return int(new != text)
+    README.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
