@@ -25,12 +25,14 @@ NAMES = ("random", "sharegpt", "jsonl", "chat")
 OUTPUT_LEN = 128  # where neither the file nor the user says
 SHAREGPT_LEAST, SHAREGPT_PROMPT, SHAREGPT_TOTAL = 4, 1024, 2048  # tokens; vLLM's bounds of a usable conversation
 TRIES = 8  # to find a text that encodes to a given number of tokens
+SPACES = ("Ġ", "▁")  # how byte-level BPE and SentencePiece write a space
+ENOUGH = 100  # words to draw from
 FIRST_ID = 3  # ids below are special in most vocabularies
-WORDS = (
-    "time year people way day man thing woman life child world school state family student group country problem hand "
-    "part place case week company system program question work government number night point home water room mother "
-    "area money story fact month lot right study book eye job word business issue side kind head house service friend"
-).split()
+WORDS = """
+time year people way day man thing woman life child world school state family student group country problem hand part
+place case week company system program question work government number night point home water room mother area money
+story fact month lot right study book eye job word business issue side kind head house service friend
+"""
 
 
 class DatasetError(ValueError):
@@ -121,13 +123,18 @@ def _random(
 
 
 def ids_to_draw_from(tokenizer: Tokenizer | None, vocab_size: int | None) -> Sequence[int]:
-    """Ordinary tokens of the vocabulary. Raises DatasetError where nothing says how large it is."""
+    """Ordinary tokens of the vocabulary; where there are enough of them, those that are a space and letters: as text,
+    such tokens keep their borders. Raises DatasetError where nothing says how large the vocabulary is."""
     if tokenizer is None:
         if vocab_size is None or vocab_size <= FIRST_ID:
             raise DatasetError("random prompts need a tokenizer or the size of the vocabulary")
         return range(FIRST_ID, vocab_size)
     special = {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    return [number for number in sorted(tokenizer.get_vocab().values()) if number not in special]
+    vocabulary = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number not in special)
+    words = [
+        number for number, token in vocabulary if token[:1] in SPACES and token[1:].isascii() and token[1:].isalpha()
+    ]
+    return words if len(words) >= ENOUGH else [number for number, _ in vocabulary]
 
 
 def as_text(tokenizer: Tokenizer, ids: list[int], known: Sequence[int], draw: random.Random) -> tuple[list[int], str]:
@@ -165,7 +172,7 @@ def _chat(
 
 def _sentence(tokens: int, draw: random.Random, tokenizer: Tokenizer | None) -> str:
     """As many words as make that many tokens, or, without a tokenizer, that many words."""
-    words = draw.choices(WORDS, k=tokens)
+    words = draw.choices(WORDS.split(), k=tokens)
     if tokenizer is not None:
         while len(words) > 1 and len(tokenizer.encode(" ".join(words), add_special_tokens=False).ids) > tokens:
             excess = len(tokenizer.encode(" ".join(words), add_special_tokens=False).ids) / tokens

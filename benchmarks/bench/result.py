@@ -36,10 +36,8 @@ def describe(device: str = "cpu") -> dict[str, Any]:
 def command() -> str:
     """How this process was started, without where its programs lie."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    if spec is not None:  # python -m …
-        start = ["python", "-m", spec.name.removesuffix(".__main__")]
-    else:
-        start = [Path(sys.argv[0]).name]
+    started_as_module = spec is not None
+    start = ["python", "-m", spec.name.removesuffix(".__main__")] if started_as_module else [Path(sys.argv[0]).name]
     return shlex.join([*start, *sys.argv[1:]])
 
 

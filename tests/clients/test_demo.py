@@ -73,7 +73,7 @@ def test_the_first_token_comes_soon(capsys: pytest.CaptureFixture[str]) -> None:
     began = time.monotonic()
     subprocess.run([sys.executable, "-c", "import torch"], check=True)
     torch_seconds = time.monotonic() - began
-    command = [sys.executable, "-m", "tandem.benchmarks.startup", "--runs", "1"]
+    command = [sys.executable, "-m", "tandem.benchmarks.bench.startup", "--runs", "1"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     with capsys.disabled():
         print(f"\n{result.stdout}")

@@ -1,0 +1,422 @@
+"""`tandem bench`: words to options, results to lines and files. Flags are vLLM's where it has them.
+
+torch and the engines are imported by the commands that need them, so that wrong words are answered at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ...server.engine.control import as_flags
+from ...server.engine.options import EngineOptions, OptionsError
+from ...server.options import has_gpu, parse_quantity
+from . import datasets
+from .datasets import DatasetError
+from .models import UsageError
+from .result import append, save
+
+if TYPE_CHECKING:
+    from .sides import Setup
+
+app = typer.Typer(
+    help="Measure Tandem, and other engines beside it, in one run.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+ENGINE = EngineOptions()
+GPU_SEQS, GPU_TOKENS = 256, 8192  # as `tandem serve` takes where a GPU is used and nothing else is said
+
+Model = Annotated[
+    str,
+    typer.Option(help="A checkpoint's directory, demo (bundled), null (a free step) or random:125m."),
+]
+Engines = Annotated[
+    str,
+    typer.Option("--engine", help="Of tandem, transformers, vllm, llama.cpp, ctranslate2, by commas."),
+]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of each engine.", show_default=False)]
+DecodeCopy = Annotated[
+    str | None, typer.Option(help="fp16: Tandem's second copy of the weights for steps of one or two sequences.")
+]
+Deterministic = Annotated[bool, typer.Option("--deterministic", help="Tandem's mode of that name.")]
+MaxSeqs = Annotated[
+    int | None,
+    typer.Option(min=1, help=f"Sequences computed at once. None: {ENGINE.max_num_seqs}, on a GPU {GPU_SEQS}."),
+]
+MaxTokens = Annotated[
+    str | None,
+    typer.Option(help=f"Tokens of one step. None: {ENGINE.max_num_batched_tokens}, on a GPU {GPU_TOKENS}."),
+]
+MaxLen = Annotated[str | None, typer.Option(help="Tokens of prompt and answer. None: the model's context.")]
+KVMemory = Annotated[str | None, typer.Option(help="KV cache, such as 4G. None: by the memory that is free.")]
+Runs = Annotated[int, typer.Option(min=1, help="Measured runs of each engine; they take turns.")]
+Warmups = Annotated[int, typer.Option("--warmups", "--num-warmups", min=0, help="Runs before them.")]
+Output = Annotated[Path | None, typer.Option(help="File for the result as JSON.", show_default=False)]
+History = Annotated[
+    Path | None,
+    typer.Option("--append-result", help="File to add the result to as a line of JSON.", show_default=False),
+]
+Report = Annotated[
+    Path | None, typer.Option(metavar="FILE.html", help="Figures as a page, the result beside it.", show_default=False)
+]
+Seed = Annotated[int, typer.Option(help="Of the prompts.")]
+N = Annotated[int, typer.Option("--n", min=1, help="Answers to each prompt.")]
+
+
+@app.command()
+def throughput(
+    file: Annotated[Path | None, typer.Argument(help="As in `--dataset sharegpt FILE`.", show_default=False)] = None,
+    model: Model = "demo",
+    engine: Engines = "tandem",
+    reward: Annotated[
+        str | None,
+        typer.Option(help="A reward model beside it that scores every answer.", show_default=False),
+    ] = None,
+    dataset_name: Annotated[
+        str, typer.Option("--dataset-name", "--dataset", help=", ".join(datasets.NAMES))
+    ] = "random",
+    dataset_path: Annotated[Path | None, typer.Option(help="File of sharegpt or jsonl.", show_default=False)] = None,
+    input_len: Annotated[
+        int | None,
+        typer.Option("--input-len", "--random-input-len", min=1, help="None: 1024 or half the context."),
+    ] = None,
+    output_len: Annotated[
+        int | None,
+        typer.Option("--output-len", "--random-output-len", min=1, help="None: the file's, or 128."),
+    ] = None,
+    num_prompts: Annotated[int | None, typer.Option(min=1, help="None: 1000 on a GPU, 32 on a CPU.")] = None,
+    range_ratio: Annotated[
+        float, typer.Option("--range-ratio", "--random-range-ratio", help="Lengths vary by it.")
+    ] = 0.0,
+    prefix_len: Annotated[
+        int,
+        typer.Option("--prefix-len", "--random-prefix-len", min=0, help="Tokens in front of all prompts."),
+    ] = 0,
+    n: N = 1,
+    seed: Seed = 0,
+    runs: Runs = 3,
+    warmups: Warmups = 1,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    threads: Threads = None,
+    cpu_decode_copy: DecodeCopy = None,
+    deterministic: Deterministic = False,
+    max_num_seqs: MaxSeqs = None,
+    max_num_batched_tokens: MaxTokens = None,
+    max_model_len: MaxLen = None,
+    kv_cache_memory_bytes: KVMemory = None,
+    enable_prefix_caching: Annotated[
+        bool, typer.Option("--enable-prefix-caching/--no-enable-prefix-caching", help="Off, as in vLLM's bench.")
+    ] = False,
+    output_json: Output = None,
+    append_result: History = None,
+    report: Report = None,
+) -> None:
+    """Requests handed over all at once: how many tokens per second until the last one."""
+    with one_sentence("throughput"):
+        options = engine_options(
+            device,
+            threads,
+            cpu_decode_copy,
+            deterministic,
+            max_num_seqs,
+            max_num_batched_tokens,
+            max_model_len,
+            kv_cache_memory_bytes,
+            enable_prefix_caching,
+        )
+        from . import offline
+
+        setup = setup_of(model, options, dtype, engine, runs, warmups, reward)
+        dataset = offline.Dataset(
+            dataset_name, dataset_path or file, num_prompts, input_len, output_len, range_ratio, prefix_len, seed, n
+        )
+        finish(offline.throughput(setup, dataset), offline.lines, output_json, append_result, report)
+
+
+@app.command()
+def latency(
+    model: Model = "demo",
+    engine: Engines = "tandem",
+    input_len: Annotated[int, typer.Option(min=1)] = 32,
+    output_len: Annotated[int, typer.Option(min=1)] = 128,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    n: N = 1,
+    num_iters: Annotated[int, typer.Option("--num-iters", "--runs", min=1, help="Measured batches.")] = 30,
+    num_iters_warmup: Annotated[int, typer.Option("--num-iters-warmup", "--warmups", min=0, help="Before them.")] = 10,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    threads: Threads = None,
+    cpu_decode_copy: DecodeCopy = None,
+    deterministic: Deterministic = False,
+    max_num_seqs: MaxSeqs = None,
+    max_num_batched_tokens: MaxTokens = None,
+    max_model_len: MaxLen = None,
+    kv_cache_memory_bytes: KVMemory = None,
+    output_json: Output = None,
+    append_result: History = None,
+    report: Report = None,
+) -> None:
+    """One batch of fixed lengths: how long until its last token."""
+    with one_sentence("latency"):
+        options = engine_options(
+            device,
+            threads,
+            cpu_decode_copy,
+            deterministic,
+            max_num_seqs or seqs(device, batch_size * n),
+            max_num_batched_tokens,
+            max_model_len,
+            kv_cache_memory_bytes,
+        )
+        from . import latency as measure
+
+        setup = setup_of(model, options, dtype, engine, num_iters, num_iters_warmup)
+        load = measure.batch(setup, batch_size, input_len, output_len, n, seed)
+        finish(measure.latency(setup, load), measure.lines, output_json, append_result, report)
+
+
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(context: typer.Context) -> None:
+    """Servers under load, over HTTP: any that speaks the OpenAI API."""
+    from .serve_cli import main
+
+    main(context.args, prog_name="tandem bench serve")
+
+
+@app.command()
+def score(
+    model: Model = "demo",
+    engine: Engines = "tandem",
+    groups: Annotated[int, typer.Option(min=1, help="Prompts.")] = 8,
+    answers: Annotated[int, typer.Option(min=1, help="Answers to each prompt.")] = 8,
+    prompt_len: Annotated[int, typer.Option(min=1)] = 512,
+    answer_len: Annotated[int, typer.Option(min=1)] = 128,
+    seed: Seed = 0,
+    runs: Runs = 5,
+    warmups: Warmups = 1,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    threads: Threads = None,
+    deterministic: Deterministic = False,
+    max_num_seqs: MaxSeqs = None,
+    max_num_batched_tokens: MaxTokens = None,
+    max_model_len: MaxLen = None,
+    kv_cache_memory_bytes: KVMemory = None,
+    output_json: Output = None,
+    append_result: History = None,
+    report: Report = None,
+) -> None:
+    """Reward models: groups of answers, with the prompt shared and not."""
+    with one_sentence("score"):
+        options = engine_options(
+            device,
+            threads,
+            None,
+            deterministic,
+            max_num_seqs,
+            max_num_batched_tokens,
+            max_model_len,
+            kv_cache_memory_bytes,
+            True,
+        )
+        from . import score as measure
+
+        setup = setup_of(model, options, dtype, engine, runs, warmups)
+        wanted = measure.Groups(groups, answers, prompt_len, answer_len, seed)
+        finish(measure.run_scores(setup, wanted), measure.lines, output_json, append_result, report)
+
+
+@app.command()
+def kernels(
+    model: Model = "demo",
+    rows: Annotated[str, typer.Option(help="Sequences of decode steps, by commas.")] = "1,16,64",
+    tokens: Annotated[str, typer.Option(help="Lengths of prompts, by commas.")] = "512",
+    context: Annotated[int, typer.Option(min=1, help="Tokens that a decoding sequence has.")] = 512,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    threads: Threads = None,
+    output_json: Output = None,
+    append_result: History = None,
+    report: Report = None,
+) -> None:
+    """The operations at a model's shapes, each beside what it takes at least."""
+    with one_sentence("kernels"):
+        options = engine_options(device, threads)
+        shapes = integers("--rows", rows), integers("--tokens", tokens)
+        from . import kernels as measure
+
+        setup = setup_of(model, options, dtype, "tandem", 1, 0)
+        found = measure.run(setup, measure.Shapes(*shapes, context))
+        finish(found, measure.lines, output_json, append_result, report)
+
+
+@app.command()
+def startup(
+    serve: Annotated[list[str] | None, typer.Argument(help="Further arguments for `tandem serve`, behind --.")] = None,
+    model: Annotated[str | None, typer.Option(help="What every engine serves. None: the bundled models.")] = None,
+    engine: Engines = "tandem",
+    runs: Annotated[int, typer.Option("--runs", "--num-iters-warm", min=1, help="Warm starts of each engine.")] = 3,
+    cold: Annotated[
+        int,
+        typer.Option("--num-iters-cold", "--cold", min=0, help="Starts before them, with cold caches."),
+    ] = 0,
+    warmups: Annotated[int, typer.Option("--num-iters-warmup", "--warmups", min=0)] = 0,
+    threads: Threads = None,
+    timeout: Annotated[float, typer.Option(min=1.0, help="Seconds that a start may take.")] = 600.0,
+    output_json: Output = None,
+    append_result: History = None,
+    report: Report = None,
+) -> None:
+    """From starting a server's process to its first token."""
+    with one_sentence("startup"):
+        from . import result
+        from . import startup as measure
+        from .engines import parse
+        from .models import is_null, path_of
+
+        names = parse(engine)
+        if "tandem" not in names:
+            raise UsageError(f"--engine {engine}: tandem must be one of them, the others are measured beside it")
+        if model is None and len(names) > 1:
+            raise UsageError("--engine with several names needs --model: the checkpoint that all of them serve")
+        path = None if model is None else path_of(model)
+        if path is not None and is_null(path):
+            raise UsageError(f"--model {model} reads no checkpoint; give a directory, demo or random:125m")
+        words = ([] if path is None else [path]) + ([] if threads is None else ["--threads", str(threads)])
+        found = measure.run(
+            [*words, *(serve or [])],
+            runs=runs,
+            cold_runs=cold,
+            warmups=warmups,
+            peers=[name for name in names if name != "tandem"],
+            model=None if path is None else Path(path),
+            threads=threads,
+            timeout=timeout,
+        )
+        finish(
+            {"model_id": model or "demo"} | found | result.describe(), measure.lines, output_json, append_result, report
+        )
+
+
+@contextmanager
+def one_sentence(command: str) -> Iterator[None]:
+    """What is wrong with the words, or with what they name, ends the command with status 2 and says so."""
+    from ...model.errors import CheckpointError
+    from .engines import EngineError
+    from .protocol import ChildError
+    from .servers import ServerError
+
+    try:
+        yield
+    except (UsageError, DatasetError, OptionsError, CheckpointError, EngineError) as error:
+        typer.echo(f"tandem bench {command}: {as_flags(str(error))}", err=True)
+        raise typer.Exit(2) from None
+    except (ChildError, ServerError, TimeoutError) as error:  # asked for in the right way, but it failed
+        typer.echo(f"tandem bench {command}: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
+def engine_options(
+    device: str,
+    threads: int | None = None,
+    cpu_decode_copy: str | None = None,
+    deterministic: bool = False,
+    max_num_seqs: int | None = None,
+    max_num_batched_tokens: str | None = None,
+    max_model_len: str | None = None,
+    kv_cache_memory_bytes: str | None = None,
+    enable_prefix_caching: bool = False,
+) -> EngineOptions:
+    """Raises OptionsError. As many requests may wait as are handed over."""
+    if cpu_decode_copy not in (None, "fp16"):
+        raise OptionsError(f"--cpu-decode-copy {cpu_decode_copy}: fp16, or leave it out")
+    count = max_num_seqs or seqs(device)
+    tokens = GPU_TOKENS if on_gpu(device) else ENGINE.max_num_batched_tokens
+    if max_num_batched_tokens is not None:
+        tokens = parse_quantity(max_num_batched_tokens, "--max-num-batched-tokens")
+    memory = None if kv_cache_memory_bytes is None else parse_quantity(kv_cache_memory_bytes, "--kv-cache-memory-bytes")
+    return EngineOptions(
+        device=device,
+        threads=threads,
+        max_model_len=None if max_model_len is None else parse_quantity(max_model_len, "--max-model-len"),
+        max_num_seqs=count,
+        max_num_batched_tokens=max(tokens, count) if max_num_batched_tokens is None else tokens,
+        page_size=64 if on_gpu(device) else ENGINE.page_size,
+        kv_cache_memory_bytes=memory,
+        deterministic=deterministic,
+        enable_prefix_caching=enable_prefix_caching,
+        max_waiting_requests=1 << 30,
+        max_waiting_tokens=1 << 40,
+        cpu_decode_copy=cpu_decode_copy,  # type: ignore[arg-type]
+    )
+
+
+def on_gpu(device: str) -> bool:
+    return device.startswith("cuda") or (device == "auto" and has_gpu())
+
+
+def seqs(device: str, least: int = 0) -> int:
+    return max(GPU_SEQS if on_gpu(device) else ENGINE.max_num_seqs, least)
+
+
+def setup_of(
+    model: str, options: EngineOptions, dtype: str, engine: str, runs: int, warmups: int, reward: str | None = None
+) -> Setup:
+    """Raises UsageError and EngineError."""
+    from .engines import parse
+    from .sides import Setup
+
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise UsageError(f"--dtype {dtype}: auto, float32, bfloat16 or float16")
+    return Setup(model, options, dtype, tuple(parse(engine)), reward, runs, warmups)
+
+
+def integers(flag: str, words: str) -> tuple[int, ...]:
+    try:
+        found = tuple(int(word) for word in words.split(","))
+    except ValueError:
+        found = ()
+    if not found or min(found) < 1:
+        raise UsageError(f"{flag} {words}: whole numbers, at least 1, by commas, such as 1,16,64")
+    return found
+
+
+def finish(
+    found: dict[str, Any],
+    lines: Callable[[dict[str, Any]], list[str]],
+    output: Path | None,
+    history: Path | None,
+    report: Path | None,
+) -> None:
+    """Says and writes what was found."""
+    print("\n".join(lines(found)))
+    try:
+        if output is not None:
+            save(output, found)
+        if history is not None:
+            append(history, found)
+        if report is not None:
+            save(report.with_suffix(".json"), found)
+    except OSError as error:
+        raise UsageError(f"the result cannot be written: {error}") from None
+    if report is not None:
+        try:
+            from .report import report as draw
+        except ImportError as error:
+            raise UsageError(f"--report needs {error.name}: pip install 'tandem[bench]'") from None
+        print(f"Report: {draw([report.with_suffix('.json')], report)}")
+
+
+if __name__ == "__main__":
+    app(prog_name="tandem bench")

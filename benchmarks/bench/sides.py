@@ -1,0 +1,175 @@
+"""Engines side by side: Tandem in this process where it is alone, otherwise every engine in a process of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from ...server.engine.options import EngineOptions
+from ...server.engine.request import Request
+from . import engines
+from .limits import Held
+from .local import Answer, Counted, Local, Run, Tick, generate, score
+from .models import UsageError, is_null, path_of, spec_of
+from .protocol import Child
+
+POLICY, REWARD = "policy", "reward"  # names of the models in this process
+ALONE = ("tandem",)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is measured, and how often."""
+
+    model: str  # as --model says it
+    options: EngineOptions
+    dtype: str = "auto"
+    engines: tuple[str, ...] = ALONE
+    reward: str | None = None  # a reward model that scores every answer beside it
+    runs: int = 3
+    warmups: int = 1
+
+    @property
+    def alone(self) -> bool:
+        return self.engines == ALONE
+
+    @property
+    def device(self) -> str:
+        """Where Tandem computes: cpu, cuda or cuda:N."""
+        given = self.options.device
+        return given if given != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One run of one engine. Seconds count from when the requests were handed over."""
+
+    seconds: float
+    cpu_seconds: float  # of the engine's process and its children, all threads
+    output_tokens: int
+    firsts: list[float] = field(default_factory=list[float])  # first token of each request, as far as the engine tells
+    between: list[float] = field(default_factory=list[float])  # time per output token after the first, of each request
+    counted: dict[str, Counted] = field(default_factory=dict[str, Counted])  # by model, in this process alone
+    steps: int | None = None
+
+
+class Side(Protocol):
+    """`told`: what the engine says of itself: versions, dtype, threads, …"""
+
+    told: dict[str, Any]
+
+    def generate(
+        self, token_ids: Sequence[list[int]], output_lens: Sequence[int], *, n: int = 1, tick: Tick | None = None
+    ) -> Sample: ...
+
+
+class LocalSide:
+    def __init__(self, local: Local, reward: bool = False) -> None:
+        card = local.engine(POLICY).card
+        self.local, self._reward = local, reward
+        self.told: dict[str, Any] = {"dtype": card.dtype, "threads": torch.get_num_threads()}
+
+    def generate(
+        self, token_ids: Sequence[list[int]], output_lens: Sequence[int], *, n: int = 1, tick: Tick | None = None
+    ) -> Sample:
+        self.local.forget()
+        pairs = zip(token_ids, output_lens, strict=True)
+        requests = [generate(number, POLICY, ids, length, n=n) for number, (ids, length) in enumerate(pairs)]
+        run = self.local.run(requests, self._judge(len(requests)) if self._reward else None, tick)
+        return sample_of(run, [run.answers[request.id] for request in requests], n)
+
+    @staticmethod
+    def _judge(count: int) -> Any:
+        """Asks for the reward of every answer, prompt before it, as soon as it is there."""
+        numbers = iter(range(count, 1 << 62))
+
+        def follow(request: Request, answer: Answer) -> list[Request]:
+            if request.model == REWARD:
+                return []
+            return [score(next(numbers), REWARD, request.token_ids + ids) for ids in answer.token_ids.values()]
+
+        return follow
+
+
+def sample_of(run: Run, answers: Sequence[Answer], n: int) -> Sample:
+    firsts = [answer.first - answer.asked for answer in answers if answer.first is not None]
+    between = [
+        (answer.end - answer.first) / (answer.tokens / n - 1)
+        for answer in answers
+        if answer.first is not None and answer.tokens > n
+    ]
+    tokens = sum(answer.tokens for answer in answers)
+    return Sample(run.seconds, run.cpu_seconds, tokens, firsts, between, run.counted, run.steps)
+
+
+class ChildSide:
+    def __init__(self, child: Child, told: dict[str, Any]) -> None:
+        self._child, self.told = child, told
+
+    def generate(
+        self, token_ids: Sequence[list[int]], output_lens: Sequence[int], *, n: int = 1, tick: Tick | None = None
+    ) -> Sample:
+        if n != 1:
+            raise UsageError("--n above 1 is for --engine tandem alone: the other engines are asked for one answer")
+        found = self._child.generate(token_ids, output_lens)
+        first = found["first_token_seconds"]
+        if tick is not None:
+            tick(len(token_ids))
+        tokens = sum(found["output_tokens"])
+        return Sample(found["seconds"], found["cpu_seconds"], tokens, [] if first is None else [first])
+
+
+@contextmanager
+def opened(setup: Setup) -> Iterator[Mapping[str, Side]]:
+    """The engines, loaded. Raises UsageError, engines.EngineError, ChildError, OptionsError, CheckpointError."""
+    if setup.alone:
+        specs = [spec_of(setup.model, POLICY, dtype=setup.dtype)]
+        if setup.reward is not None:
+            specs.append(spec_of(setup.reward, REWARD, "reward", dtype=setup.dtype))
+        yield {"tandem": LocalSide(Local(specs, setup.options), setup.reward is not None)}
+        return
+    if setup.reward is not None:
+        raise UsageError("--reward is for --engine tandem alone: no other engine hosts two models")
+    path = path_of(setup.model)
+    if is_null(path):
+        raise UsageError(f"--model {setup.model} is for --engine tandem alone: no other engine has a free step")
+    options = child_options(setup)
+    with ExitStack() as stack:
+        sides: dict[str, Side] = {}
+        for name in setup.engines:
+            child = stack.enter_context(engines.start(name, threads=setup.options.threads))
+            sides[name] = ChildSide(child, child.load(path, options))
+        yield sides
+
+
+def child_options(setup: Setup) -> dict[str, Any]:
+    given = setup.options
+    return {
+        "dtype": setup.dtype,
+        "threads": given.threads,
+        "max_model_len": given.max_model_len,
+        "max_num_seqs": given.max_num_seqs,
+        "max_num_batched_tokens": given.max_num_batched_tokens,
+        "enable_prefix_caching": given.enable_prefix_caching,
+        "cpu_decode_copy": given.cpu_decode_copy,
+        "deterministic": given.deterministic,
+        "device": given.device,
+        "kv_cache_memory_bytes": given.kv_cache_memory_bytes,
+    }
+
+
+def held_of(setup: Setup, sides: Mapping[str, Side]) -> Held | None:
+    """The model as Tandem holds it; where others are measured, too, as Tandem would. None for the null model."""
+    side = sides.get("tandem")
+    if isinstance(side, LocalSide):
+        return side.local.held(POLICY)
+    from ...model.config import read_config
+    from ...model.load import choose_dtype
+
+    config = read_config(path_of(setup.model))
+    dtype = choose_dtype(setup.dtype, config, torch.device(setup.device))  # type: ignore[arg-type]
+    return Held(config, dtype, setup.options.cpu_decode_copy is not None)
