@@ -262,20 +262,24 @@ def line(label: str, value: float) -> str:
     return f"{label:<40} {value:<10.2f}" if isinstance(value, float) else f"{label:<40} {value:<10}"
 
 
-def our_lines(result: Result) -> Iterator[str]:
-    """What vLLM's tool does not say."""
+def our_lines(result: Result, paced: bool = True) -> Iterator[str]:
+    """What vLLM's tool does not say. `paced`: requests had moments of their own, at which they were to be sent."""
     ours, client = result["tandem"], result["tandem"]["client"]
     yield "Tandem: " + "-" * 42
     for name, (short, _) in METRICS.items():
         figures = " / ".join(f"{result[f'p{p:g}_{name}_ms']:.2f}" for p in OURS)
         yield f"{short + ' p50 / p90 / p99 (ms):':<40} {figures}"
     yield f"{'Output tokens counted by:':<40} {ours['tokens_counted_by']}"
+    if ours["tokens_per_chunk"] is not None:
+        yield line("Output tokens per chunk:", ours["tokens_per_chunk"])
+    yield line("Peak open requests:", ours["peak_open_requests"])
     if ours["prefix_cache_share"] is not None:
         yield line("Prompt tokens from a prefix cache (%):", 100.0 * ours["prefix_cache_share"])
     yield from _server_lines(ours.get("server"))
     yield line("Client CPU (% of a core):", 100.0 * client["cpu_share"])
     yield line("Client CPU, busiest second (%):", 100.0 * client["busiest_second"])
-    yield line("P99 delay of sending (ms):", ours["send_delay_p99_ms"])
+    if paced:
+        yield line("P99 wait before sending (ms):", ours["send_delay_p99_ms"])
     yield line("CPU used by others (cores):", ours["others_cpu_cores"])
     for reason, count in ours["failures"].items():
         yield f"failed {count:>5}x  {reason}"

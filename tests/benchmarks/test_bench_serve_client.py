@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import statistics
 import time
@@ -121,8 +122,11 @@ def test_a_closed_loop_keeps_its_number_and_tells_who_waited() -> None:
 def test_warm_ups_are_sent_before_and_not_counted() -> None:
     events: list[str] = []
 
+    collecting: list[bool] = []
+
     def script(body: dict[str, Any], number: int) -> Iterable[Step]:
         events.append(body["prompt"])
+        collecting.append(gc.isenabled())
         return tokens(1, 0.0, 0.0)
 
     with ScriptedServer(script) as server:
@@ -130,6 +134,7 @@ def test_warm_ups_are_sent_before_and_not_counted() -> None:
         outcome = asyncio.run(run(given, wait=lambda: events.append("wait")))
         assert all("X-Who: me" in head for head in server.headers)
     assert events[:3] == ["warm", "warm", "wait"] and len(outcome.records) == 2
+    assert collecting == [True, True, False, False] and gc.isenabled()  # no garbage is collected during the run
 
 
 def test_the_client_knows_what_it_costs_itself() -> None:
