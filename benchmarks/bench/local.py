@@ -40,6 +40,7 @@ class Answer:
 class Counted:
     """What one model did in one run."""
 
+    requests: int
     prompt_tokens: int
     cached_tokens: int
     computed_tokens: int  # prompts' and answers'
@@ -61,6 +62,7 @@ class Local:
 
     def __init__(self, specs: Sequence[ModelSpec], options: EngineOptions) -> None:
         self.options = options
+        self._null = {spec.name for spec in specs if is_null(spec.path)}
         self.hub = Hub.load(specs, options)
         while self.hub.idle():  # what a server would prepare while nobody asks
             pass
@@ -72,9 +74,9 @@ class Local:
 
     def held(self, name: str) -> Held | None:
         """What the engine reads and computes per step; None for the null model."""
-        card = self.engine(name).card
-        if is_null(card.path):
+        if name in self._null:
             return None
+        card = self.engine(name).card
         dtype: torch.dtype = getattr(torch, card.dtype)
         return Held(read_config(card.path), dtype, self.options.cpu_decode_copy is not None)
 
@@ -141,8 +143,8 @@ class Local:
     @staticmethod
     def _counts(engine: Engine) -> tuple[int, ...]:
         found = engine.scheduler.counts
-        computed = found.computed_tokens
-        return found.prompt_tokens, found.cached_tokens, computed, found.generated_tokens, found.preemptions
+        asked = found.started, found.prompt_tokens, found.cached_tokens
+        return *asked, found.computed_tokens, found.generated_tokens, found.preemptions
 
     def _fail(self, output: Output, answers: dict[int, Answer]) -> None:
         assert output.error is not None

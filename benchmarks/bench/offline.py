@@ -16,7 +16,7 @@ from . import datasets, result
 from .limits import Asked, Held, Limits, least_seconds, measure
 from .models import UsageError, is_null, path_of, text_of, tokenizer_of
 from .progress import progress
-from .sides import POLICY, Sample, Setup, Side, held_of, opened
+from .sides import POLICY, REWARD, Sample, Setup, Side, held_of, opened
 from .stats import Spread, interleaved, percentile, ratio, spread
 
 OUTPUT_LEN, INPUT_LEN = 128, 1024  # of generated data sets, where the context allows
@@ -218,6 +218,7 @@ def roles_of(samples: Sequence[Sample]) -> dict[str, dict[str, Any]]:
     for role in samples[0].counted if samples else ():
         runs = [(sample.counted[role], sample.seconds) for sample in samples]
         found[role] = {
+            "requests_per_second": asdict(spread([one.requests / seconds for one, seconds in runs])),
             "prompt_tokens_per_second": asdict(spread([one.prompt_tokens / seconds for one, seconds in runs])),
             "computed_tokens_per_second": asdict(spread([one.computed_tokens / seconds for one, seconds in runs])),
             "output_tokens_per_second": asdict(spread([one.generated_tokens / seconds for one, seconds in runs])),
@@ -255,15 +256,19 @@ def closing(found: dict[str, Any]) -> list[str]:
 def headline(found: dict[str, Any], own: dict[str, Any]) -> str:
     return (
         f"Tandem: {found['model_id']}, {own['dtype']}, {own['threads']} threads; median of {found['runs']} runs after "
-        f"{found['warmups']} warm-ups [10 %, 90 %]"
+        f"{warmups_text(found['warmups'])} [10 %, 90 %]"
     )
+
+
+def warmups_text(count: int) -> str:
+    return f"{count} warm-up" if count == 1 else f"{count} warm-ups"
 
 
 def of_engine(name: str, own: dict[str, Any]) -> list[str]:
     before = f"{name}: " if name else ""
     shown = [
         row(f"{before}output tokens/s", text_of_spread(own["output_tokens_per_second"])),
-        row(f"{before}CPU per output token", text_of_spread(own["cpu_seconds_per_output_token"], " ms", 1e3)),
+        row(f"{before}CPU per output token", text_of_spread(own["cpu_seconds_per_output_token"], " µs", 1e6)),
     ]
     if "first_token_seconds" in own:
         shown.append(row(f"{before}median time to first token", text_of_spread(own["first_token_seconds"], " ms", 1e3)))
@@ -273,11 +278,7 @@ def of_engine(name: str, own: dict[str, Any]) -> list[str]:
     if own["prefix_cache_share"] is not None:
         shown.append(row(f"{before}prefix-cache share", f"{own['prefix_cache_share']:.1%} of prompt tokens"))
     for role, rates in own.get("roles", {}).items():
-        medians = {
-            key.removesuffix("_tokens_per_second"): rates[key]["median"] for key in rates if key.endswith("second")
-        }
-        text = ", ".join(f"{number(value)} {kind}" for kind, value in medians.items())
-        shown.append(row(f"{before}{role}, tokens/s", text))
+        shown.append(row(f"{before}{role}", role_text(role, rates)))
     if own.get("note"):
         shown.append(row(f"{before}note", own["note"]))
     if own.get("versions"):
@@ -285,6 +286,15 @@ def of_engine(name: str, own: dict[str, Any]) -> list[str]:
     if own.get("ignored"):
         shown.append(row(f"{before}options without a counterpart", ", ".join(own["ignored"])))
     return shown
+
+
+def role_text(role: str, rates: dict[str, Any]) -> str:
+    kinds = ("prompt", "computed") if role == REWARD else ("prompt", "computed", "output")
+    parts = [f"{number(rates[f'{kind}_tokens_per_second']['median'])} {kind}" for kind in kinds]
+    text = f"{', '.join(parts)} tokens/s"
+    if role == REWARD:
+        text = f"{number(rates['requests_per_second']['median'])} scores/s, {text}"
+    return text + (f"; {rates['preemptions']} preemptions" if rates["preemptions"] else "")
 
 
 def row(name: str, text: str) -> str:

@@ -195,7 +195,7 @@ def lines(found: dict[str, Any]) -> list[str]:
     shown = [
         f"Tandem: {found['model_id']}, {found['dtype']}, {found['threads']} threads; {found['groups']} groups of "
         f"{found['answers']} answers, {found['prompt_len']} + {found['answer_len']} tokens; median of {found['runs']} "
-        f"runs after {found['warmups']} warm-ups [10 %, 90 %]"
+        f"runs after {offline.warmups_text(found['warmups'])} [10 %, 90 %]"
     ]
     for name, side in found["sides"].items():
         shown.append(row(f"{name}: scores/s", shown_as(side["scores_per_second"])))

@@ -121,16 +121,20 @@ def import_torch(environment: Mapping[str, str] | None = None) -> float:
 
 
 @contextmanager
-def cold(models: Sequence[Path]) -> Iterator[dict[str, str]]:
-    """Forgets what can be forgotten; yields what a process's environment must say for its bytecode to be new, too."""
-    spec = find_spec("torch")
-    torch = [Path(place) for place in (spec.submodule_search_locations or ()) if spec] if spec else []
-    for directory in (*torch, *models):
+def cold(directories: Sequence[Path]) -> Iterator[dict[str, str]]:
+    """Forgets the files in there; yields what a process's environment must say for its bytecode to be new, too."""
+    for directory in directories:
         for file in directory.rglob("*"):
             if file.is_file() and file.suffix in (".so", ".safetensors", ".json", ".py"):
                 forget(file)
     with tempfile.TemporaryDirectory() as bytecode:
         yield {"PYTHONPYCACHEPREFIX": bytecode}
+
+
+def directory_of(package: str) -> list[Path]:
+    """Empty where it is not installed."""
+    spec = find_spec(package)
+    return [Path(place) for place in (spec.submodule_search_locations or ())] if spec is not None else []
 
 
 def forget(file: Path) -> None:
@@ -156,7 +160,7 @@ def run(
     """The result as JSON. `arguments` are `tandem serve`'s; `peers` serve `model`, until their first token."""
     colds: list[Start] = []
     cold_imports: list[float] = []
-    read = [model] if model else [Path(spec.path) for spec in bundled_models()]
+    read = [*directory_of("torch"), *([model] if model else [Path(spec.path) for spec in bundled_models()])]
     for _ in range(cold_runs):
         with cold(read) as environment:
             cold_imports.append(import_torch(environment))

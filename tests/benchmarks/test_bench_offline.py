@@ -107,8 +107,9 @@ def test_a_reward_model_scores_every_answer_beside_the_policy(llama: str, judge:
     assert sample.counted["reward"].prompt_tokens == 5 * (12 + 6) and sample.counted["reward"].generated_tokens == 0
     assert sample.counted["policy"].prompt_tokens == 60 and sample.counted["policy"].generated_tokens == 30
     roles = offline.roles_of([sample])
-    rate = roles["reward"]["prompt_tokens_per_second"]["median"]
-    assert rate == pytest.approx(90 / sample.seconds)
+    reward = {name: rate["median"] for name, rate in roles["reward"].items() if name.endswith("second")}
+    assert reward["prompt_tokens_per_second"] == pytest.approx(90 / sample.seconds)
+    assert reward["requests_per_second"] == pytest.approx(5 / sample.seconds)
 
 
 def test_a_chat_is_rendered_with_the_models_template(llama: str) -> None:
@@ -118,17 +119,20 @@ def test_a_chat_is_rendered_with_the_models_template(llama: str) -> None:
     assert all(ids[0] == 1 and ids[-1] == 4 for ids in load.token_ids), "<s> first, <|assistant|> last"
 
 
-def test_engines_take_turns_and_give_the_same_lengths(tmp_path: Path, llama: str) -> None:
-    words = ("--num-prompts", 3, "--input-len", 9, "--output-len", 4, "--runs", 2, "--warmups", 1)
-    command = ("throughput", "--model", llama, "--engine", "tandem,transformers", "--dtype", "float32")
-    lines, found = measured(tmp_path, *command, *words)
-    assert list(found["engines"]) == ["tandem", "transformers"]
-    seconds = {name: one["elapsed_times"] for name, one in found["engines"].items()}
-    quotients = [theirs / own for own, theirs in zip(seconds["tandem"], seconds["transformers"], strict=True)]
-    assert found["ratios"]["tandem / transformers"]["median"] == pytest.approx(np.median(quotients))
-    assert found["engines"]["transformers"]["versions"]["transformers"]
-    assert any(line.strip().startswith("speed, tandem / transformers:") for line in lines)
-    assert found["total_num_tokens"] == 3 * 13
+def test_a_free_step_has_no_limit(tmp_path: Path) -> None:
+    words = ("--model", "null", "--num-prompts", 20, "--input-len", 100, "--output-len", 10)
+    lines, found = measured(tmp_path, "throughput", *words)
+    assert found["num_output_tokens"] == 200 and found["engines"]["tandem"]["steps"] == 10
+    assert "limits" not in found and "fraction_of_limit" not in found["engines"]["tandem"]
+    assert not any("limit" in line for line in lines)
+
+
+def test_rates_by_role_are_said() -> None:
+    rates = {f"{kind}_per_second": {"median": n} for n, kind in enumerate(("requests", "prompt_tokens"), 2)}
+    rates |= {f"{kind}_tokens_per_second": {"median": n} for n, kind in enumerate(("computed", "output"), 4)}
+    assert offline.role_text("policy", rates | {"preemptions": 0}) == "3 prompt, 4 computed, 5 output tokens/s"
+    said = offline.role_text("reward", rates | {"preemptions": 7})
+    assert said == "2 scores/s, 3 prompt, 4 computed tokens/s; 7 preemptions"
 
 
 # Latency ------------------------------------------------------------------------------------------------------------
