@@ -59,14 +59,26 @@ class Generation:
         except EngineUnavailable as error:
             self.close()
             raise errors.unavailable(str(error)) from None
+        self._stream = parts[0].stream if len(parts) == 1 else None
         if len(parts) > 1:
             self._pumps = [asyncio.create_task(self._pump(part)) for part in parts]
 
     async def step(self) -> list[Choice]:
         """The choices that changed since the last call; none once all are finished. Raises ApiError."""
         while self._unfinished:
+            stream = self._stream
+            if stream is None:
+                outputs = await self._queued()
+            else:  # the hot path: no coroutine between the engine's message and this one
+                while not (outputs := stream.take()) and not stream.ended:
+                    await stream.wait()
+            if self._late:
+                error = EngineError("deadline", "the engine did not answer by the deadline")
+                raise errors.of_engine(error, self._request_id)
+            if not outputs:
+                raise RuntimeError("the engine's answer ended before its last choice")
             changed: dict[int, Choice] = {}
-            for output in await self._next():
+            for output in outputs:
                 choice = self._take(output)
                 if choice is not None:
                     changed[choice.index] = choice
@@ -124,20 +136,11 @@ class Generation:
             self._unfinished -= 1
         return choice
 
-    async def _next(self) -> list[Output]:
-        outputs: list[Output] = []
-        if self._pumps:
-            outputs += await self._queue.get()
-            while not self._queue.empty():
-                outputs += self._queue.get_nowait()
-        else:
-            assert self.parts[0].stream is not None
-            outputs = await anext(self.parts[0].stream, outputs)
-        if self._late:
-            error = EngineError("deadline", "the engine did not answer by the deadline")
-            raise errors.of_engine(error, self._request_id)
-        if not outputs:
-            raise RuntimeError("the engine's answer ended before its last choice")
+    async def _queued(self) -> list[Output]:
+        """What came for any of the parts."""
+        outputs = [*await self._queue.get()]
+        while not self._queue.empty():
+            outputs += self._queue.get_nowait()
         return outputs
 
     def _give_up(self) -> None:

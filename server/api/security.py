@@ -32,7 +32,8 @@ class Gate:
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
-        scope.setdefault("state", {})["request_id"] = request_id
+        # `send` itself is for what comes after an answer's start, which nobody here looks at.
+        scope.setdefault("state", {}).update(request_id=request_id, send=send)
         started = False
 
         async def tell(message: Message) -> None:

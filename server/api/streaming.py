@@ -5,15 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping
+from collections.abc import Coroutine, Iterable, Mapping
 from typing import Any, Protocol, TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
-from sse_starlette.event import ServerSentEvent
-from sse_starlette.sse import EventSourceResponse
 from starlette.requests import ClientDisconnect
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from .choices import Choice
 from .errors import ApiError, bug
@@ -26,6 +24,8 @@ log = logging.getLogger(__name__)
 # ASCII: readers that split at U+2028 or U+0085 too must not see them inside an event.
 to_json = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode
 DONE = b"data: [DONE]\n\n"
+PING = b": ping\n\n"
+LOOKS = 4  # within each time limit of a stream: how often it is seen whether the limit is over
 
 Result = TypeVar("Result")
 First = list[Choice] | asyncio.Task[list[Choice]]  # the first step of a generation, or what waits for it
@@ -54,7 +54,7 @@ def tail_of(generation: Generation, options: StreamOptions, last: bool = False) 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, Result], first_seconds: float | None = None) -> Any:
     """The result of `work`, or after `first_seconds` its task. `work` is cancelled when the client leaves."""
     task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_left(request))
+    gone = asyncio.ensure_future(_left(request.receive))
     try:
         done, _ = await asyncio.wait({task, gone}, timeout=first_seconds, return_when=asyncio.FIRST_COMPLETED)
     except BaseException:
@@ -70,8 +70,8 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, Result], first
     return task
 
 
-async def _left(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
         pass
 
 
@@ -89,97 +89,113 @@ async def stream(
     except BaseException:
         generation.close()
         raise
-    events = _events(first, generation, shape, request.state.request_id)
-    return EventStream(events, generation, first, options, headers)
-
-
-async def _events(first: First, generation: Generation, shape: Format, request_id: str) -> AsyncIterator[bytes]:
-    try:
-        yield shape.opening().encode()
-        changed = await first if isinstance(first, asyncio.Task) else first
-        while changed:
-            if events := shape.changes(changed):
-                yield events.encode()
-            changed = await generation.step()
-        yield shape.closing().encode() + DONE
-    except ApiError as error:
-        yield _failure(error)
-    except Exception:
-        log.exception("request %s: while streaming", request_id)
-        yield _failure(bug(request_id))
+    return EventStream(generation, shape, first, options, headers)
 
 
 def _failure(error: ApiError) -> bytes:
     return f"data: {to_json(error.body())}\n\n".encode() + DONE
 
 
-def _ping() -> ServerSentEvent:
-    return ServerSentEvent(comment="ping", sep="\n")
-
-
-class EventStream(EventSourceResponse):
+class EventStream(Response):
     """Frees the engine whichever way it ends: finished, client gone, or a client that has stopped reading.
 
-    The base class could time each send out, at 30 µs an event; one timer per stream that looks now and then costs none.
+    An event is one send. One task waits for the client to leave, and one timer looks now and then whether anything has
+    moved: if not, a silent stream is sent a ping, and one whose reader takes nothing is given up. What a look sees
+    is old by at most a quarter of the limit. sse-starlette's response keeps four tasks and sends through six layers.
     """
 
+    media_type = "text/event-stream"
+
     def __init__(
-        self,
-        events: AsyncIterator[bytes],
-        generation: Generation,
-        first: First,
-        options: ApiOptions,
-        headers: Mapping[str, str],
+        self, generation: Generation, shape: Format, first: First, options: ApiOptions, headers: Mapping[str, str]
     ) -> None:
-        super().__init__(  # pyright: ignore[reportUnknownMemberType] - a bare dict in its annotation
-            events,
-            headers=headers,
-            ping=options.ping_seconds,
-            ping_message_factory=_ping,
-            sep="\n",
+        self.status_code, self.background = 200, None
+        self.init_headers(
+            {**headers, "cache-control": "no-store", "connection": "keep-alive", "x-accel-buffering": "no"}
         )
-        self._generation = generation
-        self._first = first
-        self._patience = options.stream_timeout
-        self._sending_since: float | None = None
+        self._generation, self._shape, self._first = generation, shape, first
+        self._silence, self._patience = options.ping_seconds, options.stream_timeout
+        self._moves = 0  # sends that began or ended: odd while something is being sent
+        self._ping: asyncio.Task[None] | None = None
+        self._send: Send
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        loop, task = asyncio.get_running_loop(), asyncio.current_task()
-        assert task is not None
-        stuck = False
+        loop, request_id = asyncio.get_running_loop(), str(scope["state"]["request_id"])
+        over = False  # nobody reads any more
+        seen, since = 0, loop.time()
+        pause = min(self._silence, self._patience) / LOOKS
 
-        async def timed(message: Message) -> None:
-            self._sending_since = loop.time()
-            await send(message)
-            self._sending_since = None
+        def end() -> None:
+            nonlocal over
+            over = True
+            writer.cancel()
 
-        def watch() -> None:
-            nonlocal stuck, timer
-            stuck = self._sending_since is not None and loop.time() - self._sending_since > self._patience
-            if stuck:
-                task.cancel()
-            else:
-                timer = loop.call_later(self._patience / 4, watch)
+        def look() -> None:
+            nonlocal seen, since, timer
+            now = loop.time()
+            if self._moves != seen:
+                seen, since = self._moves, now
+            elif self._moves % 2 and now - since > self._patience:
+                log.info("request %s: aborted, its reader takes nothing", request_id)
+                return end()
+            elif self._moves % 2 == 0 and now - since >= self._silence:
+                self._ping = loop.create_task(self._put(PING))
+            timer = loop.call_later(pause, look)
 
-        timer = loop.call_later(self._patience / 4, watch)
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        self._send = scope["state"]["send"]
+        # A task of its own: every event resumes it, and the stack that led here is two dozen coroutines deep.
+        writer = loop.create_task(self._answer(request_id))
+        gone = loop.create_task(_left(receive))
+        gone.add_done_callback(lambda left: None if left.cancelled() else end())
+        timer = loop.call_later(pause, look)
         try:
-            await super().__call__(scope, receive, timed)
+            await writer
         except asyncio.CancelledError:
-            if not stuck or task.uncancel():
+            if not over:
                 raise
-            log.info("request %s: aborted, its reader takes nothing", scope["state"]["request_id"])
         finally:
             timer.cancel()
+            gone.cancel()
+            if self._ping is not None:
+                self._ping.cancel()
             if isinstance(self._first, asyncio.Task):
                 self._first.cancel()
             self._generation.close()
 
-    async def _send_with_timeout(self, send: Send, message: Message) -> None:
-        await send(message)
+    async def _answer(self, request_id: str) -> None:
+        generation, shape, first = self._generation, self._shape, self._first
+        try:
+            if opening := shape.opening():
+                await self._put(opening.encode())
+            changed = await first if isinstance(first, asyncio.Task) else first
+            while changed:
+                if events := shape.changes(changed):
+                    if self._ping is not None:
+                        await self._pinged()
+                    self._moves += 1
+                    await self._send({"type": "http.response.body", "body": events.encode(), "more_body": True})
+                    self._moves += 1
+                changed = await generation.step()
+            last = shape.closing().encode() + DONE
+        except ApiError as error:
+            last = _failure(error)
+        except Exception:
+            log.exception("request %s: while streaming", request_id)
+            last = _failure(bug(request_id))
+        await self._pinged()
+        await self._put(last, more=False)
 
-    async def _listen_for_exit_signal(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The worker drains: it lets streams end by themselves, then ends them with an error event."""
-        await asyncio.Event().wait()
+    async def _put(self, events: bytes, more: bool = True) -> None:
+        self._moves += 1
+        await self._send({"type": "http.response.body", "body": events, "more_body": more})
+        self._moves += 1
+
+    async def _pinged(self) -> None:
+        """A ping that is being sent is out: one thing is sent at a time."""
+        if self._ping is not None:
+            await self._ping
+            self._ping = None
 
 
 class JsonAnswer(JSONResponse):

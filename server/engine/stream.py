@@ -18,6 +18,8 @@ class Stream:
 
     __slots__ = ("_abort", "_error", "_pending", "_unfinished", "_waiter", "request_id")
 
+    # `take` and `wait` are what `async for` is made of, for who cannot afford the coroutines in between.
+
     def __init__(self, request: Request, abort: Callable[[int], None]) -> None:
         self.request_id = request.id
         self._abort = abort
@@ -30,20 +32,31 @@ class Stream:
         return self
 
     async def __anext__(self) -> list[Output]:
-        while not self._pending and self._error is None:
+        while not (outputs := self.take()):
             if not self._unfinished:
                 raise StopAsyncIteration
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-        outputs = list(self._pending.values())
-        self._pending.clear()
+            await self.wait()
+        return outputs
+
+    @property
+    def ended(self) -> bool:
+        """Nothing comes any more, though something may still be there to `take`."""
+        return not self._unfinished
+
+    def take(self) -> list[Output]:
+        """What has come since the last time; nothing where nothing has."""
+        pending = self._pending
+        outputs = list(pending.values())
+        pending.clear()
         if self._error is not None:
             outputs.append(self._error)
             self._error = None
         return outputs
+
+    def wait(self) -> asyncio.Future[None]:
+        """Done once something has come, or the stream has ended. One reader waits at a time."""
+        waiter = self._waiter = asyncio.get_running_loop().create_future()
+        return waiter
 
     def close(self) -> None:
         """Abort what has not finished; what was not read is dropped."""
