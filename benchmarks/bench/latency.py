@@ -13,11 +13,11 @@ from typing import Any
 
 from . import offline, result
 from .datasets import FIRST_ID
-from .limits import Held, Limits, measure
+from .limits import Held, Limits
 from .models import UsageError, is_null, path_of
 from .offline import Load
 from .progress import progress
-from .sides import Sample, Setup, Side, held_of, opened
+from .sides import LimitsOf, Sample, Setup, Side, held_of, opened
 from .stats import interleaved, percentile, spread
 
 PERCENTILES = (10, 25, 50, 75, 90, 99)
@@ -38,12 +38,12 @@ def batch(setup: Setup, size: int, input_len: int, output_len: int, n: int, seed
 
 def latency(setup: Setup, load: Load) -> dict[str, Any]:
     """The result as JSON. Raises UsageError and what the engines raise where they cannot be measured."""
+    held = held_of(setup)
+    limits = LimitsOf(setup, held)
     with opened(setup) as sides:
         samples = run(setup, sides, load)
-        held = held_of(setup, sides)
-        limits = None if held is None else measure(setup.device, [held.dtype])
         told = {name: side.told for name, side in sides.items()}
-    return summary(setup, load, samples, told, held, limits) | result.describe(setup.device)
+    return summary(setup, load, samples, told, held, limits.after()) | result.describe(setup.device)
 
 
 def run(setup: Setup, sides: Mapping[str, Side], load: Load) -> dict[str, list[Sample]]:

@@ -24,7 +24,7 @@ from torch import Tensor
 from ...model.config import ModelConfig
 from ...model.linear import DECODE_ROWS
 from ..gpu import limits as cuda
-from ..gpu.clock import device_time
+from ..gpu.clock import device_time, release
 from ..gpu.rows import Report
 from ..gpu.setting import Setting
 from ..gpu.shapes import kv_bytes, matrix_elements
@@ -39,6 +39,11 @@ class Limits:
 
     read: float  # bytes per second
     rates: dict[torch.dtype, float]  # operations per second of a large matrix product
+
+    def best(self, other: Limits) -> Limits:
+        """Of two measurements of one device and the same dtypes."""
+        rates = {dtype: max(rate, other.rates[dtype]) for dtype, rate in self.rates.items()}
+        return Limits(max(self.read, other.read), rates)
 
     def as_json(self) -> dict[str, float]:
         rates = {f"{str(dtype).removeprefix('torch.')}_gflops": rate / 1e9 for dtype, rate in self.rates.items()}
@@ -77,6 +82,7 @@ def measure(device: torch.device | str, dtypes: Iterable[torch.dtype]) -> Limits
     if device.type == "cuda":
         report = Report("limits", None, "cuda")
         cuda.run(Setting(device, Path()), report)
+        release(device)
         figures = {row.name: row.figure * 1e12 for row in report.rows if row.figure is not None}
         rates = {dtype: figures.get(str(dtype).removeprefix("torch.")) or _rate(device, dtype) for dtype in wanted}
         return Limits(figures["read"], rates)

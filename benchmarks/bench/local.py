@@ -6,15 +6,11 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-import torch
-
-from ...model.config import read_config
 from ...server.engine.engine import Engine
 from ...server.engine.hub import Hub
 from ...server.engine.options import EngineOptions, ModelSpec
 from ...server.engine.request import Output, Request, Sampling
-from .limits import Held
-from .models import UsageError, is_null
+from .models import UsageError
 
 Follow = Callable[[Request, "Answer"], Iterable[Request]]  # what is asked next, once a request is answered
 Tick = Callable[[int], None]  # told how many requests are answered
@@ -61,8 +57,6 @@ class Local:
     """Models in one engine process, this one. Raises OptionsError and CheckpointError."""
 
     def __init__(self, specs: Sequence[ModelSpec], options: EngineOptions) -> None:
-        self.options = options
-        self._null = {spec.name for spec in specs if is_null(spec.path)}
         self.hub = Hub.load(specs, options)
         while self.hub.idle():  # what a server would prepare while nobody asks
             pass
@@ -71,14 +65,6 @@ class Local:
         found = self.hub.engine(name)
         assert found is not None, name
         return found
-
-    def held(self, name: str) -> Held | None:
-        """What the engine reads and computes per step; None for the null model."""
-        if name in self._null:
-            return None
-        card = self.engine(name).card
-        dtype: torch.dtype = getattr(torch, card.dtype)
-        return Held(read_config(card.path), dtype, self.options.cpu_decode_copy is not None)
 
     def forget(self) -> None:
         """Empties the prefix caches, so that a run cannot read what the one before computed."""

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from . import datasets, result
-from .limits import Asked, Held, Limits, least_seconds, measure
+from .limits import Asked, Held, Limits, least_seconds
 from .models import UsageError, is_null, path_of, text_of, tokenizer_of
 from .progress import progress
-from .sides import POLICY, REWARD, Sample, Setup, Side, held_of, opened
+from .sides import POLICY, REWARD, LimitsOf, Sample, Setup, Side, held_of, opened
 from .stats import Spread, interleaved, percentile, ratio, spread
 
 OUTPUT_LEN, INPUT_LEN = 128, 1024  # of generated data sets, where the context allows
@@ -112,12 +112,12 @@ def sizes_of(path: str) -> tuple[int, int]:
 def throughput(setup: Setup, dataset: Dataset) -> dict[str, Any]:
     """The result as JSON. Raises UsageError and what the engines raise where they cannot be measured."""
     load = prompts(setup, dataset)
+    held = held_of(setup)
+    limits = LimitsOf(setup, held)
     with opened(setup) as sides:
         samples = run(setup, sides, load)
-        held = held_of(setup, sides)
-        limits = None if held is None else measure(setup.device, [held.dtype])
         told = {name: side.told for name, side in sides.items()}
-    return summary(setup, load, samples, told, held, limits) | result.describe(setup.device)
+    return summary(setup, load, samples, told, held, limits.after()) | result.describe(setup.device)
 
 
 def run(setup: Setup, sides: Mapping[str, Side], load: Load) -> dict[str, list[Sample]]:

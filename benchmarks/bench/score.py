@@ -19,11 +19,11 @@ import torch
 from ...server.engine.request import Request
 from . import engines, offline, result
 from .datasets import FIRST_ID
-from .limits import Asked, least_seconds, measure
+from .limits import Asked, least_seconds
 from .local import Answer, Local, score
 from .models import UsageError, is_null, path_of, spec_of
 from .progress import progress
-from .sides import REWARD, Setup, child_options
+from .sides import REWARD, LimitsOf, Setup, child_options, held_of
 from .stats import interleaved, ratio, spread
 
 SHARED, UNSHARED = "shared", "unshared"
@@ -111,9 +111,11 @@ def run_scores(setup: Setup, groups: Groups) -> dict[str, Any]:
         raise UsageError(
             f"a prompt and its answer have {length} tokens, the model's context is {context}: ask for less"
         )
-    local = Local([spec_of(setup.model, REWARD, "reward", dtype=setup.dtype)], setup.options)
-    held, card = local.held(REWARD), local.engine(REWARD).card
+    held = held_of(setup, "reward")
     assert held is not None
+    limits = LimitsOf(setup, held)
+    local = Local([spec_of(setup.model, REWARD, "reward", dtype=setup.dtype)], setup.options)
+    card = local.engine(REWARD).card
     ids = texts(groups, card.vocab_size)
     told: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:
@@ -133,10 +135,11 @@ def run_scores(setup: Setup, groups: Groups) -> dict[str, Any]:
         with progress("score", (setup.runs + setup.warmups) * len(sides)) as show:
             done = iter(range(1, 1 << 30))
             found = interleaved(sides, setup.runs, setup.warmups, lambda name, number: show(next(done), name))
-    limits = measure(setup.device, [held.dtype])
+    reached = limits.after()
+    assert reached is not None
     whole = [Asked(length, 0)] * groups.count
     once = [Asked(length, 0, cached=groups.prompt_len if n % groups.answers else 0) for n in range(groups.count)]
-    least = {name: least_seconds(held, once if name == SHARED else whole, limits) for name in found}
+    least = {name: least_seconds(held, once if name == SHARED else whole, reached) for name in found}
     return {
         "benchmark": "score",
         "model_id": setup.model,
@@ -156,7 +159,7 @@ def run_scores(setup: Setup, groups: Groups) -> dict[str, Any]:
         },
         "max_score_difference": {name: difference(found[SHARED], found[name]) for name in found if name != SHARED},
         "score_spread": max(found[SHARED][0].scores) - min(found[SHARED][0].scores),
-        "limits": limits.as_json(),
+        "limits": reached.as_json(),
     } | result.describe(setup.device)
 
 

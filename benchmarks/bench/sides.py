@@ -9,10 +9,12 @@ from typing import Any, Protocol
 
 import torch
 
+from ...model.config import read_config
+from ...model.load import choose_dtype
 from ...server.engine.options import EngineOptions
-from ...server.engine.request import Request
+from ...server.engine.request import Request, Role
 from . import engines
-from .limits import Held
+from .limits import Held, Limits, measure
 from .local import Answer, Counted, Local, Run, Tick, generate, score
 from .models import UsageError, is_null, path_of, spec_of
 from .protocol import Child
@@ -162,14 +164,34 @@ def child_options(setup: Setup) -> dict[str, Any]:
     }
 
 
-def held_of(setup: Setup, sides: Mapping[str, Side]) -> Held | None:
-    """The model as Tandem holds it; where others are measured, too, as Tandem would. None for the null model."""
-    side = sides.get("tandem")
-    if isinstance(side, LocalSide):
-        return side.local.held(POLICY)
-    from ...model.config import read_config
-    from ...model.load import choose_dtype
-
-    config = read_config(path_of(setup.model))
+def held_of(setup: Setup, role: Role = "policy") -> Held | None:
+    """The model as Tandem holds it, whatever engines are measured; None for one whose step is free."""
+    path = path_of(setup.model, role)
+    if is_null(path):
+        return None
+    config = read_config(path)
     dtype = choose_dtype(setup.dtype, config, torch.device(setup.device))  # type: ignore[arg-type]
     return Held(config, dtype, setup.options.cpu_decode_copy is not None)
+
+
+class LimitsOf:
+    """The limits of the run: measured before it and, on a CPU, which others may use meanwhile, after it again.
+
+    The better figure of both counts. On CUDA there is room for the probes only before the engine takes the memory.
+    """
+
+    def __init__(self, setup: Setup, held: Held | None) -> None:
+        if setup.options.threads is not None:
+            torch.set_num_threads(setup.options.threads)
+        self._device, self._held = setup.device, held
+        self._before = self._measure()
+
+    def _measure(self) -> Limits | None:
+        return None if self._held is None else measure(self._device, [self._held.dtype])
+
+    def after(self) -> Limits | None:
+        """None for a model whose step is free."""
+        if self._before is None or self._device != "cpu":
+            return self._before
+        again = self._measure()
+        return self._before if again is None else self._before.best(again)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from checkpoints import LLAMA
 
 from tandem.benchmarks.bench import limits
 from tandem.benchmarks.bench.limits import Asked, Held, Limits, least_seconds, prefill_flops
+from tandem.benchmarks.gpu.rows import Report
 from tandem.benchmarks.gpu.shapes import config_of
 
 LAYER = 64 * (64 + 32 + 32) + 64 * 64 + 2 * 96 * 64 + 64 * 96  # q k v, out, gate and up, down
@@ -83,3 +86,20 @@ def test_the_machine_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(found.rates) == {FLOAT32, torch.bfloat16}
     assert 1e8 < found.read < 1e13 and all(1e8 < rate < 1e14 for rate in found.rates.values())
     assert set(found.as_json()) == {"read_gb_per_second", "float32_gflops", "bfloat16_gflops"}
+
+
+def test_on_cuda_the_gpu_suite_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(setting: Any, report: Report) -> None:
+        assert setting.cuda and not setting.tiny
+        for name, figure in (("read", 4.0), ("copy", 3.0), ("float16", 700.0), ("bfloat16", 800.0), ("int8", 1500.0)):
+            report.add(name, figure, "T")
+
+    monkeypatch.setattr(limits.cuda, "run", run)
+    monkeypatch.setattr(limits, "release", lambda device: None)
+    found = limits.measure("cuda", [torch.bfloat16, torch.float16])
+    assert found == Limits(4e12, {torch.bfloat16: 8e14, torch.float16: 7e14})
+
+
+def test_the_better_of_two_measurements_counts() -> None:
+    one, other = Limits(1.0, {FLOAT32: 5.0}), Limits(2.0, {FLOAT32: 4.0})
+    assert one.best(other) == other.best(one) == Limits(2.0, {FLOAT32: 5.0})

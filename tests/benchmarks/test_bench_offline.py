@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from checkpoints import write_checkpoint
 from typer.testing import CliRunner
 
@@ -38,9 +40,12 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(autouse=True)
-def quick_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick_limits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    threads = torch.get_num_threads()
     monkeypatch.setattr(limits, "READ_BYTES", 16 << 20)
     monkeypatch.setattr(limits, "SIZES", (128,))
+    yield
+    torch.set_num_threads(threads)
 
 
 def bench(*words: str | Path | int, status: int = 0) -> str:

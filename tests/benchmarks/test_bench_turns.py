@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from checkpoints import write_checkpoint
 from typer.testing import CliRunner
 
@@ -16,9 +18,12 @@ from tandem.benchmarks.bench.cli import app
 
 
 @pytest.fixture(autouse=True)
-def quick_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick_limits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    threads = torch.get_num_threads()
     monkeypatch.setattr(limits, "READ_BYTES", 16 << 20)
     monkeypatch.setattr(limits, "SIZES", (128,))
+    yield
+    torch.set_num_threads(threads)
 
 
 def measured(tmp_path: Path, *words: str | Path | int) -> tuple[list[str], dict[str, Any]]:
