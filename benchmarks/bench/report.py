@@ -33,7 +33,8 @@ body{font:15px/1.45 system-ui,sans-serif;max-width:62rem;margin:2rem auto;paddin
 h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2rem}img{max-width:100%}
 table{border-collapse:collapse;margin:.6rem 0}
 td,th{padding:.2rem .7rem;text-align:right;border-bottom:1px solid #d8dee4}
-td:first-child,th:first-child{text-align:left}code{overflow-wrap:anywhere}p.warning{color:#8a4600;margin:.2rem 0}
+td:first-child,th:first-child{text-align:left}code{overflow-wrap:anywhere}
+.warning{color:#8a4600}.warning p{margin:.2rem 0}
 """
 SHOWN = (  # of a server: key, heading
     ("completed", "requests"),
@@ -58,8 +59,8 @@ class Found:
 
     curves: dict[str, dict[str, list[tuple[float, float]]]] = field(default_factory=dict)
     """Metric -> name -> (milliseconds, share of what was measured that took at most that long)."""
-    points: defaultdict[str, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))
-    """Name -> (requests open at once, output tokens per second)."""
+    points: defaultdict[str, list[tuple[float, float, float, float]]] = field(default_factory=lambda: defaultdict(list))
+    """Name -> (requests open at once, output tokens per second: median, low, high)."""
     shares: list[tuple[str, float]] = field(default_factory=list)
     """(what, share of the limit)."""
     servers: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
@@ -135,7 +136,9 @@ def collect_server(found: Found, entry: dict[str, Any], name: str, side: dict[st
         add_curve(found, "itl", f"{prefix}{name}", curve_of([gap for gaps in side.get("itls", ()) for gap in gaps]))
     open_at_once = entry.get("max_concurrency") or ours.get("peak_open_requests") or side.get("max_concurrent_requests")
     if open_at_once and side.get("completed"):
-        found.points[name].append((float(open_at_once), side["output_throughput"]))
+        rate = side["output_throughput"]
+        spread = side.get("spreads", {}).get("output_throughput", {"low": rate, "high": rate})
+        found.points[name].append((float(open_at_once), rate, spread["low"], spread["high"]))
     for number, run in enumerate(side.get("runs", [side]), 1):
         found.doubts += [
             f"{prefix}{name}, run {number}: {doubt}" for doubt in (run.get("tandem") or {}).get("doubts", ())
@@ -178,11 +181,14 @@ def draw_curves(curves: dict[str, dict[str, list[tuple[float, float]]]]) -> Figu
     return figure
 
 
-def draw_points(points: dict[str, list[tuple[float, float]]]) -> Figure:
+def draw_points(points: dict[str, list[tuple[float, float, float, float]]]) -> Figure:
     figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
     axis = figure.subplots()
     for name, found in points.items():
-        axis.plot(*zip(*sorted(found), strict=True), marker="o", label=name)
+        places, medians, lows, highs = zip(*sorted(found), strict=True)
+        below = [max(0.0, median - low) for median, low in zip(medians, lows, strict=True)]
+        above = [max(0.0, high - median) for median, high in zip(medians, highs, strict=True)]
+        axis.errorbar(places, medians, yerr=[below, above], marker="o", capsize=3, label=name)
     axis.set(xlabel="requests open at once", ylabel="output tokens/s", ylim=(0, None))
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(lambda value, position: f"{value:g}")
@@ -207,8 +213,9 @@ def draw_shares(shares: list[tuple[str, float]]) -> Figure:
 def page(found: Found, figures: list[tuple[str, bytes]], entries: list[dict[str, Any]]) -> Iterator[str]:
     yield "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
     yield f"<title>Tandem bench</title><style>{STYLE}</style><h1>Tandem bench</h1>"
-    for doubt in dict.fromkeys(found.doubts):
-        yield f"<p class=warning>Warning: {html.escape(doubt)}</p>"
+    if found.doubts:
+        yield f"<details class=warning><summary>{len(found.doubts)} warnings of the instrument</summary>"
+        yield "".join(f"<p>{html.escape(doubt)}" for doubt in found.doubts) + "</details>"
     for title, image in figures:
         source = base64.b64encode(image).decode()
         yield f"<h2>{html.escape(title)}</h2><img alt='{html.escape(title)}' src='data:image/png;base64,{source}'>"

@@ -42,6 +42,7 @@ from .prompts import (
 from .result import describe
 from .stats import Spread, interleaved, ratio, spread
 
+CACHED_LIMIT = 0.05  # share of prompt tokens: short prompts may begin alike by chance
 CPU = "cpu_us_per_output_token"
 RATIOS = ("output_throughput", "request_throughput", "request_goodput", CPU)
 RATIOS += tuple(f"{kind}_{name}_ms" for name in metrics.METRICS for kind in ("median", "p90", "p99"))
@@ -52,7 +53,8 @@ def run(options: ServeOptions, tell: Callable[[str, int, int], None] = lambda wh
 
     `tell(what, done, of)` hears of progress: which run, how many requests of it have ended, of how many.
     """
-    with httpx.Client(timeout=ASK_SECONDS, headers=dict(options.headers), verify=not options.insecure) as http:
+    checked = not options.insecure
+    with httpx.Client(timeout=ASK_SECONDS, headers=dict(options.headers), verify=checked, trust_env=False) as http:
         patience = options.ready_timeout
         models = {side.name: patiently(partial(model_of, side, options, http), patience) for side in options.sides}
         prompts = Prompts(options, tokenizer_for(options, models[options.sides[0].name]))
@@ -90,6 +92,12 @@ def _measure(
     found["tandem"]["server"] = _server(side, pid, after, used, found["total_output_tokens"])
     found["tandem"]["others_cpu_cores"] = max(0.0, others) / found["duration"]
     found["tandem"]["doubts"] = metrics.doubts(found, options.on_time)
+    share = found["tandem"]["prefix_cache_share"] or 0.0
+    if options.dataset.name == "random" and not options.dataset.prefix_len and share > CACHED_LIMIT:
+        found["tandem"]["doubts"].append(
+            f"{share:.0%} of the prompt tokens came from a prefix cache, though these prompts have no common prefix: "
+            "the server was asked them before (another --seed draws others)"
+        )
     return found
 
 
@@ -119,7 +127,8 @@ def _server(
 def send(load: Load, look: Callable[[], None], tell: Callable[[int], None]) -> Outcome:
     """The load from a process of its own. `look` is called before the first request and after the last answer."""
     command = [sys.executable, "-m", f"{__package__}.client"]
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    # Ctrl-C is for this process, which then ends the child.
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
     assert child.stdin is not None and child.stdout is not None
     try:
         child.stdin.write(msgspec.json.encode(load) + b"\n")

@@ -221,6 +221,8 @@ def without_details(result: Result) -> Result:
         found["sides"] = {name: without_details(side) for name, side in found["sides"].items()}
     if "runs" in found:
         found["runs"] = [without_details(run) for run in found["runs"]]
+        for run in found["runs"]:  # the curve of the run with the median throughput stands at the side itself
+            run["tandem"] = {name: value for name, value in run["tandem"].items() if name != "quantiles"}
     return found
 
 

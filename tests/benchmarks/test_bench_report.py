@@ -27,6 +27,7 @@ SERVE: dict[str, Any] = {
     },
     "ratios": {"tandem / vllm": {"output_throughput": SPREAD}},
 }
+SERVE["sides"]["tandem"]["spreads"] = {"output_throughput": {"median": 200.0, "low": 190.0, "high": 210.0}}
 THROUGHPUT = {
     "benchmark": "throughput",
     "engines": {"tandem": {"fraction_of_limit": {**SPREAD, "median": 0.62}}, "vllm": {}},
@@ -58,7 +59,11 @@ def test_everything_that_can_be_drawn_is_found() -> None:
     assert found.curves["ttft"]["openai"][0] == (pytest.approx(100), 0.0)
     assert found.curves["itl"]["openai"][-1] == (pytest.approx(20), 1.0)
     assert found.curves["e2el"]["batch of 8"][50] == (pytest.approx(150), 0.5)
-    assert dict(found.points) == {"tandem": [(4.0, 200.0)], "vllm": [(4.0, 100.0)], "openai": [(16.0, 50.0)]}
+    assert dict(found.points) == {
+        "tandem": [(4.0, 200.0, 190.0, 210.0)],
+        "vllm": [(4.0, 100.0, 100.0, 100.0)],
+        "openai": [(16.0, 50.0, 50.0, 50.0)],
+    }
     assert found.shares == [("throughput, tandem", 0.62), ("matmul", 0.9)]
     assert found.ratios == [("tandem / vllm", "output_throughput", SPREAD), ("tandem / vllm", "speed", SPREAD)]
 

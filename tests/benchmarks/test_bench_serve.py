@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from scripted_server import END, STREAM, ScriptedServer, Step, completion, document, part, tokens, usage
 
+from tandem.benchmarks.bench.datasets import DatasetError
+from tandem.benchmarks.bench.prompts import Dataset, Prompts, ServeOptions, Side
 from tandem.benchmarks.bench.serve_cli import gathered, main
 
 SMALL = ["--num-prompts", "6", "--input-len", "4", "--output-len", "5", "--vocab-size", "100"]
@@ -212,6 +214,31 @@ def test_wrong_words_are_a_sentence_and_status_2(
     shown = capsys.readouterr().err
     assert said in " ".join(shown.replace("│", " ").split()) and "Traceback" not in shown
     assert status == 2
+
+
+def test_rounds_ask_other_prompts_while_the_file_has_any(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"p{number}", "output_len": 1}) + "\n" for number in range(5)))
+
+    def asked(count: int, runs: int) -> tuple[list[list[str | None]], bool]:
+        side = Side("server", "http://127.0.0.1:1")
+        prompts = Prompts(ServeOptions((side,), dataset=Dataset("jsonl", file, count), runs=runs), None)
+        return [[item.text for item in prompts.of(number)] for number in range(runs)], prompts.repeated
+
+    assert asked(2, 2) == ([["p0", "p1"], ["p2", "p3"]], False)
+    assert asked(3, 2) == ([["p0", "p1", "p2"]] * 2, True)
+    with pytest.raises(DatasetError, match="has 5 usable"):
+        asked(6, 1)
+
+
+def test_prompts_that_were_asked_before_are_noticed(capsys: pytest.CaptureFixture[str]) -> None:
+    def script(body: dict[str, Any], number: int) -> Iterable[Step]:
+        return tokens(1, 0.0, 0.0, usage(4, 1, cached=4))
+
+    with ScriptedServer(script) as server:
+        assert command(*SMALL, "--base-url", server.url) == 0
+        assert command(*SMALL, "--base-url", server.url, "--prefix-len", 4) == 0
+    assert capsys.readouterr().out.count("the server was asked them before") == 1
 
 
 def test_flags_take_words_as_vllms_do() -> None:

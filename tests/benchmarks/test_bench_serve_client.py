@@ -14,6 +14,7 @@ import pytest
 from scripted_server import CLOSE, END, STREAM, Script, ScriptedServer, Step, completion, document, part, tokens, usage
 
 from tandem.benchmarks.bench.client import Load, Outcome, busiest_second, run
+from tandem.benchmarks.bench.serve import send
 
 LATE = 0.010  # seconds that a busy machine may add to a median
 
@@ -149,6 +150,14 @@ def test_the_client_knows_what_it_costs_itself() -> None:
     outcome = sent(script)
     assert outcome.cpu_seconds > 0.5
     assert outcome.busiest == pytest.approx(outcome.cpu_seconds / (outcome.ended - outcome.began), rel=0.05)
+
+
+def test_an_event_costs_little() -> None:
+    """About 20 µs of CPU where every event is a read of its own, so that one core sees tens of thousands per second."""
+    with ScriptedServer(lambda body, number: tokens(200, 0.01, 0.004)) as server:
+        outcome = send(load(server, 20), look=lambda: None, tell=lambda done: None)
+    assert outcome.events == 20 * 201 and not any(record.error for record in outcome.records)
+    assert outcome.cpu_seconds / outcome.events < 100e-6
 
 
 def test_the_busiest_second_is_a_whole_one() -> None:
