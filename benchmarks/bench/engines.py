@@ -67,8 +67,11 @@ def interpreter(name: str) -> Path:
     """Python of the engine's environment. Raises EngineError."""
     if name not in ENGINES:
         raise EngineError(f"there is no engine {name}; there are {', '.join(ENGINES)}")
-    if not ENGINES[name].own_venv:
-        return Path(sys.executable)
+    return peer_interpreter(name) if ENGINES[name].own_venv else Path(sys.executable)
+
+
+def peer_interpreter(name: str) -> Path:
+    """Python of the environment that `peers.setup` made. Raises EngineError where it did not."""
     python = VENVS / name / "bin" / "python"
     if not python.exists():
         raise EngineError(f"{name} is not set up here; run: python -m tandem.benchmarks.peers.setup {name}")

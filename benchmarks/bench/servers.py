@@ -15,6 +15,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.error
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from .engines import PEERS, environment, interpreter
+from .engines import PEERS, environment, peer_interpreter
 
 LOG_TAIL = 3000  # characters of the log that an error cites
 MODEL = "model"  # the name under which every server serves it, but for those that know it by its path alone
@@ -96,7 +97,8 @@ class Server:
         recipe = SERVERS[name]
         port = free_port()
         self.name = name
-        self.command = [*recipe.command(interpreter(name), model, port, threads), *arguments]
+        python = Path(sys.executable) if name == "tandem" else peer_interpreter(name)
+        self.command = [*recipe.command(python, model, port, threads), *arguments]
         self.base_url = f"http://127.0.0.1:{port}"
         self.model = str(model) if recipe.named_by_path else MODEL
         self.ready_seconds = self.health_seconds = float("nan")

