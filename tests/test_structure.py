@@ -20,7 +20,18 @@ MAX_LINES = 450
 LAYERS = ("server/engine", "server/text", "server/api", "server", "model", "kernels/triton", "kernels", "benchmarks")
 INTEGERS = {
     f"server/engine/{name}.py"
-    for name in ("request", "pages", "plan", "counts", "sequence", "prefixes", "running", "waiting", "scheduler")
+    for name in (
+        "request",
+        "pages",
+        "plan",
+        "counts",
+        "sequence",
+        "columns",
+        "prefixes",
+        "running",
+        "waiting",
+        "scheduler",
+    )
 }
 CLIENT_SIDE = {f"server/engine/{name}.py" for name in ("request", "stream", "link", "options", "control")}
 LINK = "server/engine/link.py"  # of the engine's files it alone may import libraries that a bare CUDA image lacks

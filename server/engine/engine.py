@@ -18,7 +18,7 @@ from .device_runner import DeviceRunner
 from .null_runner import NullModel, NullRunner
 from .options import EngineOptions
 from .plan import Executor, Plan, Sampled, Ticket
-from .request import EngineError, ModelCard, Output, Request
+from .request import EngineError, ModelCard, Output, Outputs, Request
 from .runner import Runner
 from .scheduler import Scheduler
 from .sequence import Flight, Sequence
@@ -123,7 +123,7 @@ class Engine:
     def expire(self, now: float) -> list[Output]:
         return self.scheduler.expire(now)
 
-    def step(self, budget: int | None = None) -> list[Output]:
+    def step(self, budget: int | None = None) -> Outputs:
         """Computes up to `budget` tokens and says what came of it; where the runner runs ahead, of the step before.
 
         A step that fails ends its own requests alone.
@@ -136,27 +136,30 @@ class Engine:
             ticket = self.runner.launch(plan)
         except Exception as error:
             outputs = self._settle()
-            return outputs + (self._fail_step(plan, error) if self.scheduler.planned else [])
+            if self.scheduler.planned:
+                outputs.others += self._fail_step(plan, error)
+            return outputs
         outputs = self._settle()
         if self.scheduler.planned:  # not failed together with the step before
             self._flight = (self.scheduler.advance(plan), ticket)
             if not self.runner.ahead:
-                outputs += self._settle()
+                outputs.extend(self._settle())
         return outputs
 
-    def _settle(self) -> list[Output]:
+    def _settle(self) -> Outputs:
         """Waits for the launched step, if there is one, and brings in what came of it."""
         if self._flight is None:
-            return []
+            return Outputs()
         (flight, ticket), self._flight = self._flight, None
         plan = flight.plan
         try:
             sampled = ticket.wait()
         except Exception as error:
-            return self._fail_step(plan, error)
+            return Outputs(self._fail_step(plan, error))
         self.last_step = Step(plan.tokens, plan.decodes == plan.tokens, ticket.seconds)
-        outputs = [self._fail(request, error) for request, error in self._failures(flight, sampled)]
-        outputs += self.scheduler.resolve(flight, sampled)
+        failed = [self._fail(request, error) for request, error in self._failures(flight, sampled)]
+        outputs = self.scheduler.resolve(flight, sampled)
+        outputs.others += failed
         return outputs
 
     def _fail_step(self, plan: Plan, error: Exception) -> list[Output]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from .engine import Engine
 from .hosting import Progress, load_engines
 from .options import EngineOptions, ModelSpec
-from .request import Catalog, EngineError, Output, Request
+from .request import Catalog, EngineError, Output, Outputs, Request
 
 NEWEST = 0.2  # weight of the newest step in a running mean
 
@@ -112,11 +112,11 @@ class Hub:
         """Ends requests whose deadline (time.monotonic) is over."""
         return [output for engine in self.engines for output in engine.expire(now)]
 
-    def step(self) -> list[Output]:
+    def step(self) -> Outputs:
         """One step of the model whose turn it is; nothing where none has work."""
         place = self._next()
         if place is None:
-            return []
+            return Outputs()
         budget = self._budget(place)
         began = self._clock()
         outputs = place.engine.step(budget)

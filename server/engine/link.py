@@ -12,7 +12,7 @@ import asyncio
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import fields
 from operator import attrgetter
@@ -23,7 +23,7 @@ import msgspec
 import zmq
 
 from . import request as vocabulary
-from .request import Catalog, EngineError, Output, Request
+from .request import Catalog, EngineError, Output, Outputs, Request, Tokens
 from .stream import Stream, merge
 
 WORKER_SHIFT = 40  # a request id is (worker number << 40) + counter
@@ -36,6 +36,8 @@ State = Literal["starting", "ready", "down"]
 
 _NAMES = [field.name for field in fields(Output)]
 _row = attrgetter(*_NAMES)  # Output -> its fields in order
+_columns = attrgetter("request_ids", "choices", "token_ids", "weight_version")
+_Columns = tuple[list[int], list[int], list[int], int]  # the fields of `Tokens`
 if TYPE_CHECKING:
     _Row = tuple[Any, ...]
 else:
@@ -62,8 +64,11 @@ class Abort(msgspec.Struct, frozen=True, array_like=True, tag=2):
 
 
 class Step(msgspec.Struct, frozen=True, array_like=True, tag=3):
+    """`tokens` by column: what most outputs are, a token and no more."""
+
     epoch: int
     rows: list[_Row]
+    tokens: list[_Columns]
 
 
 class News(msgspec.Struct, frozen=True, array_like=True, tag=4):
@@ -83,6 +88,25 @@ class EngineUnavailable(Exception):
 
 def _address(directory: Path, epoch: int) -> str:
     return f"ipc://{directory}/engine-{epoch}"
+
+
+def _by_worker(tokens: Tokens) -> list[tuple[int, Tokens]]:
+    """What each worker gets of it."""
+    ids = tokens.request_ids
+    first, last = min(ids) >> WORKER_SHIFT, max(ids) >> WORKER_SHIFT
+    if first == last:
+        return [(first, tokens)]
+    rows: dict[int, list[int]] = {}
+    for row, request_id in enumerate(ids):
+        rows.setdefault(request_id >> WORKER_SHIFT, []).append(row)
+
+    def part(column: list[int], own: list[int]) -> list[int]:
+        return [column[row] for row in own]
+
+    return [
+        (worker, Tokens(part(ids, own), part(tokens.choices, own), part(tokens.token_ids, own), tokens.weight_version))
+        for worker, own in rows.items()
+    ]
 
 
 def _readable(socket: zmq.Socket[bytes]) -> bool:
@@ -249,17 +273,22 @@ class EngineClient:
                 continue
             self._heard = time.monotonic()
             if isinstance(message, Step):
-                self._deliver(message.rows)
+                self._deliver(message)
             elif isinstance(message, News):
                 self.catalog = message.catalog
                 if not self._draining:
                     self.state, self.cause = "ready", None
                 self._notify()
 
-    def _deliver(self, rows: list[_Row]) -> None:
+    def _deliver(self, step: Step) -> None:
         streams = self._streams
+        for request_ids, choices, token_ids, version in step.tokens:
+            for request_id, choice, token in zip(request_ids, choices, token_ids, strict=True):
+                stream = streams.get(request_id)
+                if stream is not None:
+                    stream.push_token(choice, token, version)
         ended = False
-        for output in itertools.starmap(Output, rows):
+        for output in itertools.starmap(Output, step.rows):
             stream = streams.get(output.request_id)
             if stream is not None and stream.push(output):
                 del streams[output.request_id]
@@ -321,18 +350,19 @@ class EngineServer:
                 self._inform()
         return arrived
 
-    def send(self, outputs: Iterable[Output]) -> None:
+    def send(self, outputs: Outputs) -> None:
         """One message per worker."""
-        by_worker: dict[int, list[Output]] = {}
-        for output in outputs:
-            by_worker.setdefault(output.request_id >> WORKER_SHIFT, []).append(output)
+        by_worker: dict[int, Outputs] = {}
+        for tokens in outputs.tokens:
+            for worker, own in _by_worker(tokens):
+                by_worker.setdefault(worker, Outputs()).tokens.append(own)
+        for output in outputs.others:
+            by_worker.setdefault(output.request_id >> WORKER_SHIFT, Outputs()).others.append(output)
             if output.finish is not None or output.error is not None:
                 self._finished(output.request_id, None if output.error is not None else output.choice)
         for worker, own in by_worker.items():
-            if worker in self._open:
-                stalled = worker in self._backlog
-                if stalled or not self._post(worker, self._encode(Step(self._epoch, list(map(_row, own))))):
-                    self._keep(worker, own)
+            if worker in self._open and (worker in self._backlog or not self._post(worker, self._packed(own))):
+                self._keep(worker, own)
 
     def publish(self, catalog: Catalog) -> None:
         """From now on every worker, present or to come, knows this catalog."""
@@ -347,7 +377,7 @@ class EngineServer:
         if self._backlog and now - self._retried >= RETRY_SECONDS:
             self._retried = now
             for worker, backlog in list(self._backlog.items()):
-                if self._post(worker, self._encode(Step(self._epoch, list(map(_row, backlog.values()))))):
+                if self._post(worker, self._packed(Outputs(list(backlog.values())))):
                     self._backlog.pop(worker, None)
         if now - self._beaten < BEAT_SECONDS:
             return False
@@ -361,6 +391,9 @@ class EngineServer:
     def close(self) -> None:
         self._socket.close(linger=500)
         self._context.term()
+
+    def _packed(self, outputs: Outputs) -> bytes:
+        return self._encode(Step(self._epoch, list(map(_row, outputs.others)), list(map(_columns, outputs.tokens))))
 
     def _post(self, worker: int, message: bytes) -> bool:
         """False: the worker is alive but takes no more now."""
@@ -382,7 +415,7 @@ class EngineServer:
             message = self._encode(News(self._epoch, self._catalog))
             self._behind = {worker for worker in self._behind if not self._post(worker, message)}
 
-    def _keep(self, worker: int, outputs: list[Output]) -> None:
+    def _keep(self, worker: int, outputs: Outputs) -> None:
         """Merge into what a stalled worker has to get."""
         backlog = self._backlog.setdefault(worker, {})
         for output in outputs:

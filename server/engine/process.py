@@ -54,14 +54,15 @@ def serve(hub: Hub, server: EngineServer, control: Connection[object, object]) -
     server.publish(hub.catalog)
     while True:
         busy = hub.has_work
-        outputs: list[Output] = []
+        early: list[Output] = []
         for message in server.receive(0.0 if busy or hub.idle() else BEAT_SECONDS):
             if isinstance(message, Request):
-                outputs += _submit(hub, message)
+                early += _submit(hub, message)
             else:
-                outputs += hub.abort(message.request_id, message.choice)
-        outputs += hub.expire(time.monotonic())
-        outputs += hub.step()
+                early += hub.abort(message.request_id, message.choice)
+        early += hub.expire(time.monotonic())
+        outputs = hub.step()
+        outputs.others += early
         if outputs:
             server.send(outputs)
         if (server.beat() or not busy) and control.poll() and isinstance(control.recv(), Stop):

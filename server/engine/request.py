@@ -7,6 +7,7 @@ engine answers with a stream of `Output`s, one per choice and step in which some
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -112,6 +113,45 @@ class Output:
     scores: list[float] | None = None  # one per label
     weight_version: int = 0
     error: EngineError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A token for each of many choices, and nothing else to say of any: outputs by column, one entry per choice."""
+
+    request_ids: list[int]
+    choices: list[int]
+    token_ids: list[int]
+    weight_version: int
+
+    def __iter__(self) -> Iterator[Output]:
+        for request_id, choice, token in zip(self.request_ids, self.choices, self.token_ids, strict=True):
+            yield Output(request_id, choice, [token], weight_version=self.weight_version)
+
+
+class Outputs:
+    """What a step has to say: `tokens`, most of it, and an `Output` for each choice of which there is more to say.
+
+    Iterated it gives all of it as `Output`s.
+    """
+
+    __slots__ = ("others", "tokens")
+
+    def __init__(self, others: list[Output] | None = None) -> None:
+        self.tokens: list[Tokens] = []
+        self.others: list[Output] = [] if others is None else others
+
+    def __iter__(self) -> Iterator[Output]:
+        for tokens in self.tokens:
+            yield from tokens
+        yield from self.others
+
+    def __len__(self) -> int:
+        return sum(len(tokens.token_ids) for tokens in self.tokens) + len(self.others)
+
+    def extend(self, more: Outputs) -> None:
+        self.tokens += more.tokens
+        self.others += more.others
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,13 +20,13 @@ from __future__ import annotations
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
-from itertools import repeat
 
+from .columns import Columns
 from .counts import Counts
 from .pages import Pages
 from .plan import Plan, PromptRows, Sampled
 from .prefixes import groups_of
-from .request import EngineError, Logprobs, Output, Request
+from .request import EngineError, Logprobs, Output, Outputs, Request
 from .running import Running, by_rank
 from .sequence import UNKNOWN, Flight, Job, Rank, Sequence
 from .waiting import Deadlines, Waiting, too_long
@@ -77,7 +77,7 @@ class Scheduler:
         self._sampling: list[Sequence] = []  # per entry of its `samples`
         self._forks: list[tuple[Sequence, Sequence]] = []  # (parent, child) of the last plan
         self._base: Plan | None = None  # a plan of one row for each decode, good until these change
-        self._base_rows: list[Sequence] = []
+        self._columns = Columns([], page_size)  # of that plan
         self._pure = False  # the last plan was that
         self._turn: Rank = (0, 0, 0)  # whose turn it was last when the budget did not reach all decodes
 
@@ -198,7 +198,7 @@ class Scheduler:
         self._plan = plan
         return plan
 
-    def commit(self, plan: Plan, sampled: Sampled) -> list[Output]:
+    def commit(self, plan: Plan, sampled: Sampled) -> Outputs:
         """`advance` and `resolve`, for a runner that keeps the host waiting."""
         return self.resolve(self.advance(plan), sampled)
 
@@ -207,35 +207,41 @@ class Scheduler:
         assert plan is self._plan, "not the plan that was made last"
         assert self._flight is None, "the flight before is not resolved"
         self._plan = None
-        flight = self._flight = Flight(plan, self._rows, self._sampling)
+        columns, drawing = self._columns, self._sampling
+        complete = not self._running.changed  # nobody has left since the plan was made
+        flight = self._flight = Flight(plan, self._rows, drawing, columns)
         if plan.decodes < len(plan.slots):
             self._advance_prompts(flight)
-        for sequence in self._sampling:
+        if complete:
+            for sequence in columns.advance():
+                self._land(sequence)
+        for sequence in drawing[len(columns.rows) if complete else 0 :]:
             if not sequence.gone:
                 sequence.token_ids.append(UNKNOWN)
                 if len(sequence.token_ids) >= sequence.limit:
                     self._land(sequence)
         return flight
 
-    def resolve(self, flight: Flight, sampled: Sampled) -> list[Output]:
+    def resolve(self, flight: Flight, sampled: Sampled) -> Outputs:
         """What the flight's step brought: tokens, scores, finished choices. Their pages and slots are free at once."""
         assert flight is self._flight, "not the plan that was advanced last"
         plan, version = flight.plan, self.weight_version
         assert len(sampled.tokens) == len(plan.samples)
         self._flight = None
-        outputs = self._resolve_prompts(flight, sampled)
-        mixed = plan.decodes < len(plan.slots)
-        columns = sampled.logprobs or repeat(None)
-        for sequence, token, logprobs in zip(flight.sampling, sampled.tokens, columns, strict=False):
+        outputs = Outputs(self._resolve_prompts(flight, sampled))
+        columns, first, apart = flight.columns, 0, list[int]()
+        if sampled.logprobs is None:  # of most decodes there is nothing to say but a token
+            moved = columns is not self._columns or self._running.changed
+            first, apart = len(columns.rows), columns.tell(sampled.tokens, moved, version, outputs)
+        for number in (*apart, *range(first, len(sampled.tokens))):
+            sequence, token = flight.sampling[number], sampled.tokens[number]
             if sequence.gone:
                 continue
-            token_ids = sequence.token_ids
-            token_ids[-1] = token
+            sequence.token_ids[-1], length = token, len(sequence.token_ids)
+            logprobs = sampled.logprobs[number] if sampled.logprobs else None
             output = Output(sequence.id, sequence.choice, [token], logprobs, None, None, None, None, None, version)
-            outputs.append(output)
-            if mixed:
-                sequence.job.announce(output)
-            length = len(token_ids)
+            outputs.others.append(output)
+            sequence.job.announce(output)
             if token in sequence.stops and length > sequence.stops_from:
                 output.finish, output.stop_id = "stop", token
                 self._end(sequence)
@@ -250,8 +256,7 @@ class Scheduler:
         size, running, base = self.pages.page_size, self._running, self._base
         decodes = running.decodes
         if base is not None and not running.changed and len(decodes) <= budget:
-            starts = [start + 1 for start in base.starts]
-            needy = [decodes[row] for row, start in enumerate(starts) if start % size == 0]
+            needy = self._columns.further()
         else:
             base, decodes = None, list(decodes)
             if len(decodes) > budget:
@@ -267,19 +272,14 @@ class Scheduler:
                 assert last is not None
                 self._preempt(last)
         if base is not None and not running.changed:
-            columns = base.slots, starts, base.counts, len(starts), len(starts), base.samples
-            base = Plan(*columns, prefixes=base.prefixes, steady=self._pure)
+            base = self._columns.plan(base.prefixes, self._pure)
         else:
             decodes = [sequence for sequence in decodes if sequence.decoding]
-            slots = [sequence.slot for sequence in decodes]
-            starts = [len(sequence.token_ids) - 1 for sequence in decodes]
-            base = Plan(slots, starts, [1] * len(slots), len(slots), len(slots), list(enumerate(slots)))
-            if self._shared_tokens is not None:
-                base.prefixes = groups_of([sequence.table for sequence in decodes], size, self._shared_tokens)
-            self._base_rows = decodes
+            self._columns, shared = Columns(decodes, size), self._shared_tokens
+            base = self._columns.plan(None if shared is None else groups_of([s.table for s in decodes], size, shared))
         self._base = base if base.decodes == len(running.decodes) else None
         running.changed = False
-        self._rows = self._sampling = self._base_rows
+        self._rows = self._sampling = self._columns.rows
         return base
 
     def _plan_prompts(self, base: Plan, budget: int) -> Plan:

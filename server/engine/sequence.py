@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from .pages import Chain
 from .plan import Plan
 from .request import Logprobs, Output, Request
+
+if TYPE_CHECKING:
+    from .columns import Columns
 
 UNKNOWN = -1  # a token that is drawn, but has not come back from the device yet
 Rank = tuple[int, int, int]  # priority, arrival, choice: the lower goes first; no two sequences have the same
@@ -131,6 +135,7 @@ class Flight:
     plan: Plan
     rows: list[Sequence]  # one per row of the plan
     sampling: list[Sequence]  # one per entry of its `samples`
+    columns: Columns  # of its decodes, its first rows
     complete: list[Sequence] = field(default_factory=list[Sequence])  # whose prompt it completes
 
     def holds(self, sequence: Sequence) -> bool:

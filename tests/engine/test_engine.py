@@ -267,7 +267,7 @@ def test_a_step_that_raises_is_survived_by_those_that_sat_it_out(
     hub = make_hub(path, max_num_seqs=4)
     for request in requests:
         assert hub.submit(request) == []
-    outputs = hub.step() + hub.step()
+    outputs = [*hub.step(), *hub.step()]
     forward = Model.forward
     monkeypatch.setattr(Model, "forward", lambda *_: 1 / 0)
     with caplog.at_level(logging.CRITICAL, "tandem.server.engine.engine"):

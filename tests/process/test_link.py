@@ -13,7 +13,17 @@ import zmq
 
 from tandem.server.engine import link
 from tandem.server.engine.link import Abort, EngineClient, EngineServer, EngineUnavailable, Stream
-from tandem.server.engine.request import Catalog, EngineError, Logprobs, ModelCard, Output, Request, Sampling
+from tandem.server.engine.request import (
+    Catalog,
+    EngineError,
+    Logprobs,
+    ModelCard,
+    Output,
+    Outputs,
+    Request,
+    Sampling,
+    Tokens,
+)
 from tandem.server.engine.stream import merge
 
 CARD = ModelCard("m", "policy", "/m", "LlamaForCausalLM", "float32", 128, 320, (2,), 0, 3, 17, ("alias",), 100)
@@ -88,7 +98,7 @@ async def test_every_field_of_an_output_arrives(client: EngineClient, server: En
     assert all(
         getattr(sent, field.name) != getattr(plain, field.name) for field in fields(Output) if field.name != "choice"
     )
-    server.send([full_output(asked.id)])
+    server.send(Outputs([full_output(asked.id)]))
     assert await read(stream) == [sent]
 
 
@@ -170,10 +180,49 @@ async def test_each_worker_gets_its_own(tmp_path: Path, server: EngineServer, cl
     await until(lambda: other.state == "ready", server)
     streams = [each.submit(request(each)) for each in (client, other)]
     await until(lambda: not server.receive() and sum(map(len, server._open.values())) == 2)
-    server.send([Output(stream.request_id, token_ids=[i], finish="length") for i, stream in enumerate(streams)])
+    server.send(
+        Outputs([Output(stream.request_id, token_ids=[i], finish="length") for i, stream in enumerate(streams)])
+    )
     assert [(await read(stream))[0].token_ids for stream in streams] == [[0], [1]]
     assert not any(server._open.values())
     other.close()
+
+
+def tokens(*entries: tuple[int, int, int], version: int = 5) -> Outputs:
+    """(request id, choice, token) each, by column."""
+    outputs = Outputs()
+    outputs.tokens.append(Tokens(*map(list, zip(*entries, strict=True)), version))
+    return outputs
+
+
+async def test_tokens_by_column_arrive_as_outputs(tmp_path: Path, client: EngineClient, server: EngineServer) -> None:
+    other = EngineClient(tmp_path, number=4)
+    other.engine_started(1)
+    await until(lambda: other.state == "ready", server)
+    one, two = client.submit(request(client, n=2)), other.submit(request(other))
+    await until(lambda: not server.receive() and sum(map(len, server._open.values())) == 2)
+    server.send(tokens((one.request_id, 1, 7), (two.request_id, 0, 8), (one.request_id, 0, 9)))
+    server.send(tokens((two.request_id, 0, 10), (one.request_id, 5, 11), version=6))
+    server.send(tokens((12345, 0, 1)))  # nobody's
+    ends = [(one.request_id, 0), (one.request_id, 1), (two.request_id, 0)]
+    server.send(Outputs([Output(number, choice, finish="length") for number, choice in ends]))
+    got = [(output.choice, token) for output in await read(one) for token in output.token_ids]
+    assert sorted(got) == [(0, 9), (1, 7)]
+    assert [token for output in await read(two) for token in output.token_ids] == [8, 10]
+    other.close()
+
+
+def test_a_token_waits_with_what_came_before_it() -> None:
+    stream = Stream(Request(7, "m", [5], Sampling(max_tokens=9, seed=1), n=2), lambda _: None)
+    stream.push_token(1, 3, 5)
+    assert stream.take() == [Output(7, 1, [3], weight_version=5)] and stream.take() == []
+    stream.push_token(1, 4, 5)
+    stream.push_token(1, 6, 6)
+    stream.push_token(2, 8, 6)  # no choice of it
+    assert stream.take() == [Output(7, 1, [4, 6], weight_version=6)]
+    stream.drop(1)
+    stream.push_token(1, 4, 6)
+    assert stream.take() == [] and not stream.ended
 
 
 async def test_nothing_crosses_a_restart(tmp_path: Path, client: EngineClient, server: EngineServer) -> None:
@@ -191,7 +240,7 @@ async def test_nothing_crosses_a_restart(tmp_path: Path, client: EngineClient, s
     assert client.state == "starting"
     again = EngineServer(tmp_path, epoch=2)
     again.publish(Catalog(2, 1, ()))
-    server.send([Output(stream.request_id, token_ids=[1])])  # the dead engine speaks
+    server.send(Outputs([Output(stream.request_id, token_ids=[1])]))  # the dead engine speaks
     await until(lambda: client.state == "ready", again)
     assert client.catalog == Catalog(2, 1, ()) and client.cause is None
     stream = client.submit(request(client))
@@ -199,9 +248,9 @@ async def test_nothing_crosses_a_restart(tmp_path: Path, client: EngineClient, s
     assert asked == request_of(stream, asked)
     # A message of another epoch is not taken, even over the right socket.
     again._socket.send_multipart(
-        (b"3", again._encode(link.Step(1, [link._row(Output(stream.request_id, finish="stop"))])))
+        (b"3", again._encode(link.Step(1, [link._row(Output(stream.request_id, finish="stop"))], [])))
     )
-    again.send([Output(stream.request_id, token_ids=[4], finish="length")])
+    again.send(Outputs([Output(stream.request_id, token_ids=[4], finish="length")]))
     assert [output.token_ids for output in await read(stream)] == [[4]]
     again.close()
 
@@ -218,7 +267,7 @@ async def test_a_slow_reader_gets_few_large_outputs(client: EngineClient, server
     for token in range(300):
         ends = "length" if token == 299 else None
         marks = Logprobs([-float(token)], [1], [[token]], [[-1.0]])
-        server.send([Output(asked.id, 0, [token], marks, ends), Output(asked.id, 1, [token], finish=ends)])
+        server.send(Outputs([Output(asked.id, 0, [token], marks, ends), Output(asked.id, 1, [token], finish=ends)]))
     await until(lambda: client.open_streams == 0)
     assert len(stream._pending) == 2
     first, second = await read(stream)
@@ -233,10 +282,10 @@ async def test_a_stalled_worker_never_blocks_the_engine(client: EngineClient, se
     asyncio.get_running_loop().remove_reader(client._socket.fileno())  # it reads nothing any more
     sent, padding = 0, Logprobs(top_ids=[list(range(100))])  # so that the kernel's buffers fill quickly
     while sent < 20_000 and not (server._backlog and sent > 6_000):
-        server.send([Output(stream.request_id, token_ids=[sent], logprobs=padding)])
+        server.send(Outputs([Output(stream.request_id, token_ids=[sent], logprobs=padding)]))
         sent += 1
     assert sum(map(len, server._backlog.values())) == 1  # one output for the one choice, whatever it has missed
-    server.send([Output(stream.request_id, finish="stop")])
+    server.send(Outputs([Output(stream.request_id, finish="stop")]))
     await until(lambda: client._receive() or client.open_streams == 0, server)
     assert [token for output in await read(stream) for token in output.token_ids] == list(range(sent))
 
@@ -246,7 +295,9 @@ async def test_an_aborted_choice_is_heard_of_no_more(client: EngineClient, serve
     await received(server)
     client.abort(stream.request_id, 0)
     assert await received(server) == Abort(1, stream.request_id, 0)
-    server.send([Output(stream.request_id, 0, [1], finish="abort"), Output(stream.request_id, 1, [2], finish="stop")])
+    server.send(
+        Outputs([Output(stream.request_id, 0, [1], finish="abort"), Output(stream.request_id, 1, [2], finish="stop")])
+    )
     assert [(output.choice, output.token_ids) for output in await read(stream)] == [(1, [2])]
     client.abort(stream.request_id)  # it is over: nothing happens
     await asyncio.sleep(0.02)
@@ -274,7 +325,7 @@ async def test_requests_of_a_dead_worker_are_aborted(tmp_path: Path, server: Eng
     arrived = await until(lambda: 9 not in server._open, server)
     arrived += server.receive()
     assert arrived == [Abort(1, stream.request_id, None) for stream in streams]
-    server.send([Output(streams[0].request_id, token_ids=[1])])  # what a last step still said goes nowhere
+    server.send(Outputs([Output(streams[0].request_id, token_ids=[1])]))  # what a last step still said goes nowhere
 
 
 async def test_draining_lets_streams_finish(client: EngineClient, server: EngineServer) -> None:
@@ -286,7 +337,7 @@ async def test_draining_lets_streams_finish(client: EngineClient, server: Engine
     with pytest.raises(EngineUnavailable):
         await client.wait_ready()
     idle = asyncio.create_task(client.wait_idle())
-    server.send([Output(stream.request_id, token_ids=[1], finish="stop")])
+    server.send(Outputs([Output(stream.request_id, token_ids=[1], finish="stop")]))
     assert (await read(stream))[0].finish == "stop"
     await asyncio.wait_for(idle, 5)
     assert client.state == "down"  # the catalog of an engine that comes later does not make it ready again
@@ -298,7 +349,7 @@ async def test_draining_lets_streams_finish(client: EngineClient, server: Engine
 async def test_what_outlasts_the_drain_gets_an_error(client: EngineClient, server: EngineServer) -> None:
     stream = client.submit(request(client))
     await received(server)
-    server.send([Output(stream.request_id, token_ids=[1])])
+    server.send(Outputs([Output(stream.request_id, token_ids=[1])]))
     await until(lambda: stream._pending)
     client.fail("time is up")
     written, ended = await read(stream)

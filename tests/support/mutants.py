@@ -12,7 +12,7 @@ from types import ModuleType
 
 from tandem.server.engine import counts, plan, request, scheduler
 
-MUTATED = ("pages", "prefixes", "sequence", "waiting", "running", "scheduler")  # in order of import
+MUTATED = ("pages", "prefixes", "sequence", "columns", "waiting", "running", "scheduler")  # in order of import
 SHARED = {"counts": counts, "plan": plan, "request": request}  # types alone; the tests use the same ones
 SOURCES = Path(str(scheduler.__file__)).parent
 
