@@ -91,7 +91,7 @@ def run(setup: Setup, shapes: Shapes) -> dict[str, Any]:
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "context": shapes.context,
-        "operations": [entry(row) for row in report.rows],
+        "operations": [entry(row, suite.kind(setting, "linear")) for row in report.rows],
         "limits": measured.as_json(),
     } | result.describe(setup.device)
 
@@ -218,8 +218,8 @@ def logprobs(setting: OfModel, report: Report, config: ModelConfig, tokens: int)
         report.add(name, taken, "µs", scale=1e6, limit=1e6 * floor, share=floor / taken.median, by=by)
 
 
-def entry(row: Row) -> dict[str, Any]:
-    """Microseconds. `reason` where there is no figure."""
+def entry(row: Row, linear: str) -> dict[str, Any]:
+    """Microseconds. `reason` where there is no figure; `linear`: what computes matrix products."""
     found: dict[str, Any] = {
         "operation": row.name,
         "median_us": row.figure,
@@ -228,7 +228,7 @@ def entry(row: Row) -> dict[str, Any]:
         "samples": row.samples,
         "least_us": row.limit,
         "share": row.share,
-        "by": row.detail.get("by", "torch" if "cublas_us" in row.detail else ""),
+        "by": row.detail.get("by", linear if "cublas_us" in row.detail else ""),
     }
     if "cublas_us" in row.detail:
         found["torch_linear_us"] = row.detail["cublas_us"]

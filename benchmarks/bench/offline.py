@@ -298,7 +298,7 @@ def role_text(role: str, rates: dict[str, Any]) -> str:
 
 
 def row(name: str, text: str) -> str:
-    return f"  {name + ':':42}{text}"
+    return f"  {name + ':':46} {text}"
 
 
 def number(value: float) -> str:
