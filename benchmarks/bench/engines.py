@@ -1,6 +1,6 @@
 """Engines by name, and how the process of each is started: the interpreter of its environment, its adapter script.
 
-Tandem and transformers run in this environment; the others below `.venvs/peers/NAME`, made by
+Tandem and transformers run in this environment; the others in `.venvs/peers/NAME`, made by
 `python -m tandem.benchmarks.peers.setup NAME`. What an engine does with the options of `protocol` stands in its script.
 """
 
@@ -37,7 +37,7 @@ def vllm_environment(threads: int) -> dict[str, str]:
     processors = sorted(os.sched_getaffinity(0))[:threads]
     return {
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, processors)),
-        "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB
+        "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "2"),  # GiB
         "VLLM_NO_USAGE_STATS": "1",
     }
 

@@ -30,8 +30,8 @@ class Transformers:
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.batch = options.get("max_num_seqs")
-        self.model = kind.from_pretrained(model, dtype=wanted if wanted == "auto" else getattr(torch, wanted))
-        self.model = self.model.eval().to(self.device)
+        taken: Any = kind.from_pretrained(model, dtype=wanted if wanted == "auto" else getattr(torch, wanted))
+        self.model = taken.eval().to(self.device)
         self.pad = 0 if self.model.config.pad_token_id is None else self.model.config.pad_token_id
         self.model.config.pad_token_id = self.pad
         # Nothing of the checkpoint's own sampling, and no end: lengths are what was asked for.

@@ -12,7 +12,7 @@ from typing import Any
 
 from child import answers, ignored, on_cpu, serve, stopwatch, versions
 
-LIMITS = ("max_model_len", "max_num_seqs", "max_num_batched_tokens")
+LIMITS = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes")
 
 
 class VLLM:

@@ -7,16 +7,20 @@ import random
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import httpx
 import pytest
 import torch
 import transformers
 from paging import PagedRun
 from safetensors.torch import load_file
-from servers import alive
+from servers import alive, child_processes
 from tokenizers import Tokenizer
 
 from tandem.benchmarks.bench import engines
@@ -148,6 +152,27 @@ def test_engines_are_named_with_what_would_do(tmp_path: Path, monkeypatch: pytes
         engines.parse(" ,")
 
 
+# Servers --------------------------------------------------------------------------------------------------------------
+
+
+def test_server_is_ready_with_its_first_token_and_leaves_nothing(tiny: Path) -> None:
+    with start_server("tandem", tiny, threads=1, timeout=60) as server:
+        models = httpx.get(f"{server.base_url}/v1/models").json()["data"]
+        assert [model["id"] for model in models] == [server.model]
+        assert 0.3 < server.health_seconds <= server.ready_seconds < 60
+        processes = [server.pid, *child_processes(server.pid)]
+        assert len(processes) > 2
+    assert not any(map(alive, processes))
+
+
+def test_server_that_does_not_start_says_why(tiny: Path) -> None:
+    with (
+        pytest.raises(ServerError, match=r"(?s)tandem ended with status 2; its log:.*--no-such-flag"),
+        start_server("tandem", tiny, threads=1, arguments=["--no-such-flag"], timeout=60),
+    ):
+        raise AssertionError("it started")
+
+
 def test_server_of_an_engine_that_has_none(tiny: Path) -> None:
     with pytest.raises(ServerError, match="ctranslate2 has no server"):
         start_server("ctranslate2", tiny)
@@ -262,6 +287,41 @@ def test_tandem_and_transformers_read_the_same_weights(tiny: Path) -> None:
     torch.testing.assert_close(logits, theirs(torch.tensor([ids])).logits[0])
 
 
+# What goes to llama.cpp -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gguf_file(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(engines.PEERS))
+    return import_module("gguf_file")
+
+
+def test_gguf_takes_every_weight_as_it_is(tiny: Path, gguf_file: ModuleType) -> None:
+    read = dict(gguf_file.tensors(tiny / "model.safetensors"))
+    expected = load_file(tiny / "model.safetensors")
+    assert read.keys() == expected.keys()
+    for name, values in read.items():
+        assert torch.equal(torch.from_numpy(values), expected[name].float()), name
+    names = {gguf_file.gguf_name(name) for name in read}
+    assert len(names) == len(read) == 3 + 2 * 9
+    assert {"token_embd.weight", "output.weight", "blk.1.attn_q.weight", "blk.0.ffn_down.weight"} <= names
+
+
+def test_gguf_rows_rotate_as_neighbours(gguf_file: ModuleType) -> None:
+    """Turning the pairs (i, i + half) of a head and then sorting is sorting and then turning the pairs (2i, 2i + 1)."""
+    heads, size = 3, 8
+    rows = torch.randn(heads * size, 1, generator=torch.Generator().manual_seed(0))
+    angles = torch.linspace(0.1, 2.0, size // 2)
+    first, second = rows.view(heads, 2, size // 2).unbind(1)
+    halves = (first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin())
+    turned = torch.stack(halves, 1).view(-1, 1)
+    even, odd = torch.from_numpy(gguf_file.interleaved(rows.numpy(), size)).view(heads, size // 2, 2).unbind(2)
+    pairs = (even * angles.cos() - odd * angles.sin(), odd * angles.cos() + even * angles.sin())
+    torch.testing.assert_close(
+        torch.stack(pairs, 2).view(-1, 1), torch.from_numpy(gguf_file.interleaved(turned.numpy(), size))
+    )
+
+
 # Two adapters for real -----------------------------------------------------------------------------------------------
 
 
@@ -278,8 +338,8 @@ def answers(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     """What each engine made of the prompts, first with the language model, then with the reward model."""
     reward = checkpoint("random:tiny-reward", tmp_path_factory.mktemp("reward"))
     options = {"dtype": "float32", "threads": 1, "max_num_seqs": 3, "quantization": "awq"}
-    found: dict[str, Answers] = {}
-    for name in ("tandem", "transformers"):
+
+    def ask(name: str) -> Answers:
         with engines.start(name, threads=1, timeout=60) as child:
             loaded = child.load(tiny, options)
             generated = child.generate(PROMPTS, LENGTHS)
@@ -287,8 +347,11 @@ def answers(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
             scored = child.score(PROMPTS)
             with pytest.raises(ChildError) as refusal:
                 child.generate(PROMPTS, LENGTHS)
-            found[name] = Answers(loaded, generated, scored, str(refusal.value))
-    return found
+            return Answers(loaded, generated, scored, str(refusal.value))
+
+    names = ("tandem", "transformers")
+    with ThreadPoolExecutor() as both:
+        return dict(zip(names, both.map(ask, names), strict=True))
 
 
 def test_adapters_agree_on_greedy_tokens(answers: dict[str, Answers]) -> None:
