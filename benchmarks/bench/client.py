@@ -14,15 +14,18 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import resource
 import sys
 import time
 from collections.abc import Callable
 
 import aiohttp
 import msgspec
+import uvloop
 
 from .stream import Answer, Events, StreamError, reason_of, shortened
 
+KEPT = 4.0  # seconds that an unused connection is kept: less than servers do, or a request may meet one that is closing
 TICK = 0.05  # seconds between two looks at this process's own CPU time
 
 
@@ -179,7 +182,7 @@ async def run(
     load: Load, wait: Callable[[], None] = lambda: None, tell: Callable[[int, int], None] = lambda done, failed: None
 ) -> Outcome:
     """Warm up, `wait`, then send. Failures are in the records, not raised."""
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=60, ssl=not load.insecure)
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEPT, ssl=not load.insecure)
     timeout = aiohttp.ClientTimeout(total=load.timeout)
     headers = {"Content-Type": "application/json", "Accept": "text/event-stream", **load.headers}
     async with aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers) as session:
@@ -212,12 +215,10 @@ def main() -> None:
         say("ready")
         sys.stdin.buffer.readline()
 
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # every open request is a file
     load = msgspec.json.decode(sys.stdin.buffer.readline(), type=Load)
-    if sys.platform == "win32":
-        from asyncio import run as loop
-    else:
-        from uvloop import run as loop
-    outcome = loop(run(load, wait, lambda done, failed: say("progress", done=done, failed=failed)))
+    outcome = uvloop.run(run(load, wait, lambda done, failed: say("progress", done=done, failed=failed)))
     say("ended")
     sys.stdout.buffer.write(msgspec.json.encode(outcome) + b"\n")
     sys.stdout.buffer.flush()

@@ -294,9 +294,11 @@ def _server_lines(server: Result | None) -> Iterator[str]:
     yield line("Server CPU (s):", server["cpu_seconds"])
     if server["cpu_us_per_output_token"] is not None:
         yield line("Server CPU per output token (us):", server["cpu_us_per_output_token"])
+    yield f"{'  by process:':<40} {'us/token':>9} {'CPU s':>9} {'peak RSS MiB':>13}"
     for process in server["processes"]:
-        name = f"  {process['name']} ({process['pid']}) CPU (s), peak RSS (MiB):"
-        yield f"{name:<40} {process['cpu_seconds']:.2f}, {process['peak_rss'] / 2**20:.0f}"
+        each = process["cpu_us_per_output_token"] or 0.0
+        name = f"  {process['name']} ({process['pid']})"
+        yield f"{name:<40} {each:>9.2f} {process['cpu_seconds']:>9.2f} {process['peak_rss'] / 2**20:>13.0f}"
 
 
 def median_of(results: Sequence[Result]) -> Result:

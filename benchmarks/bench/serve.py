@@ -118,9 +118,11 @@ def _server(
     return {
         "pid": pid,
         "cpu_seconds": seconds,
-        "cpu_us_per_output_token": 1e6 * seconds / tokens if tokens else None,
+        CPU: 1e6 * seconds / tokens if tokens else None,
         "peak_rss": sum(process.peak_rss for process in used),
-        "processes": [asdict(process) for process in used],
+        "processes": [
+            asdict(process) | {CPU: 1e6 * process.cpu_seconds / tokens if tokens else None} for process in used
+        ],
     }
 
 

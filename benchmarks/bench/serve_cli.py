@@ -73,9 +73,12 @@ def serve(
         str | None, typer.Option(help=f"None: {COMPLETIONS}, or {CHAT} for --backend openai-chat and --dataset chat.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", "--served-model-name", help="None: the first that the server lists.")
+        str | None, typer.Option(help="Its name, or its directory. None: the first that the server lists.")
     ] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="Checkpoint directory, demo or random:125m.")] = None,
+    served_model_name: Annotated[str | None, typer.Option(help="Its name, where --model is the directory.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Checkpoint directory, demo or random:125m. None: the model's, if it lies here.")
+    ] = None,
     vocab_size: Annotated[int | None, typer.Option(help="For random token ids without a tokenizer.")] = None,
     dataset_name: Annotated[
         str, typer.Option("--dataset-name", "--dataset", metavar="NAME [FILE]", help=f"{', '.join(NAMES)}.")
@@ -164,8 +167,8 @@ def serve(
     options = ServeOptions(
         sides=_sides(url or [], pid or [], base_url or f"http://{host}:{port}"),
         endpoint=_endpoint(endpoint, backend, dataset_name),
-        model=model,
-        tokenizer=tokenizer,
+        model=served_model_name or model,
+        tokenizer=tokenizer or _directory(model),
         dataset=Dataset(
             dataset_name, dataset_path, num_prompts, input_len, output_len, range_ratio, prefix_len, vocab_size
         ),
@@ -288,6 +291,12 @@ def _named(flag: str, word: str, otherwise: str) -> tuple[str, str]:
     if not word:
         raise typer.BadParameter(f"{flag}: it is empty")
     return otherwise, word
+
+
+def _directory(model: str | None) -> str | None:
+    """The model as a place to find a tokenizer at, if it is one."""
+    files = ("config.json", "tokenizer.json")
+    return model if model is not None and all((Path(model) / name).is_file() for name in files) else None
 
 
 def _endpoint(endpoint: str | None, backend: str, dataset: str) -> str:

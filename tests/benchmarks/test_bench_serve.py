@@ -69,10 +69,10 @@ def test_one_server_gives_vllms_lines_and_file(tmp_path: Path, capsys: pytest.Ca
     assert file.name.startswith("openai-infqps-concurrency3-scripted-") and file.suffix == ".json"
     found = json.loads(file.read_text())
     assert found["tp"] == "1" and found["who"] == "me" and found["request_goodput"] == 0.0
-    assert found["median_ttft_ms"] == pytest.approx(50, abs=10) and found["p99_ttft_ms"] >= 50
-    assert found["median_tpot_ms"] == pytest.approx(10, abs=3) and found["median_itl_ms"] == pytest.approx(10, abs=3)
-    assert found["median_e2el_ms"] == pytest.approx(90, abs=15)
-    assert found["duration"] == pytest.approx(0.18, abs=0.08)
+    assert 50 < found["median_ttft_ms"] < 75 and found["p99_ttft_ms"] >= found["p50_ttft_ms"]
+    assert 7 < found["median_tpot_ms"] < 14 and 7 < found["median_itl_ms"] < 14
+    assert 90 < found["median_e2el_ms"] < 125
+    assert 0.18 < found["duration"] < 0.4
     assert found["output_throughput"] == pytest.approx(30 / found["duration"])
     assert not {"ttfts", "itls", "errors"} & set(found)
     assert found["tandem"]["server"]["cpu_seconds"] > 0  # found by the port: this very process

@@ -16,7 +16,10 @@ from scripted_server import CLOSE, END, STREAM, Script, ScriptedServer, Step, co
 from tandem.benchmarks.bench.client import Load, Outcome, busiest_second, run
 from tandem.benchmarks.bench.serve import send
 
-LATE = 0.010  # seconds that a busy machine may add to a median
+LATE = 0.005  # seconds that reading may add to the fastest of several answers; a busy machine adds more to others
+
+
+STEADY = [0.05 * number for number in range(12)]
 
 
 def load(server: ScriptedServer, count: int = 1, **more: Any) -> Load:
@@ -30,17 +33,17 @@ def sent(script: Script, count: int = 1, **more: Any) -> Outcome:
 
 
 def test_the_first_token_and_the_gaps_are_those_of_the_script() -> None:
-    outcome = sent(lambda body, number: tokens(9, 0.08, 0.02, usage(5, 9, cached=2)), count=4)
+    outcome = sent(lambda body, number: tokens(9, 0.08, 0.02, usage(5, 9, cached=2)), 12, moments=STEADY)
     for record in outcome.records:
         assert record.error == ""
         assert len(record.times) == 9 and record.text == "x" * 9 and record.finish_reason == "length"
         assert (record.prompt_tokens, record.completion_tokens, record.cached_tokens) == (5, 9, 2)
         assert record.times == sorted(record.times) and record.times[0] > 0.079 and record.end > 0.239
-    assert statistics.median(record.times[0] for record in outcome.records) < 0.08 + LATE
-    assert statistics.median(record.end for record in outcome.records) < 0.24 + LATE
+    assert min(record.times[0] for record in outcome.records) < 0.08 + LATE
+    assert min(record.end for record in outcome.records) < 0.24 + LATE
     gaps = [b - a for record in outcome.records for a, b in zip(record.times, record.times[1:], strict=False)]
     assert statistics.median(gaps) == pytest.approx(0.02, abs=0.004)
-    assert outcome.events == 4 * 11  # nine tokens, usage, [DONE]
+    assert outcome.events == 12 * 11  # nine tokens, usage, [DONE]
 
 
 def test_a_stream_in_odd_pieces_is_read_whole() -> None:
@@ -106,8 +109,8 @@ def test_slow_answers_delay_no_request_of_an_open_loop() -> None:
         assert server.most_open == 20  # the last one left before the first was answered
     assert [record.due - outcome.records[0].due for record in outcome.records] == pytest.approx(moments)
     late = [record.start - record.due for record in outcome.records]
-    assert min(late) >= 0 and statistics.median(late) < 0.005 and max(late) < 0.1
-    assert statistics.median(abs(a - b) for a, b in zip(arrivals, moments, strict=True)) < LATE
+    assert min(late) >= 0 and statistics.median(late) < 0.02 and max(late) < 0.2
+    assert statistics.median(abs(a - b) for a, b in zip(arrivals, moments, strict=True)) < 0.02
 
 
 def test_a_closed_loop_keeps_its_number_and_tells_who_waited() -> None:
@@ -115,9 +118,9 @@ def test_a_closed_loop_keeps_its_number_and_tells_who_waited() -> None:
         outcome = asyncio.run(run(load(server, 9, max_concurrency=3)))
         assert server.most_open == 3
     waited = sorted(record.start - record.due for record in outcome.records)
-    assert waited[2] < 0.03 and waited[3] > 0.05 and waited[6] > 0.11
+    assert waited[2] < 0.05 < waited[3] and waited[6] > 0.11
     assert outcome.ended - outcome.began > 0.17
-    assert max(record.times[0] for record in outcome.records) < 0.05 + 5 * LATE  # waiting for a place is not in it
+    assert max(record.times[0] for record in outcome.records) < 0.15  # waiting for a place, up to 0.12 s, is not in it
 
 
 def test_warm_ups_are_sent_before_and_not_counted() -> None:

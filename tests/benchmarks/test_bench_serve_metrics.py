@@ -102,11 +102,11 @@ def test_our_lines_show_failures_and_processes() -> None:
     found["tandem"] |= {"others_cpu_cores": 0.25, "server": {"not_measured": "another machine"}}
     shown = "\n".join(our_lines(found))
     assert "failed     1x  HTTP 500: x" in shown and "not measured: another machine" in shown
-    process = {"pid": 7, "name": "engine", "cpu_seconds": 1.5, "peak_rss": 3 << 20}
+    process = {"pid": 7, "name": "engine", "cpu_seconds": 1.5, "peak_rss": 3 << 20, "cpu_us_per_output_token": 12.5}
     server = {"cpu_seconds": 1.5, "cpu_us_per_output_token": 12.5, "processes": [process]}
     found["tandem"]["server"] = server
     shown = "\n".join(our_lines(found))
-    assert "  engine (7) CPU (s), peak RSS (MiB):    1.50, 3" in shown
+    assert "  engine (7)                                 12.50      1.50             3" in shown
     assert "Server CPU per output token (us):        12.50" in shown
 
 

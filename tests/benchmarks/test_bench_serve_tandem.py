@@ -26,7 +26,13 @@ def test_a_real_server_under_an_open_loop(tmp_path: Path) -> None:
         words += ["--result-dir", tmp_path, "--result-filename", "r.jsonl", "--ready-check-timeout-sec", 30]
         assert command(*words) == 0
         assert command(*words) == 0  # the same prompts again
+        chat = ["--base-url", server.base_url, "--dataset", "chat", "--num-prompts", 4, "--max-concurrency", 2]
+        chat += ["--input-len", 5, "--output-len", 6, "--ignore-eos", "--result-dir", tmp_path, "--save-result"]
+        assert command(*chat, "--result-filename", "chat.json") == 0
         engine = server.children("tandem-engine")[0]
+    talk = json.loads((tmp_path / "chat.json").read_text())
+    assert (talk["completed"], talk["total_output_tokens"], talk["prompts_sent_as"]) == (4, 24, "messages")
+    assert 0 < talk["median_itl_ms"] < talk["median_e2el_ms"] and talk["tandem"]["peak_open_requests"] == 2
     first, again = (json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines())
     assert (first["completed"], first["failed"], first["total_output_tokens"]) == (12, 0, 96)
     assert first["output_lens"] == [8] * 12 and first["prompts_sent_as"] == "token ids"
