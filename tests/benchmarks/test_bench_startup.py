@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from tandem.benchmarks.bench import startup
@@ -21,7 +25,8 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     forgotten: list[Path] = []
     seconds = {"accepts": 0.5, "ready": 2.0, "first_token": 2.5, "done": 3.0, "first_reward": None}
 
-    def measure(arguments: Any, timeout: float, environment: Any = None) -> Start:
+    def measure(arguments: Any, timeout: float, environment: Any = None, chat: bool = True) -> Start:
+        assert not chat, "a checkpoint may have no template"
         names.append("cold tandem" if environment else "tandem")
         late = len(names) / 10
         return Start(**{name: value and value + late for name, value in seconds.items()})
@@ -51,7 +56,8 @@ def test_every_side_takes_its_turn(started: list[str], tmp_path: Path) -> None:
     assert found["sooner"]["vllm"]["first_token"]["low"] < 30 / 2.9
     lines = startup.lines(found)
     assert any(line.split() == ["import", "torch", "(same", "run)", "1.00", "1.00", "1.00"] for line in lines)
-    assert any(line.startswith("first_token - import torch") and "2.05" in line for line in lines)
+    assert any(line.startswith("first_token - import torch") and line.endswith("2.05") for line in lines)
+    assert any("2.05   (goal: at most 1.5)" in line for line in startup.lines(found | {"serve": []}))
     assert any(line.startswith("vllm ready") and "times as long as Tandem" in line for line in lines)
 
 
@@ -71,3 +77,28 @@ def test_a_cold_process_compiles_its_modules_again(tmp_path: Path) -> None:
         said = subprocess.run([sys.executable, "-c", code], env=given, capture_output=True, text=True, check=True)
         assert Path(said.stdout.strip()).is_relative_to(bytecode)
     assert not bytecode.exists() and weights.read_bytes() == b"x" * 8192
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_the_first_event_with_text_is_the_first_token(chat: bool) -> None:
+    """A chat's first event names the role alone."""
+    chats = ({"delta": {"role": "assistant", "content": ""}}, {"delta": {"content": "4"}}, {"delta": {"content": "2"}})
+    events = [{"choices": [choice]} for choice in (chats if chat else ({"text": ""}, {"text": "42"}))]
+    came: list[float] = []
+
+    class Events(httpx.SyncByteStream):
+        def __iter__(self) -> Iterator[bytes]:
+            for event in events:
+                came.append(time.monotonic())
+                yield f"data: {json.dumps(event)}\n\n".encode()
+                time.sleep(0.02)
+            yield b"data: [DONE]\n\n"
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        assert request.url.path == ("/v1/chat/completions" if chat else "/v1/completions")
+        return httpx.Response(200, stream=Events())
+
+    with httpx.Client(base_url="http://server", transport=httpx.MockTransport(answer)) as client:
+        first, done = startup.first_token(client, chat)
+    expected = came[1] if chat else came[0]
+    assert expected <= first < expected + 0.02 and done >= came[-1] + 0.02
