@@ -18,10 +18,10 @@ from .choices import Choice
 from .errors import invalid
 from .generation import Generation, generate
 from .logprobs import Wording
-from .protocol import ChatBody, StreamOptions
+from .protocol import ChatBody
 from .sampling import Length, requests_of
 from .service import Service, check_ids, in_thread_if
-from .streaming import JsonAnswer, stream, tail_of, to_json, whole
+from .streaming import JsonAnswer, Tails, quoted, stream, to_json, whole
 
 router = APIRouter()
 
@@ -92,7 +92,7 @@ class Chat:
     def __init__(self, body: ChatBody, card: ModelCard, text: Text, generation: Generation) -> None:
         self._generation = generation
         self._wording = Wording(text, body.return_tokens_as_token_ids)
-        self._options = body.stream_options or StreamOptions()
+        self._tails = Tails(generation, body.stream_options)
         self._ids = body.return_token_ids
         self._about: dict[str, Any] = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
@@ -130,7 +130,7 @@ class Chat:
 
     def opening(self) -> str:
         delta = '{"role":"assistant","content":"","refusal":null}'
-        tail = tail_of(self._generation, self._options)
+        tail = self._tails.next()
         if self._ids:
             ids = to_json(self._generation.parts[0].request.token_ids)
             tail = f'],"prompt_token_ids":{ids}{tail[1:]}'
@@ -138,20 +138,21 @@ class Chat:
 
     def changes(self, choices: Iterable[Choice]) -> str:
         events: list[str] = []
-        tail = tail_of(self._generation, self._options)
+        tail = self._tails.next()
         for choice in choices:
             delta = choice.take()
             columns = logprobs.chat(self._wording, delta.token_ids, delta.logprobs) if delta.logprobs else None
             extra = f',"token_ids":{to_json(delta.token_ids)}' if self._ids and delta.token_ids else ""
             if delta.text or columns or extra:
-                events.append(self._event(choice, f'{{"content":{to_json(delta.text)}}}', columns, extra, tail))
+                events.append(self._event(choice, f'{{"content":{quoted(delta.text)}}}', columns, extra, tail))
             if choice.finish_reason is not None:
                 extra = f',"stop_reason":{to_json(choice.stop_reason)}'
                 events.append(self._event(choice, "{}", None, extra, tail, to_json(choice.finish_reason)))
         return "".join(events)
 
     def closing(self) -> str:
-        return self._head + tail_of(self._generation, self._options, last=True) if self._options.include_usage else ""
+        tail = self._tails.last()
+        return "" if tail is None else self._head + tail
 
     def _event(self, choice: Choice, delta: str, columns: object, extra: str, tail: str, finish: str = "null") -> str:
         shown = to_json(columns) if columns else "null"

@@ -35,6 +35,12 @@ class Choice:
         """True when a stop string ended it here, which the engine does not know."""
         piece = self.detokenizer.push(output.token_ids, output.finish is not None, output.stop_id)
         count = len(output.token_ids)
+        waiting = self.waiting
+        if piece.stop is None and output.finish is None and output.logprobs is None and not piece.offsets:
+            self.tokens += count
+            waiting.text += piece.text
+            waiting.token_ids += output.token_ids
+            return False
         if piece.stop is not None:
             count = piece.tokens - self.tokens
             self.finish_reason, self.stop_reason = "stop", piece.stop
@@ -45,7 +51,6 @@ class Choice:
             elif output.stop_id in self.stop_ids:
                 self.stop_reason = output.stop_id
         self.tokens += count
-        waiting = self.waiting
         waiting.text += piece.text
         waiting.token_ids += output.token_ids[:count]
         waiting.offsets += piece.offsets[:count]
@@ -54,7 +59,7 @@ class Choice:
         return piece.stop is not None and output.finish is None
 
     def take(self) -> Delta:
-        delta, self.waiting = self.waiting, Delta()
+        delta, self.waiting = self.waiting, Delta("", [], [])
         return delta
 
 

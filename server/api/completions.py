@@ -17,10 +17,10 @@ from . import fields, logprobs
 from .choices import Choice, Delta
 from .generation import Generation, generate
 from .logprobs import Wording
-from .protocol import CompletionBody, StreamOptions
+from .protocol import CompletionBody
 from .sampling import COMPLETION_TOKENS, Length, requests_of
 from .service import Service, encode
-from .streaming import JsonAnswer, stream, tail_of, to_json, whole
+from .streaming import JsonAnswer, Tails, quoted, stream, to_json, whole
 
 router = APIRouter()
 
@@ -63,7 +63,7 @@ class Completion:
     def __init__(self, body: CompletionBody, card: ModelCard, text: Text, generation: Generation) -> None:
         self._generation = generation
         self._wording = Wording(text, body.return_tokens_as_token_ids)
-        self._options = body.stream_options or StreamOptions()
+        self._tails = Tails(generation, body.stream_options)
         self._n = body.n
         self._ids = body.return_token_ids
         self._started: set[int] = set()  # choices whose prompt ids have been sent
@@ -119,7 +119,7 @@ class Completion:
 
     def changes(self, choices: Iterable[Choice]) -> str:
         events: list[str] = []
-        tail = tail_of(self._generation, self._options)
+        tail = self._tails.next()
         for choice in choices:
             delta = choice.take()
             finished = choice.finish_reason is not None
@@ -134,10 +134,11 @@ class Completion:
             elif not (delta.text or delta.logprobs or (self._ids and delta.token_ids)):
                 continue
             events.append(
-                f'{self._head}{{"index":{choice.index},"text":{to_json(delta.text)},"logprobs":{columns},'
+                f'{self._head}{{"index":{choice.index},"text":{quoted(delta.text)},"logprobs":{columns},'
                 f'"finish_reason":{finish}{extra}}}{tail}'
             )
         return "".join(events)
 
     def closing(self) -> str:
-        return self._head + tail_of(self._generation, self._options, last=True) if self._options.include_usage else ""
+        tail = self._tails.last()
+        return "" if tail is None else self._head + tail

@@ -77,6 +77,11 @@ class Generation:
                 raise errors.of_engine(error, self._request_id)
             if not outputs:
                 raise RuntimeError("the engine's answer ended before its last choice")
+            if len(outputs) == 1:
+                choice = self._take(outputs[0])
+                if choice is None:
+                    continue
+                return [choice]
             changed: dict[int, Choice] = {}
             for output in outputs:
                 choice = self._take(output)

@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 # ASCII: readers that split at U+2028 or U+0085 too must not see them inside an event.
 to_json = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode
+quoted = json.encoder.encode_basestring_ascii  # what `to_json` makes of a string, without the way there
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
 LOOKS = 4  # within each time limit of a stream: how often it is seen whether the limit is over
@@ -41,14 +42,30 @@ class Format(Protocol):
     def closing(self) -> str: ...
 
 
-def tail_of(generation: Generation, options: StreamOptions, last: bool = False) -> str:
-    """What ends every chunk after its choices."""
-    usage = ""
-    if last or options.continuous_usage_stats:
-        usage = f',"usage":{to_json(generation.usage())}'
-    elif options.include_usage:
-        usage = ',"usage":null'
-    return f'],"weight_version":{generation.weight_version}{usage}}}\n\n'
+class Tails:
+    """What ends every chunk after its choices; the same again and again, unless usage is told in each."""
+
+    def __init__(self, generation: Generation, options: StreamOptions | None) -> None:
+        self._generation, self._options = generation, options or StreamOptions()
+        self._version = -1
+        self._tail = ""
+
+    def next(self) -> str:
+        version = self._generation.weight_version
+        if self._options.continuous_usage_stats:
+            return self._with_usage()
+        if version != self._version:
+            usage = ',"usage":null' if self._options.include_usage else ""
+            self._version, self._tail = version, f'],"weight_version":{version}{usage}}}\n\n'
+        return self._tail
+
+    def last(self) -> str | None:
+        """Of the chunk without choices that ends a stream; None: usage is not asked for."""
+        return self._with_usage() if self._options.include_usage else None
+
+    def _with_usage(self) -> str:
+        usage = to_json(self._generation.usage())
+        return f'],"weight_version":{self._generation.weight_version},"usage":{usage}}}\n\n'
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, Result], first_seconds: float | None = None) -> Any:
