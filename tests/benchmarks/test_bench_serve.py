@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 import pytest
 from scripted_server import END, STREAM, ScriptedServer, Step, completion, document, part, tokens, usage
 
+from tandem.benchmarks.bench import agreement
 from tandem.benchmarks.bench.datasets import DatasetError
 from tandem.benchmarks.bench.prompts import Dataset, Prompts, ServeOptions, Side
 from tandem.benchmarks.bench.serve_cli import gathered, main
+from tandem.server.options import bundled_models
 
 SMALL = ["--num-prompts", "6", "--input-len", "4", "--output-len", "5", "--vocab-size", "100"]
 
@@ -77,6 +80,15 @@ def test_one_server_gives_vllms_lines_and_file(tmp_path: Path, capsys: pytest.Ca
     assert not {"ttfts", "itls", "errors"} & set(found)
     assert found["tandem"]["server"]["cpu_seconds"] > 0  # found by the port: this very process
     assert {"date", "commit", "machine", "versions", "command"} <= set(found)
+
+
+def test_the_flags_that_vllms_tool_takes_too_give_the_figures_that_are_compared(tmp_path: Path) -> None:
+    with ScriptedServer(steady(0.01)) as server:
+        load = {"num_prompts": 5, "request_rate": 50.0, "input_len": 4, "output_len": 3}
+        given = Namespace(url=server.url, model="scripted", tokenizer=bundled_models()[0].path, **load)
+        assert command(*agreement.command([], given, seed=1, out=tmp_path / "r.json")) == 0
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert all(found[name] > 0 for name in agreement.FIGURES) and found["total_output_tokens"] == 15
 
 
 def test_two_servers_take_turns_and_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
