@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from . import offline, result
@@ -17,7 +17,7 @@ from .limits import Held, Limits
 from .models import UsageError, is_null, path_of
 from .offline import Load
 from .progress import progress
-from .sides import LimitsOf, Sample, Setup, Side, held_of, opened
+from .sides import LimitsOf, Sample, Setup, Side, Watch, held_of, opened
 from .stats import interleaved, percentile, spread
 
 PERCENTILES = (10, 25, 50, 75, 90, 99)
@@ -53,7 +53,9 @@ def run(setup: Setup, sides: Mapping[str, Side], load: Load) -> dict[str, list[S
         def once(name: str, side: Side) -> Callable[[int], Sample]:
             def call(number: int) -> Sample:
                 nonlocal done
+                watch = Watch()
                 sample = side.generate(load.token_ids, load.output_lens, n=load.n)
+                sample = replace(sample, others=watch.others(sample.cpu_seconds))
                 done += 1
                 show(done, name)
                 return sample

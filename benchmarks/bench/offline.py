@@ -8,7 +8,7 @@ answers have exactly the length that was asked for (greedy, end-of-text tokens a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from . import datasets, result
 from .limits import Asked, Held, Limits, least_seconds
 from .models import UsageError, is_null, path_of, text_of, tokenizer_of
 from .progress import progress
-from .sides import POLICY, REWARD, LimitsOf, Sample, Setup, Side, held_of, opened
+from .sides import POLICY, REWARD, LimitsOf, Sample, Setup, Side, Watch, held_of, opened
 from .stats import Spread, interleaved, percentile, ratio, spread
 
 OUTPUT_LEN, INPUT_LEN = 128, 1024  # of generated data sets, where the context allows
+BUSY = 0.1  # cores that others may use before it is said
 MANY, FEW = 1000, 32  # prompts: vLLM's number on a GPU, on a CPU what is done within minutes
 
 
@@ -129,7 +130,9 @@ def run(setup: Setup, sides: Mapping[str, Side], load: Load) -> dict[str, list[S
             def call(number: int) -> Sample:
                 nonlocal done
                 show(done, f"{name}, {'warm-up' if number < 0 else f'run {number + 1} of {setup.runs}'}")
+                watch = Watch()
                 sample = side.generate(load.token_ids, load.output_lens, n=load.n, tick=lambda n: show(done + n, ""))
+                sample = replace(sample, others=watch.others(sample.cpu_seconds))
                 done += answers
                 if sample.output_tokens != load.output_tokens:
                     raise UsageError(f"{name} gave {sample.output_tokens} tokens, {load.output_tokens} were asked for")
@@ -188,6 +191,7 @@ def figures(load: Load, samples: Sequence[Sample], held: Held | None, limits: Li
         "output_tokens_per_second": asdict(spread([tokens / sample.seconds for sample in samples])),
         "cpu_seconds_per_output_token": asdict(spread([sample.cpu_seconds / tokens for sample in samples])),
         "prefix_cache_share": share,
+        "others_cpu_cores": sum(sample.others for sample in samples) / sum(sample.seconds for sample in samples),
     }
     firsts = [percentile(sample.firsts, 50) for sample in samples if sample.firsts]
     if firsts:
@@ -279,6 +283,8 @@ def of_engine(name: str, own: dict[str, Any]) -> list[str]:
         shown.append(row(f"{before}prefix-cache share", f"{own['prefix_cache_share']:.1%} of prompt tokens"))
     for role, rates in own.get("roles", {}).items():
         shown.append(row(f"{before}{role}", role_text(role, rates)))
+    if own["others_cpu_cores"] >= BUSY:
+        shown.append(row(f"{before}CPU used by others", busy_text(own["others_cpu_cores"])))
     if own.get("note"):
         shown.append(row(f"{before}note", own["note"]))
     if own.get("versions"):
@@ -286,6 +292,10 @@ def of_engine(name: str, own: dict[str, Any]) -> list[str]:
     if own.get("ignored"):
         shown.append(row(f"{before}options without a counterpart", ", ".join(own["ignored"])))
     return shown
+
+
+def busy_text(cores: float) -> str:
+    return f"{cores:.2f} cores: these are not the figures of a quiet machine"
 
 
 def role_text(role: str, rates: dict[str, Any]) -> str:

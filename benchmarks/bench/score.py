@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from .limits import Asked, least_seconds
 from .local import Answer, Local, score
 from .models import UsageError, is_null, path_of, spec_of
 from .progress import progress
-from .sides import REWARD, LimitsOf, Setup, child_options, held_of
+from .sides import REWARD, LimitsOf, Setup, Watch, child_options, held_of
 from .stats import interleaved, ratio, spread
 
 SHARED, UNSHARED = "shared", "unshared"
@@ -59,6 +59,7 @@ class Scored:
     computed_tokens: int | None = None
     cached_tokens: int | None = None
     prompt_tokens: int | None = None
+    others: float = 0.0  # CPU seconds that the rest of the machine used meanwhile
 
 
 Side = Callable[[int], Scored]
@@ -134,7 +135,8 @@ def run_scores(setup: Setup, groups: Groups) -> dict[str, Any]:
             sides[name] = by_child
         with progress("score", (setup.runs + setup.warmups) * len(sides)) as show:
             done = iter(range(1, 1 << 30))
-            found = interleaved(sides, setup.runs, setup.warmups, lambda name, number: show(next(done), name))
+            turns = {name: watched(side) for name, side in sides.items()}
+            found = interleaved(turns, setup.runs, setup.warmups, lambda name, number: show(next(done), name))
     reached = limits.after()
     assert reached is not None
     whole = [Asked(length, 0)] * groups.count
@@ -163,6 +165,15 @@ def run_scores(setup: Setup, groups: Groups) -> dict[str, Any]:
     } | result.describe(setup.device)
 
 
+def watched(side: Side) -> Side:
+    def call(number: int) -> Scored:
+        watch = Watch()
+        scored = side(number)
+        return replace(scored, others=watch.others(scored.cpu_seconds))
+
+    return call
+
+
 def figures(groups: Groups, runs: Sequence[Scored], least: float) -> dict[str, Any]:
     """Of one side: spreads over the runs."""
     seconds = [one.seconds for one in runs]
@@ -171,6 +182,7 @@ def figures(groups: Groups, runs: Sequence[Scored], least: float) -> dict[str, A
         "scores_per_second": asdict(spread([groups.count / one for one in seconds])),
         "total_tokens_per_second": asdict(spread([groups.tokens / one for one in seconds])),
         "cpu_seconds_per_score": asdict(spread([one.cpu_seconds / groups.count for one in runs])),
+        "others_cpu_cores": sum(one.others for one in runs) / sum(seconds),
         "least_seconds": least,
         "fraction_of_limit": asdict(spread([least / one for one in seconds])),
     }
@@ -212,6 +224,8 @@ def lines(found: dict[str, Any]) -> list[str]:
         shown.append(row(f"{name}: CPU per score", shown_as(side["cpu_seconds_per_score"], " ms", 1e3)))
         least = f"; at least {side['least_seconds']:.3f} s by bytes and operations"
         shown.append(row(f"{name}: share of the limit", shown_as(side["fraction_of_limit"], " %", 100) + least))
+        if side["others_cpu_cores"] >= offline.BUSY:
+            shown.append(row(f"{name}: CPU used by others", offline.busy_text(side["others_cpu_cores"])))
         if side.get("versions"):
             shown.append(
                 row(f"{name}: versions", ", ".join(f"{key} {value}" for key, value in side["versions"].items()))

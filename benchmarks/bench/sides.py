@@ -17,6 +17,7 @@ from . import engines
 from .limits import Held, Limits, measure
 from .local import Answer, Counted, Local, Run, Tick, generate, score
 from .models import UsageError, is_null, path_of, spec_of
+from .processes import machine_seconds
 from .protocol import Child
 
 POLICY, REWARD = "policy", "reward"  # names of the models in this process
@@ -57,6 +58,18 @@ class Sample:
     between: list[float] = field(default_factory=list[float])  # time per output token after the first, of each request
     counted: dict[str, Counted] = field(default_factory=dict[str, Counted])  # by model, in this process alone
     steps: int | None = None
+    others: float = 0.0  # CPU seconds that the rest of the machine used meanwhile
+
+
+class Watch:
+    """Tells, from when it is made, what processor time was none of the measured engine's."""
+
+    def __init__(self) -> None:
+        self._machine = machine_seconds()
+
+    def others(self, own: float) -> float:
+        """Seconds, to the kernel's tick (10 ms); `own` are the engine's."""
+        return max(machine_seconds() - self._machine - own, 0.0)
 
 
 class Side(Protocol):

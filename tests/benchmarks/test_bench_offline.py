@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import torch
 from checkpoints import write_checkpoint
 from typer.testing import CliRunner
 
-from tandem.benchmarks.bench import kernels, limits, local, offline, score
+from tandem.benchmarks.bench import kernels, limits, local, offline, score, sides
 from tandem.benchmarks.bench.cli import app
 from tandem.benchmarks.bench.local import Local
 from tandem.benchmarks.bench.sides import LocalSide, Setup
@@ -122,6 +123,22 @@ def test_a_chat_is_rendered_with_the_models_template(llama: str) -> None:
     load = offline.prompts(setup, offline.Dataset("chat", count=3, input_len=10, output_len=4))
     assert len(load.token_ids) == 3 and load.output_lens == [4, 4, 4]
     assert all(ids[0] == 1 and ids[-1] == 4 for ids in load.token_ids), "<s> first, <|assistant|> last"
+
+
+def test_what_others_use_is_told_apart(monkeypatch: pytest.MonkeyPatch, llama: str) -> None:
+    """The machine works 5 s during each run, of which the engine has the least part."""
+    clock = itertools.count(100.0, 5.0)
+    monkeypatch.setattr(sides, "machine_seconds", lambda: next(clock))
+    side = LocalSide(Local([ModelSpec("policy", llama)], EngineOptions(kv_cache_memory_bytes=16 << 20)))
+    load = offline.Load([[5] * 8], [4])
+    setup = Setup(llama, EngineOptions(), runs=2, warmups=0)
+    samples = offline.run(setup, {"tandem": side}, load)["tandem"]
+    assert [sample.others for sample in samples] == pytest.approx([5.0 - sample.cpu_seconds for sample in samples])
+    cores = offline.figures(load, samples, None, None)["others_cpu_cores"]
+    assert cores == pytest.approx(sum(s.others for s in samples) / sum(s.seconds for s in samples))
+    own = offline.figures(load, samples, None, None)
+    assert any("quiet machine" in line for line in offline.of_engine("", own))
+    assert not any("quiet" in line for line in offline.of_engine("", own | {"others_cpu_cores": 0.0}))
 
 
 def test_a_free_step_has_no_limit(tmp_path: Path) -> None:
