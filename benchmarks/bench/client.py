@@ -116,6 +116,8 @@ class Client:
             record.error = str(error)
         except TimeoutError:
             record.error = f"no complete answer within {self._load.timeout:g} s"
+        except aiohttp.ClientPayloadError:
+            record.error = "the connection broke in the middle of the answer"
         except (aiohttp.ClientError, OSError, ValueError) as error:
             record.error = shortened(f"{type(error).__name__}: {error}".removesuffix(": "))
         record.times, record.text, record.finish_reason = answer.times, answer.text, answer.finish_reason

@@ -265,11 +265,12 @@ def number(value: object) -> str:
     return "–"
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
+    """`words`: the command line's, or None for this process's."""
     parser = argparse.ArgumentParser(prog="tandem bench report", description=(__doc__ or "").split("\n\n", 1)[0])
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULT.json")
     parser.add_argument("--out", type=Path, default=Path("report.html"))
-    given = parser.parse_args()
+    given = parser.parse_args(words)
     try:
         print(report(given.results, given.out))
     except ReportError as error:

@@ -145,7 +145,7 @@ class Answer:
     def missing(self) -> str:
         """What is wrong with the stream now that it is over; "" where nothing is."""
         if not self.complete and self.finish_reason is None:
-            return f"the stream ended early: {len(self.times)} chunks with content, no finish_reason, no [DONE]"
+            return "the stream ended early: no finish_reason and no [DONE]"
         if not self.times:
             return f"the answer has no content (finish_reason {self.finish_reason})"
         return ""

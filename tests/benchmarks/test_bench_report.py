@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tandem.benchmarks.bench.report import Found, ReportError, collect, read, report
+from tandem.benchmarks.bench.report import Found, ReportError, collect, main, read, report
 
 SPREAD = {"median": 1.5, "low": 1.4, "high": 1.6, "samples": 5}
 SERVE: dict[str, Any] = {
@@ -100,6 +100,15 @@ def test_a_page_needs_nothing_else(tmp_path: Path) -> None:
         "page-limit.png",
     }
     assert (out.parent / "page-limit.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_says_where_the_page_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "k.json").write_text(json.dumps(KERNELS))
+    main([str(tmp_path / "k.json"), "--out", str(tmp_path / "k.html")])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "k.html") and (tmp_path / "k-limit.png").exists()
+    with pytest.raises(SystemExit) as exit:
+        main([str(tmp_path / "none.json")])
+    assert exit.value.code == 2 and "none.json" in capsys.readouterr().err
 
 
 def test_files_that_are_no_results_are_named(tmp_path: Path) -> None:
