@@ -178,6 +178,17 @@ def test_latency_says_what_vllm_says_and_more(tmp_path: Path, llama: str) -> Non
     assert 0 < after < own["latency_seconds"]["median"] and 0 < first < own["latency_seconds"]["median"]
 
 
+def test_results_are_shown_and_kept(tmp_path: Path, llama: str) -> None:
+    page, history = tmp_path / "new" / "page.html", tmp_path / "history.jsonl"
+    words = ("--input-len", 4, "--output-len", 2, "--batch-size", 1, "--num-iters", 2, "--num-iters-warmup", 0)
+    for _ in range(2):
+        bench("latency", "--model", llama, "--threads", 1, *words, "--append-result", history, "--report", page)
+    first, second = (json.loads(line) for line in history.read_text().splitlines())
+    assert first["latencies"] != second["latencies"] and first["batch_size"] == second["batch_size"] == 1
+    assert json.loads(page.with_suffix(".json").read_text()) == second
+    assert "<img" in page.read_text() and second["model_id"] in page.read_text()
+
+
 # Scores -------------------------------------------------------------------------------------------------------------
 
 
