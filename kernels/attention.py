@@ -9,7 +9,7 @@ size, P pages, S page size, M page-table width, C entries that a list of work ha
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +52,7 @@ def attend(
         live = [row for row in range(decodes) if lengths[row]]
         if live:
             kept, found = torch.tensor(live, device=q.device), torch.empty_like(q[: len(live)])
-            part = sequences._replace(lengths=sequences.lengths[kept], page_table=sequences.page_table[kept])
+            part = sequences._replace(lengths=sequences.lengths[kept], page_table=sequences.page_table[kept], memo=None)
             _attend_decodes(q[kept], found, cache, part, [lengths[row] for row in live], *options)
             out[kept] = found
     attend_rows = _attend_in_fixed_order if sequences.deterministic else _attend_prefill
@@ -69,16 +69,56 @@ def decode_chunks(length: int) -> int:
     return max(1, -(-length // CHUNK))
 
 
-def _gather(pages: Tensor, scales: Tensor | None, table: Tensor) -> Tensor:
-    """The tokens of page tables [b, m] one behind another: [b, K, m S, H] float32."""
-    kv_heads, size, width = pages.shape[1:]
-    count, m = table.shape
+def _rows(table: Tensor, kv_heads: int) -> Tensor:
+    """Of page tables [b, m]: where their pages stand, head by head, in pages seen as [P K, S, H]. [b K m]."""
     heads = torch.arange(kv_heads, device=table.device, dtype=table.dtype).unsqueeze(-1)
-    rows = torch.add(heads, table.unsqueeze(1), alpha=kv_heads).flatten()  # [b K m] of the pages seen as [P K, S, H]
+    return torch.add(heads, table.unsqueeze(1), alpha=kv_heads).flatten()
+
+
+def _gather(pages: Tensor, scales: Tensor | None, rows: Tensor, count: int) -> Tensor:
+    """The tokens of `count` page tables, whose `_rows` these are, one behind another: [b, K, m S, H] float32."""
+    kv_heads, size, width = pages.shape[1:]
     found = pages.flatten(0, 1).index_select(0, rows).float()
     if scales is not None:
         found *= scales.flatten(0, 1).index_select(0, rows).unsqueeze(-1)
-    return found.view(count, kv_heads, m * size, width)
+    return found.view(count, kv_heads, len(rows) // (count * kv_heads) * size, width)
+
+
+class _Round(NamedTuple):
+    """Decode rows that are computed together, and what of it is the same in every layer. Letters: b rows, m pages."""
+
+    part: slice  # of the step's rows
+    pages: Tensor  # [b K m], see `_rows`
+    distance: Tensor  # [b, 1, 1, m S], j - p
+    hidden: Tensor  # [b, 1, 1, m S]
+    seen: int  # leading positions that every row has
+    behind: Tensor  # [b, 1, m S - seen, 1], of the others: hidden
+
+
+def _rounds(
+    sequences: Sequences, lengths: list[int], window: int | None, kv_heads: int, size: int, width: int
+) -> list[_Round]:
+    """As many rows at once as keep their gathered K and V in the processor's cache."""
+    firsts = [max(0, length - window) // size if window else 0 for length in lengths]  # first page that is seen
+    counts = [-(-length // size) - first for length, first in zip(lengths, firsts, strict=True)]
+    group = max(1, GATHER_ELEMENTS // (max(counts) * size * kv_heads * width))
+    device, rounds = sequences.lengths.device, list[_Round]()
+    for begin in range(0, len(lengths), group):
+        part = slice(begin, min(begin + group, len(lengths)))
+        m = max(counts[part])
+        ends = sequences.lengths[part].unsqueeze(-1)  # [b, 1]
+        offset = torch.tensor(firsts[part], device=device).unsqueeze(-1)
+        column = torch.arange(m, device=device) + offset
+        table = sequences.page_table[part].gather(1, column.where(column * size < ends, offset))
+        position = torch.arange(m * size, device=device) + offset * size  # [b, m S]
+        hidden = position >= ends
+        if window:
+            hidden |= position < ends - window
+        shortest = min(n - f * size for n, f in zip(lengths[part], firsts[part], strict=True))
+        distance = (position - (ends - 1)).view(-1, 1, 1, m * size)
+        behind = hidden[:, None, shortest:, None]
+        rounds.append(_Round(part, _rows(table, kv_heads), distance, hidden.view(-1, 1, 1, m * size), shortest, behind))
+    return rounds
 
 
 def _attend_decodes(
@@ -92,34 +132,25 @@ def _attend_decodes(
     window: int | None,
     softcap: float | None,
 ) -> None:
-    """One row per sequence, as many sequences at once as keep their gathered K and V in the processor's cache."""
+    """One row per sequence. What every layer of the step would find out again is kept in `sequences.memo`."""
     kv_heads, size, width = cache.k.shape[1:]
     heads = q.shape[1]
-    firsts = [max(0, length - window) // size if window else 0 for length in lengths]  # first page that is seen
-    counts = [-(-length // size) - first for length, first in zip(lengths, firsts, strict=True)]
-    group = max(1, GATHER_ELEMENTS // (max(counts) * size * kv_heads * width))
+    memo: dict[object, list[_Round]] = {} if sequences.memo is None else sequences.memo
+    rounds = memo.get(window)
+    if rounds is None:
+        rounds = memo[window] = _rounds(sequences, lengths, window, kv_heads, size, width)
     queries = q.float().mul(scale).view(-1, kv_heads, heads // kv_heads, width)  # [b, K, G, H]
-    for begin in range(0, len(lengths), group):
-        part = slice(begin, min(begin + group, len(lengths)))
-        m = max(counts[part])
-        ends = sequences.lengths[part].unsqueeze(-1)  # [b, 1]
-        offset = torch.tensor(firsts[part], device=q.device).unsqueeze(-1)
-        column = torch.arange(m, device=q.device) + offset
-        table = sequences.page_table[part].gather(1, column.where(column * size < ends, offset))
-        position = torch.arange(m * size, device=q.device) + offset * size  # [b, m S]
-        hidden = position >= ends
-        if window:
-            hidden |= position < ends - window
-        k, v = _gather(cache.k, cache.k_scale, table), _gather(cache.v, cache.v_scale, table)
+    for part, pages, distance, hidden, seen, behind in rounds:
+        count = part.stop - part.start
+        k, v = _gather(cache.k, cache.k_scale, pages, count), _gather(cache.v, cache.v_scale, pages, count)
         scores = queries[part] @ k.transpose(-1, -2)  # [b, K, G, m S]
         if softcap:
             scores = scores.div_(softcap).tanh_().mul_(softcap)
         if alibi is not None:
-            scores += alibi.view(kv_heads, -1, 1) * (position - (ends - 1)).view(-1, 1, 1, m * size)
-        scores.masked_fill_(hidden.view(-1, 1, 1, m * size), -torch.inf)
+            scores += alibi.view(kv_heads, -1, 1) * distance
+        scores.masked_fill_(hidden, -torch.inf)
         # What lies behind a sequence's end was never written: 0 · NaN would be NaN.
-        shortest = min(n - f * size for n, f in zip(lengths[part], firsts[part], strict=True))
-        v[:, :, shortest:].masked_fill_(hidden[:, None, shortest:, None], 0)
+        v[:, :, seen:].masked_fill_(behind, 0)
         out[part] = (scores.softmax(-1) @ v).view(-1, heads, width)
 
 
@@ -141,8 +172,9 @@ def _attend_prefill(
     first = max(0, start + 1 - window) if window else 0  # first position that is seen
     table = table[:, first // size : -(-length // size)]
     seen = slice(first % size, first % size + length - first)
-    k = _gather(cache.k, cache.k_scale, table)[:, :, seen]
-    v = _gather(cache.v, cache.v_scale, table)[:, :, seen]
+    pages = _rows(table, kv_heads)
+    k = _gather(cache.k, cache.k_scale, pages, 1)[:, :, seen]
+    v = _gather(cache.v, cache.v_scale, pages, 1)[:, :, seen]
     queries = q.float().transpose(0, 1).unsqueeze(0)  # [1, N, n, H]
     if start == 0 and alibi is None and softcap is None and (not window or window >= length):
         result = F.scaled_dot_product_attention(queries, k, v, is_causal=True, scale=scale, enable_gqa=True)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from functools import wraps
 from importlib import import_module
 from types import MappingProxyType
-from typing import Literal, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +63,9 @@ class Sequences(NamedTuple):
     work: Tensor | None = None  # `attention_work` of these lengths; without it every layer makes its own on CUDA
     deterministic: bool = False  # a row's bits depend on its own position, K and V only
     backend: Literal["triton", "flash", "torch"] = "triton"  # what computes attention on CUDA
+    memo: dict[Any, Any] | None = (
+        None  # empty at first; the definition keeps here what it need not find out in each layer
+    )
 
 
 class KVLayer(NamedTuple):

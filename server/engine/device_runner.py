@@ -279,7 +279,7 @@ class DeviceRunner:
         """With the list of the decodes' work, made once for all layers."""
         work = ops.attention_work(lengths, decodes, max(2, room), prefixes) if decodes else None
         return Sequences(
-            starts, lengths, table, decodes, widest, longest, work, self.model.deterministic, self._attention
+            starts, lengths, table, decodes, widest, longest, work, self.model.deterministic, self._attention, {}
         )
 
     def _batch(self, slots: Tensor, positions: Tensor, sequences: Sequences) -> Batch:

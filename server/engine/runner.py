@@ -158,6 +158,7 @@ class Runner:
                 longest,
                 deterministic=self.model.deterministic,
                 backend=self._attention,
+                memo={},
             ),
         )
 
@@ -185,6 +186,7 @@ class Runner:
                 longest,
                 deterministic=self.model.deterministic,
                 backend=self._attention,
+                memo={},
             ),
         )
         return batch, firsts[1:] - 1
