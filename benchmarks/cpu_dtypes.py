@@ -26,6 +26,7 @@ from tandem.model.config import ModelConfig, read_config
 from tandem.model.kv_cache import KVCache
 from tandem.model.load import random_model
 from tandem.model.model import Model
+from tandem.server.engine.heap import keep_heap
 
 CONFIG = """{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32000, "hidden_size": 768,
 "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 4,
@@ -65,13 +66,19 @@ def step(model: Model, sequences: int, tokens: int, context: int, fixed_order: b
     decodes = sequences if tokens == 1 else 0
     given = Sequences(starts, lengths, tables, decodes, tokens, before + tokens, deterministic=fixed_order)
     ids = torch.randint(0, model.config.vocab_size, (sequences * tokens,))
-    batch = Batch(ids, positions, pages * PAGE + positions % PAGE, given)
-    return lambda: model.logits(model.forward(batch, cache)[tokens - 1 :: tokens])
+    slots = pages * PAGE + positions % PAGE
+
+    def run() -> Tensor:
+        batch = Batch(ids, positions, slots, given._replace(memo={}))
+        return model.logits(model.forward(batch, cache)[tokens - 1 :: tokens])
+
+    return run
 
 
-def steps(config: ModelConfig, context: int) -> dict[tuple[str, str], Callable[[], Tensor]]:
+def steps(config: ModelConfig, context: int, kinds: list[str]) -> dict[tuple[str, str], Callable[[], Tensor]]:
     found: dict[tuple[str, str], Callable[[], Tensor]] = {}
-    for kind, (options, fixed_order) in KINDS.items():
+    for kind in kinds:
+        options, fixed_order = KINDS[kind]
         model = random_model(config, **options)
         for case, (sequences, tokens) in CASES.items():
             found[kind, case] = step(model, sequences, tokens, context, fixed_order)
@@ -82,12 +89,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--kinds", help="of the table's rows, separated by semicolons; all without it")
+    parser.add_argument("--fresh-memory", action="store_true", help="leave the C library's heap as it is")
     args = parser.parse_args()
+    if not args.fresh_memory:
+        keep_heap()  # as the server does
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     with TemporaryDirectory() as directory:
         (Path(directory) / "config.json").write_text(CONFIG)
         config = read_config(Path(directory))
-    runs = steps(config, args.context)
+    kinds = args.kinds.split(";") if args.kinds else list(KINDS)
+    runs = steps(config, args.context, kinds)
     taken: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
     for turn in range(args.rounds + 1):
         for key, run in runs.items():
@@ -97,7 +109,7 @@ def main() -> None:
                 taken[key].append(clock() - begin)
     print(f"| tokens/s, {torch.get_num_threads()} thread(s), torch {torch.__version__} |", " | ".join(CASES), "|")
     print("|---|" + "---|" * len(CASES))
-    for kind in KINDS:
+    for kind in kinds:
         speeds = [sequences * tokens / median(taken[kind, case]) for case, (sequences, tokens) in CASES.items()]
         print(f"| {kind} |", " | ".join(f"{speed:.0f}" for speed in speeds), "|")
 

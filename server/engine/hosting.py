@@ -19,6 +19,7 @@ from ...model.load import load_model
 from ...model.model import Model
 from .device_memory import MIB, divide, kv_bytes, measure
 from .engine import Engine
+from .heap import keep_heap
 from .memory import available_memory, kv_cache_bytes, page_count, shares
 from .null_runner import NullModel
 from .options import EngineOptions, ModelSpec, OptionsError
@@ -37,6 +38,8 @@ def load_engines(
     options = replace(options, device=_device(options.device))
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    if options.device == "cpu":
+        keep_heap()
     names = [name for spec in specs for name in (spec.name, *spec.aliases)]
     for name in names:
         if names.count(name) > 1:
