@@ -26,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import result
+from . import markdown, result
 from .raw import Broken, Streams, events_of, read_streams
 from .served import Served, bare, tandem
 from .stats import Spread, interleaved, ratio, spread
@@ -220,12 +220,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--api-workers", type=int, default=1)
     parser.add_argument("--label", default="", help="kept with the result")
-    parser.add_argument("--save", type=Path, help="writes this path with .json behind it")
+    parser.add_argument("--save", type=Path, help="writes this path with .json and .md behind it")
     options = parser.parse_args()
     found = {"benchmark": "frontend", "label": options.label, **result.describe(), **measure(options)}
     print(table(found))
     if options.save:
         result.save(options.save.with_suffix(".json"), found)
+        markdown.write(options.save, found, "What streaming costs the API worker", table(found))
     else:
         print(json.dumps(found))
 

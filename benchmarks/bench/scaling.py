@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import zmq
@@ -30,7 +31,7 @@ from ...server.engine.hub import Hub
 from ...server.engine.link import WORKER_SHIFT, EngineServer
 from ...server.engine.options import EngineOptions, ModelSpec
 from ...server.engine.request import Request, Sampling
-from . import result
+from . import markdown, result
 from .stats import Spread, spread
 
 PROMPT = 64  # tokens
@@ -111,15 +112,15 @@ def per_step(loop: Loop, steps: int, rounds: int) -> Spread:
 
 
 def parts_of(loop: Loop, steps: int) -> dict[str, float]:
-    """Microseconds of a step by what they were spent on (wall time of the calls, clock included)."""
+    """Microseconds of a step by what they were spent on: medians of the calls' wall time, the clock's own included."""
     engine = loop.hub.engines[0]
-    spent: dict[str, int] = {}
+    spent: dict[str, list[int]] = {}
 
     def watched(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any) -> Any:
             began = time.perf_counter_ns()
             value = call(*arguments)
-            spent[name] = spent.get(name, 0) + time.perf_counter_ns() - began
+            spent.setdefault(name, []).append(time.perf_counter_ns() - began)
             return value
 
         return timed
@@ -128,13 +129,15 @@ def parts_of(loop: Loop, steps: int) -> dict[str, float]:
     owners.append((loop.server, "send"))
     for owner, name in owners:
         setattr(owner, name, watched(name, getattr(owner, name)))
-    began = time.perf_counter_ns()
-    loop.run(steps)
-    whole = time.perf_counter_ns() - began
+    step = watched("whole", loop.run)
+    for _ in range(steps):
+        step(1)
     for owner, name in owners:
         delattr(owner, name)
-    spent["else"] = whole - sum(spent.values())
-    return {name: round(value / steps / 1000, 2) for name, value in spent.items()}
+    found = {name: median(values) / 1000 for name, values in spent.items()}
+    whole = found.pop("whole")
+    found["else"] = max(whole - sum(found.values()), 0.0)
+    return {name: round(value, 2) for name, value in found.items()}
 
 
 def micro(value: Spread) -> dict[str, float]:
@@ -167,6 +170,25 @@ def measure(options: argparse.Namespace, server: EngineServer) -> dict[str, Any]
     few, many = (found["waiting"][at]["cpu_us_per_step"]["median"] for at in (0, -1))
     found["waiting_4096_to_1"] = round(many / few, 3)
     return found
+
+
+def table(found: dict[str, Any]) -> str:
+    """Medians in Markdown, with the middle 80 % of the rounds."""
+    parts = list(found["steady"][0]["parts_us"])
+    lines = [
+        "| kind | running | waiting | CPU µs per step | " + " | ".join(parts) + " |",
+        "|---" * (4 + len(parts)) + "|",
+    ]
+    for kind in ("steady", "steady_ahead", "mixed", "waiting"):
+        for row in found[kind]:
+            cost = row["cpu_us_per_step"]
+            shown = f"{cost['median']:.0f} ({cost['low']:.0f}–{cost['high']:.0f})"
+            timed = " | ".join(f"{row['parts_us'][name]:.0f}" for name in parts)
+            lines.append(f"| {kind} | {row['running']} | {row['waiting']} | {shown} | {timed} |")
+    ratio = found["waiting_4096_to_1"]
+    return "\n".join(
+        [*lines, "", f"A step with {WAITING[-1]:,} waiting costs {ratio:.2f} times one with {WAITING[0]}."]
+    )
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
@@ -202,7 +224,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--answer", type=int, default=100, help="tokens, on average, where answers end")
     parser.add_argument("--label", default="", help="kept with the result")
-    parser.add_argument("--save", type=Path, help="writes this path with .json and .png behind it")
+    parser.add_argument("--save", type=Path, help="writes this path with .json, .md and .png behind it")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="tandem-") as directory:
         server = EngineServer(directory, epoch=1)
@@ -219,6 +241,7 @@ def main() -> None:
             server.close()
     if options.save:
         result.save(options.save.with_suffix(".json"), found)
+        markdown.write(options.save, found, "What a step costs besides the model", table(found))
         draw(found, options.save.with_suffix(".png"))
     else:
         print(json.dumps(found))

@@ -73,8 +73,11 @@ class Served:
 
     def processes(self) -> dict[int, str]:
         """Names by process id: the one that was started, and those that it started."""
-        pids = [self.process.pid, *children(self.process.pid)]
-        return {pid: name_of(pid) for pid in pids}
+        own, started = self.process.pid, sorted(children(self.process.pid))
+        names = {own: "supervisor" if started else name_of(own)}
+        for pid in started:
+            names[pid] = name_of(pid)
+        return names
 
     def cpu(self) -> dict[str, float]:
         """Processor seconds so far, by name; processes of one name added up."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import result
+from . import markdown, result
 from .raw import LAST, RECEIVE, Broken, connect, request_bytes
 from .served import Served, resident_bytes, tandem
 
@@ -109,8 +109,12 @@ def run(url: str, first: int, count: int, concurrency: int) -> float:
 
 
 def held(server: Served) -> dict[str, float]:
-    """MiB by process."""
-    return {f"{name} {pid}": round(resident_bytes(pid) / 2**20, 2) for pid, name in server.processes().items()}
+    """MiB by process; workers beyond the first are numbered."""
+    found: dict[str, float] = {}
+    for pid, name in server.processes().items():
+        known = sum(one.split(" ")[0] == name for one in found)
+        found[f"{name} {known + 1}" if known else name] = round(resident_bytes(pid) / 2**20, 2)
+    return found
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -156,12 +160,13 @@ def main() -> None:
     parser.add_argument("--settle", type=int, default=10_000, help="requests until caches are full")
     parser.add_argument("--concurrency", type=int, default=64)
     parser.add_argument("--api-workers", type=int, default=1)
-    parser.add_argument("--save", type=Path, help="writes this path with .json behind it")
+    parser.add_argument("--save", type=Path, help="writes this path with .json and .md behind it")
     options = parser.parse_args()
     found = {"benchmark": "soak", **result.describe(), **measure(options)}
     print(table(found))
     if options.save:
         result.save(options.save.with_suffix(".json"), found)
+        markdown.write(options.save, found, "Memory over many requests", table(found))
     else:
         print(json.dumps(found))
 
