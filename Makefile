@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 NICE_PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup serve test lint format bench clean evidence-status
+.PHONY: setup serve test lint format bench bench-quick readme clean evidence-status
 
 serve: .venv/serve.stamp  ## the bundled policy and reward model on http://127.0.0.1:8000 (ARGS="…" is passed on)
 	$(BIN)/tandem serve $(ARGS)
@@ -22,8 +22,17 @@ format: .venv/dev.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: .venv/serve.stamp  ## start-up and streaming of the bundled model, as a table and one JSON line
-	$(BIN)/python -m tandem.benchmarks.startup $(ARGS)
+bench: .venv/dev.stamp  ## start-up and streaming of the bundled models; `tandem bench --help` has the rest
+	$(BIN)/tandem bench startup $(ARGS)
+
+bench-quick: .venv/dev.stamp  ## the figures that a change may move, within three minutes; one more line of results/history.jsonl
+	$(BIN)/python -m tandem.benchmarks.quick
+
+peer-%: .venv/dev.stamp  ## another engine in an environment of its own: peer-vllm, peer-llama.cpp, peer-ctranslate2
+	$(BIN)/python -m tandem.benchmarks.peers.setup $*
+
+readme: .venv/dev.stamp  ## README's figures from the records
+	$(BIN)/python -m tandem.benchmarks.readme
 
 evidence-%: .venv/dev.stamp  ## what is too heavy for CI; its record lands in docs/evidence/
 	$(BIN)/python -m tandem.benchmarks.evidence run $*

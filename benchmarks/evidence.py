@@ -36,7 +36,12 @@ class Area:
 
 AREAS = {
     "startup": Area(
-        ("-m", "tandem.benchmarks.startup", "--runs", "5"), ("server", "model", "kernels", "benchmarks/startup.py")
+        ("-m", "tandem.benchmarks.bench.startup", "--runs", "5"),
+        ("server", "model", "kernels", "benchmarks/bench/startup.py"),
+    ),
+    "peers": Area(
+        ("-m", "tandem.benchmarks.peers.compare"),
+        ("server", "model", "kernels", "benchmarks/bench", "benchmarks/peers"),
     ),
     "demo": Area(("examples/rlhf/evaluate.py", "--count", "150"), ("model", "examples/rlhf")),
 }

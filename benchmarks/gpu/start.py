@@ -1,7 +1,7 @@
 """From starting a process to its first token, with kernels compiled before and not; and what the KV cache got.
 
 The checkpoint is written once, to memory or disk, and its pages are then warm: what is timed is reading them, not a
-disk. The process is the engine's alone; the HTTP side is measured by `benchmarks/startup.py` wherever it is installed.
+disk. The process is the engine's alone; the HTTP side is measured by `tandem bench startup` wherever it is installed.
 """
 
 from __future__ import annotations
