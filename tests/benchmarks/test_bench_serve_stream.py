@@ -15,6 +15,7 @@ ODD = [
     b"\r\rdata: " + ONE + b"\r\rdata: " + TWO + b"\r\r",
     b"data: " + ONE + b"\ndata: " + TWO + b"\n\n",  # one event of two documents
     b'\n\n\n\ndata: {"a":\ndata: 1}\n\n\n\nretry: 5\ndata: ' + TWO + b"\n\n",  # one document on two lines
+    b'data: {"a":\r\ndata: 1}\r\n\r\ndata: ' + TWO + b"\r\n\r\n",  # where a cut between CR and LF matters
     b"data: " + ONE + b"\n\ndata: " + TWO,  # no empty line at the end
 ]
 
