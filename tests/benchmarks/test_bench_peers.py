@@ -20,7 +20,7 @@ import torch
 import transformers
 from paging import PagedRun
 from safetensors.torch import load_file
-from servers import alive, child_processes
+from servers import alive, child_processes, eventually
 from tokenizers import Tokenizer
 
 from tandem.benchmarks.bench import engines
@@ -127,10 +127,39 @@ def test_closing_ends_the_whole_group() -> None:
     grandchild = int(str(caught.value).partition("b'")[2].partition("'")[0])
     child.close()
     child.close()
-    deadline = time.monotonic() + 5
-    while (alive(child.pid) or alive(grandchild)) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not alive(child.pid) and not alive(grandchild)
+    eventually(lambda: not alive(child.pid) and not alive(grandchild), 5)
+
+
+BUSY = """
+import subprocess, sys
+from child import serve
+class Busy:
+    def load(self, model, options):
+        self.started = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        return {"pid": self.started.pid}
+    def generate(self, token_ids, output_lens, seed):
+        return {}
+    def score(self, token_ids):
+        return {"state": open(f"/proc/{self.started.pid}/stat").read().rpartition(")")[2].split()[0]}
+serve(Busy())
+"""
+
+
+def test_what_an_engine_started_rests_between_requests(tmp_path: Path) -> None:
+    """It must not take time from the engine that is measured meanwhile; while its own is asked, it runs."""
+    script = tmp_path / "busy.py"
+    script.write_text(BUSY)
+    with Child("busy", [sys.executable, str(script)], {"PYTHONPATH": str(engines.PEERS)}, timeout=20) as child:
+        started = child.load("")["pid"]
+        eventually(lambda: state(started) == "T", 5)
+        assert child.score([])["state"] != "T"
+        eventually(lambda: state(started) == "T", 5)
+    eventually(lambda: not alive(started), 5)
+
+
+def state(pid: int) -> str:
+    """T: stopped."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def test_program_that_is_not_there() -> None:
@@ -162,7 +191,7 @@ def test_server_is_ready_with_its_first_token_and_leaves_nothing(tiny: Path) -> 
         assert 0.3 < server.health_seconds <= server.ready_seconds < 60
         processes = [server.pid, *child_processes(server.pid)]
         assert len(processes) > 2
-    assert not any(map(alive, processes))
+    eventually(lambda: not any(map(alive, processes)), 5)
 
 
 def test_server_that_does_not_start_says_why(tiny: Path) -> None:
