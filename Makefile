@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 NICE_PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup serve test lint format bench bench-quick readme clean evidence-status
+.PHONY: setup serve test lint format bench bench-quick peers-check readme clean evidence-status
 
 serve: .venv/serve.stamp  ## the bundled policy and reward model on http://127.0.0.1:8000 (ARGS="…" is passed on)
 	$(BIN)/tandem serve $(ARGS)
@@ -28,8 +28,11 @@ bench: .venv/dev.stamp  ## start-up and streaming of the bundled models; `tandem
 bench-quick: .venv/dev.stamp  ## the figures that a change may move, within three minutes; one more line of results/history.jsonl
 	$(BIN)/python -m tandem.benchmarks.quick
 
-peer-%: .venv/dev.stamp  ## another engine in an environment of its own: peer-vllm, peer-llama.cpp, peer-ctranslate2
+peer-%: .venv/dev.stamp  ## another engine in an environment of its own: peer-vllm, -llama.cpp, -ctranslate2, -transformers
 	$(BIN)/python -m tandem.benchmarks.peers.setup $*
+
+peers-check: .venv/dev.stamp  ## whether every engine that is set up computes the same model
+	$(BIN)/python -m tandem.benchmarks.peers.check $(ARGS)
 
 readme: .venv/dev.stamp  ## README's figures from the records
 	$(BIN)/python -m tandem.benchmarks.readme
