@@ -187,6 +187,14 @@ def latency(
 
 
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def report(context: typer.Context) -> None:
+    """Results as one HTML page with figures."""
+    from .report import main
+
+    main(context.args)
+
+
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def serve(context: typer.Context) -> None:
     """Servers under load, over HTTP: any that speaks the OpenAI API."""
     from .serve_cli import main

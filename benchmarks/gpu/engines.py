@@ -203,7 +203,7 @@ def settle(engine: Engine) -> None:
         pass
 
 
-def _count(outputs: list[Output], tokens: dict[int, int]) -> None:
+def _count(outputs: Iterable[Output], tokens: dict[int, int]) -> None:
     for output in outputs:
         if output.error is not None:
             raise RuntimeError(f"request {output.request_id}: {output.error.kind}: {output.error.message}")
