@@ -90,10 +90,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--kinds", help="of the table's rows, separated by semicolons; all without it")
-    parser.add_argument("--fresh-memory", action="store_true", help="leave the C library's heap as it is")
     args = parser.parse_args()
-    if not args.fresh_memory:
-        keep_heap()  # as the server does
+    keep_heap()  # as the server does
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     with TemporaryDirectory() as directory:
         (Path(directory) / "config.json").write_text(CONFIG)

@@ -1,8 +1,9 @@
 """The C library's heap, told to keep the memory that it has.
 
 A step on a CPU makes and drops the same tensors over and over. By default glibc takes larger ones from the system and
-gives them back, so that every step pays for its memory again: a page fault, and 4 KiB of zeros, per page. Measured on a
-125M LLaMA in bfloat16 (benchmarks/results/cpu_heap.md): decodes of 16 rows took 1.8 times as long, prompts 1.35 times.
+gives them back, depending on what the process has freed before, so that a step pays for its memory again: a page fault,
+and 4 KiB of zeros, per page. With 16 requests at a 125M LLaMA those were 240,000 in two seconds, and 6 to 20 % of the
+time (benchmarks/results/cpu_heap.md).
 """
 
 from __future__ import annotations
