@@ -62,7 +62,12 @@ def main() -> None:
         for how in ("kept", "fresh"):
             done = subprocess.run([*command, how], stdout=subprocess.PIPE, text=True, check=True)
             found = json.loads(done.stdout)
-            print("| " + " | ".join([how, *(f"{value:,.0f}" if value >= 100 else f"{value:.2f}" for value in found.values())]) + " |", flush=True)
+            print(
+                "| "
+                + " | ".join([how, *(f"{value:,.0f}" if value >= 100 else f"{value:.2f}" for value in found.values())])
+                + " |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
