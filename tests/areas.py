@@ -13,6 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 
+HADOLINT = BIN / "hadolint"  # its wheel is for x86-64 Linux
 PYTEST = [sys.executable, "-m", "pytest", "-q", "--durations=5"]
 AREAS: dict[str, tuple[int, list[list[str]]]] = {  # name: (budget in seconds, commands)
     "rest": (
@@ -21,6 +22,7 @@ AREAS: dict[str, tuple[int, list[list[str]]]] = {  # name: (budget in seconds, c
             [str(BIN / "ruff"), "check", "."],
             [str(BIN / "ruff"), "format", "--check", "."],
             [str(BIN / "pyright")],
+            *([[str(HADOLINT), "Dockerfile.cuda"]] if HADOLINT.exists() else []),
             [*PYTEST, "tests/test_structure.py", "tests/benchmarks"],
         ],
     ),
