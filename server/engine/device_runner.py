@@ -109,13 +109,12 @@ class DeviceRunner:
     @torch.inference_mode()
     def idle(self) -> bool:
         """Uses a moment without work to record one more decode; whether any are left."""
-        left = False
-        with self._on_stream():
-            for graphs in self._recorded.values():
-                if graphs.missing:
-                    self._clear_rows()
-                    left |= graphs.record_next()
-        return left
+        graphs = next((graphs for graphs in self._recorded.values() if graphs.missing), None)
+        if graphs is not None:
+            with self._on_stream():
+                self._clear_rows()
+                graphs.record_next()
+        return any(graphs.missing for graphs in self._recorded.values())
 
     @torch.inference_mode()
     def launch(self, plan: Plan) -> Launched:

@@ -70,14 +70,13 @@ class Graphs:
         else:
             self._recorded[rows].replay()
 
-    def record_next(self) -> bool:
-        """Records one more; whether any are missing still. What the work reads is overwritten by its owner's reset."""
+    def record_next(self) -> None:
+        """Records one more, if any is missing. What the work reads is overwritten by its owner's reset."""
         if self.missing:
             rest = [size for size in self._sizes if size not in self._ready]
             asked = [size for size in self._wanted if size in rest]
             self._record(asked[0] if asked else rest[0])
             self._wanted = asked[1:]
-        return self.missing > 0
 
     def _record(self, rows: int) -> None:
         if self._pool is not None:
