@@ -48,7 +48,9 @@ evidence-status: .venv/dev.stamp  ## which records are older than the code they 
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else "Tandem needs Python 3.11 to 3.13, not %d.%d: make PYTHON=/path/to/python" % v)'
 	@$(PYTHON) -m venv .venv 2>/dev/null || { rm -rf .venv; echo "python3-venv is missing: installing it"; apt-get update -qq && apt-get install -y -qq python3-venv && $(PYTHON) -m venv .venv; }
 
-.venv/serve.stamp: pyproject.toml | .venv/bin/python
+# Without a C++ compiler Tandem runs, but several times slower on a CPU.
+.venv/serve.stamp: pyproject.toml $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h) | .venv/bin/python
+	@command -v c++ >/dev/null || { echo "a C++ compiler is missing: installing g++"; apt-get update -qq && apt-get install -y -qq g++; } || echo "no C++ compiler: CPUs will compute through PyTorch"
 	@echo "Installing Tandem into .venv (once; a minute or two)"
 	$(NICE_PIP) -e .
 	@touch $@

@@ -34,11 +34,12 @@ Result = TypeVar("Result")
 Activation = Literal["silu_and_mul", "gelu_tanh", "gelu"]
 
 # Device type -> module of this package that may define the operations below again.
-BACKENDS: Mapping[str, str] = MappingProxyType({"cuda": ".triton"})
+BACKENDS: Mapping[str, str] = MappingProxyType({"cuda": ".triton", "cpu": ".cpu"})
 
 # Rows of a product in a fixed order on a CPU: with 16 a single float32 row takes 0.75 of the time, but a prompt of 512
 # 1.2 (bfloat16 1.35) times as long, and 32 rows 1.25 (1.4) times.
 BLOCK_ROWS = 32
+PANEL = 16  # outputs of a packed matrix that are computed side by side
 # Float32 logits that `logprobs_of` holds at once, in elements (64 MiB).
 LOGIT_ELEMENTS = 1 << 24
 # The same on a CUDA device, in the dtype of the weights (128 MiB in 16 bits): each round reads the whole head, so it
@@ -195,6 +196,39 @@ def in_blocks(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     count = x.shape[0]
     blocks = F.pad(x, (0, 0, 0, -count % BLOCK_ROWS)).split(BLOCK_ROWS)
     return torch.cat([product(block) for block in blocks])[:count]
+
+
+class Packed(NamedTuple):
+    """A matrix [outs, ins] in panels of PANEL rows, which are computed side by side; what is beyond `outs` is 0.
+
+    `data` is [panels, ins / 2, PANEL, 2] in bfloat16 and [panels, ins, PANEL] in float32.
+    """
+
+    data: Tensor
+    outs: int
+    ins: int
+
+    def unpack(self) -> Tensor:
+        """[outs, ins], in the dtype it is kept in."""
+        panels = self.data.transpose(1, 2) if self.data.dim() == 4 else self.data.mT  # [panels, PANEL, ins (/ 2, 2)]
+        return panels.reshape(-1, self.ins)[: self.outs]
+
+
+@op
+def pack(weight: Tensor, activation: Activation | None = None) -> Packed | None:
+    """weight [O, D] as `packed_linear` takes it, if the backend has such an order; `activation`: what comes behind it.
+
+    A float32 matrix whose numbers all are bfloat16's is kept in bfloat16, which changes no result.
+    """
+    return None
+
+
+@op
+def packed_linear(
+    x: Tensor, weight: Packed, bias: Tensor | None = None, activation: Activation | None = None
+) -> Tensor:
+    """`linear` with a packed matrix. A row's bits depend on that row, weight and bias only."""
+    return linear(x, weight.unpack().to(x.dtype), bias, activation, deterministic=True)
 
 
 # Writing K and V ----------------------------------------------------------------------------------------------------

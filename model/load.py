@@ -7,8 +7,8 @@ from typing import Literal
 
 import torch
 
+from ..kernels.cpu.native import native
 from .config import ModelConfig, read_config
-from .errors import CheckpointError
 from .heads import LMHead, ScoreHead
 from .linear import linears
 from .model import Model
@@ -17,7 +17,6 @@ from .slots import Place
 from .weights import Progress, digest, fill, find_files, slots_of
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
-DecodeCopy = Literal["fp16"]
 
 
 def load_model(
@@ -25,26 +24,22 @@ def load_model(
     *,
     dtype: DType = "auto",
     device: torch.device | str = "cpu",
-    decode_copy: DecodeCopy | None = None,
     deterministic: bool = False,
     on_progress: Progress | None = None,
 ) -> Model:
     """The model of a Hugging Face checkpoint directory, on `device`.
 
-    `dtype`: see `choose_dtype`. `decode_copy` "fp16" keeps a second, float16 copy of the matrices for steps of one
-    or two rows. `deterministic`: a row's results have the same bits whatever rows are computed with it (for attention
-    `Sequences.deterministic` says so); it excludes the copy, whose rows have other bits. `on_progress(done, total)` is
-    called with bytes. Raises CheckpointError that names what is wrong.
+    `dtype`: see `choose_dtype`. `deterministic`: a row's results have the same bits whatever rows are computed with it
+    (for attention `Sequences.deterministic` says so). `on_progress(done, total)` is called with bytes. Raises
+    CheckpointError that names what is wrong.
     """
-    if deterministic and decode_copy is not None:
-        raise CheckpointError("in deterministic mode there is no decode copy: leave out --cpu-decode-copy fp16")
     directory, device = Path(path), torch.device(device)
     config = read_config(directory)
     files = find_files(directory)
     place = Place(choose_dtype(dtype, config, device), device, deterministic)
     decoder, head = _unfilled(config, place)
     fill(decoder, head, decoder.PREFIX, decoder.IGNORED, files, on_progress or (lambda done, total: None))
-    _finish(decoder, head, decode_copy)
+    _pack(decoder, head)
     return Model(config, decoder, head, place, digest([directory / "config.json", *files]))
 
 
@@ -53,7 +48,6 @@ def random_model(
     *,
     dtype: DType = "auto",
     device: torch.device | str = "cpu",
-    decode_copy: DecodeCopy | None = None,
     deterministic: bool = False,
     seed: int = 0,
 ) -> Model:
@@ -74,7 +68,7 @@ def random_model(
                 slot.into.normal_(0, slot.into.shape[1] ** -0.5, generator=generator)
             else:
                 slot.into.normal_(float(slot.name.endswith("weight")), 0.1, generator=generator)
-    _finish(decoder, head, decode_copy)
+    _pack(decoder, head)
     return Model(config, decoder, head, place, f"random {seed}")
 
 
@@ -88,23 +82,27 @@ def _unfilled(config: ModelConfig, place: Place) -> tuple[Decoder, LMHead | Scor
     return decoder, LMHead(config.vocab_size, config.hidden_size, place, tied)
 
 
-def _finish(decoder: Decoder, head: LMHead | ScoreHead, decode_copy: DecodeCopy | None) -> None:
-    """Second copies and storage orders of the filled matrices."""
+def _pack(decoder: Decoder, head: LMHead | ScoreHead) -> None:
+    """Brings the filled matrices into the device's own order."""
     for part in (decoder, head):
-        for name, linear in linears(part):
-            if decode_copy is not None:
-                linear.add_decode_copy(name)
+        for _, linear in linears(part):
             linear.pack()
 
 
 def choose_dtype(dtype: DType, config: ModelConfig, device: torch.device) -> torch.dtype:
-    """`auto` is the checkpoint's own dtype, but on CPUs without bfloat16 instructions float32: there a bfloat16 matrix
-    product of 32 rows takes five times as long (measured on AVX2). float16 is never what `auto` takes on a CPU."""
+    """`auto` is the checkpoint's own dtype, but on CPUs without bfloat16 instructions float32: that costs nothing there
+    and rounds less, matrices stay in bfloat16 (`ops.pack`). float16 is never what `auto` takes on a CPU."""
     if dtype != "auto":
         return getattr(torch, dtype)
     if device.type != "cpu":
         return getattr(torch, config.dtype)
     return torch.bfloat16 if config.dtype != "float32" and cpu_has_bfloat16() else torch.float32
+
+
+def matrix_dtype(dtype: torch.dtype, config: ModelConfig, device: torch.device) -> torch.dtype:
+    """What matrices of such a checkpoint are kept in where a model computes in `dtype`: see `ops.pack`."""
+    exact = dtype == torch.float32 and config.dtype == "bfloat16"
+    return torch.bfloat16 if exact and device.type == "cpu" and native() is not None else dtype
 
 
 def cpu_has_bfloat16() -> bool:

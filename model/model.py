@@ -33,8 +33,8 @@ class Model:
         self.dtype, self.deterministic = place.dtype, place.deterministic
         self.digest = digest  # of the files it was loaded from
         tensors = {t.data_ptr(): t.nbytes for part in (decoder, head) for t in part.buffers()}
-        copies = sum(linear.copy_bytes for part in (decoder, head) for _, linear in linears(part))
-        self.weight_bytes = sum(tensors.values()) + copies
+        packed = sum(linear.packed_bytes for part in (decoder, head) for _, linear in linears(part))
+        self.weight_bytes = sum(tensors.values()) + packed
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:

@@ -134,13 +134,6 @@ def serve(
     enable_prefix_caching: Annotated[
         bool, typer.Option("--enable-prefix-caching/--no-enable-prefix-caching")
     ] = ENGINE.enable_prefix_caching,
-    cpu_decode_copy: Annotated[
-        str | None,
-        typer.Option(
-            help="fp16: a second copy of the weights, faster for one or two sequences on a CPU. "
-            "Such steps round differently, so a seeded answer may depend on what else runs."
-        ),
-    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the engine.")] = None,
     step_target_ms: Annotated[
         float | None, typer.Option(min=0.001, help="Longest step of one model while another one writes.")
@@ -196,7 +189,6 @@ def serve(
                 enable_prefix_caching=enable_prefix_caching,
                 max_waiting_requests=max_waiting_requests,
                 max_waiting_tokens=parse_quantity(max_waiting_tokens, "--max-waiting-tokens"),
-                cpu_decode_copy=_one_of("--cpu-decode-copy", cpu_decode_copy, ("fp16",)),
                 step_target_ms=step_target_ms,
             ),
             api=ApiOptions(

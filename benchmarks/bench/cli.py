@@ -44,9 +44,6 @@ Engines = Annotated[
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of each engine.", show_default=False)]
-DecodeCopy = Annotated[
-    str | None, typer.Option(help="fp16: Tandem's second copy of the weights for steps of one or two sequences.")
-]
 Deterministic = Annotated[bool, typer.Option("--deterministic", help="Tandem's mode of that name.")]
 MaxSeqs = Annotated[
     int | None,
@@ -108,7 +105,6 @@ def throughput(
     dtype: Dtype = "auto",
     device: Device = "auto",
     threads: Threads = None,
-    cpu_decode_copy: DecodeCopy = None,
     deterministic: Deterministic = False,
     max_num_seqs: MaxSeqs = None,
     max_num_batched_tokens: MaxTokens = None,
@@ -126,7 +122,6 @@ def throughput(
         options = engine_options(
             device,
             threads,
-            cpu_decode_copy,
             deterministic,
             max_num_seqs,
             max_num_batched_tokens,
@@ -157,7 +152,6 @@ def latency(
     dtype: Dtype = "auto",
     device: Device = "auto",
     threads: Threads = None,
-    cpu_decode_copy: DecodeCopy = None,
     deterministic: Deterministic = False,
     max_num_seqs: MaxSeqs = None,
     max_num_batched_tokens: MaxTokens = None,
@@ -172,7 +166,6 @@ def latency(
         options = engine_options(
             device,
             threads,
-            cpu_decode_copy,
             deterministic,
             max_num_seqs or seqs(device, batch_size * n),
             max_num_batched_tokens,
@@ -338,7 +331,6 @@ def one_sentence(command: str) -> Iterator[None]:
 def engine_options(
     device: str,
     threads: int | None = None,
-    cpu_decode_copy: str | None = None,
     deterministic: bool = False,
     max_num_seqs: int | None = None,
     max_num_batched_tokens: str | None = None,
@@ -347,8 +339,6 @@ def engine_options(
     enable_prefix_caching: bool = False,
 ) -> EngineOptions:
     """Raises OptionsError. As many requests may wait as are handed over."""
-    if cpu_decode_copy not in (None, "fp16"):
-        raise OptionsError(f"--cpu-decode-copy {cpu_decode_copy}: fp16, or leave it out")
     count = max_num_seqs or seqs(device)
     tokens = GPU_TOKENS if on_gpu(device) else ENGINE.max_num_batched_tokens
     if max_num_batched_tokens is not None:
@@ -366,7 +356,6 @@ def engine_options(
         enable_prefix_caching=enable_prefix_caching,
         max_waiting_requests=1 << 30,
         max_waiting_tokens=1 << 40,
-        cpu_decode_copy=cpu_decode_copy,  # type: ignore[arg-type]
     )
 
 

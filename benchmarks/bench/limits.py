@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...model.config import ModelConfig
-from ...model.linear import DECODE_ROWS
 from ..gpu import limits as cuda
 from ..gpu.clock import device_time, release
 from ..gpu.rows import Report
@@ -62,17 +61,16 @@ class Asked:
 
 @dataclass(frozen=True)
 class Held:
-    """A model as an engine holds it: bytes of an element of a matrix, of few rows and of many, and K and V's dtype."""
+    """A model as an engine holds it: the dtype that it computes in and keeps K and V in, and that of its matrices."""
 
     config: ModelConfig
     dtype: torch.dtype
-    decode_copy: bool = False  # float16 matrices for steps of few rows
+    matrices: torch.dtype | None = None  # what they are kept in; None: dtype
 
-    def weight_bytes(self, rows: int) -> float:
+    @property
+    def weight_bytes(self) -> float:
         """Of all matrices and the head, once."""
-        narrow = self.decode_copy and rows <= DECODE_ROWS
-        itemsize = min(self.dtype.itemsize, torch.float16.itemsize) if narrow else self.dtype.itemsize
-        return (matrix_elements(self.config) + head_elements(self.config)) * itemsize
+        return (matrix_elements(self.config) + head_elements(self.config)) * (self.matrices or self.dtype).itemsize
 
 
 def measure(device: torch.device | str, dtypes: Iterable[torch.dtype]) -> Limits:
@@ -131,7 +129,7 @@ def least_seconds(held: Held, load: list[Asked], limits: Limits) -> float:
     """How long the load takes at least on a machine with these limits."""
     config, rate = held.config, limits.rates[held.dtype]
     rows = sum(asked.prompt - asked.cached for asked in load)
-    total = max(held.weight_bytes(rows) / limits.read, prefill_flops(config, load) / rate)
+    total = max(held.weight_bytes / limits.read, prefill_flops(config, load) / rate)
     per_row = 2 * (matrix_elements(config) + head_elements(config))
     per_token = kv_bytes(config, held.dtype)
     ordered = sorted(load, key=lambda asked: asked.output)
@@ -144,7 +142,7 @@ def least_seconds(held: Held, load: list[Asked], limits: Limits) -> float:
             asked = ordered[first]
             known, rows, pairs = known - asked.prompt, rows - asked.n, pairs - asked.n * asked.prompt
             first += 1
-        moved = held.weight_bytes(rows) + (known + rows * step) * per_token  # a prompt's K and V once for its answers
+        moved = held.weight_bytes + (known + rows * step) * per_token  # a prompt's K and V once for its answers
         operations = rows * per_row + _per_pair(config) * (pairs + rows * step)
         total += max(moved / limits.read, operations / rate)
     return total

@@ -17,7 +17,7 @@ run. The other side is `benchmarks/peers/child.py`.
     max_num_seqs             sequences that are computed together
     max_num_batched_tokens   of one step
     enable_prefix_caching    off unless asked for: a repeated run would read its prompts from the cache
-    cpu_decode_copy, deterministic, device, kv_cache_memory_bytes     Tandem's flags of those names
+    deterministic, device, kv_cache_memory_bytes     Tandem's flags of those names
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from ...model.config import read_config
-from ...model.load import choose_dtype
+from ...model.load import choose_dtype, matrix_dtype
 from ...server.engine.options import EngineOptions
 from ...server.engine.request import Request, Role
 from . import engines
@@ -170,7 +170,6 @@ def child_options(setup: Setup) -> dict[str, Any]:
         "max_num_seqs": given.max_num_seqs,
         "max_num_batched_tokens": given.max_num_batched_tokens,
         "enable_prefix_caching": given.enable_prefix_caching,
-        "cpu_decode_copy": given.cpu_decode_copy,
         "deterministic": given.deterministic,
         "device": given.device,
         "kv_cache_memory_bytes": given.kv_cache_memory_bytes,
@@ -183,8 +182,9 @@ def held_of(setup: Setup, role: Role = "policy") -> Held | None:
     if is_null(path):
         return None
     config = read_config(path)
-    dtype = choose_dtype(setup.dtype, config, torch.device(setup.device))  # type: ignore[arg-type]
-    return Held(config, dtype, setup.options.cpu_decode_copy is not None)
+    device = torch.device(setup.device)
+    dtype = choose_dtype(setup.dtype, config, device)  # type: ignore[arg-type]
+    return Held(config, dtype, matrix_dtype(dtype, config, device))
 
 
 class LimitsOf:

@@ -162,13 +162,9 @@ def offline_section(run: Run) -> None:
         return f"{', '.join(medians)} tok/s"
 
     load = OfflineLoad(count=1, input_len=16, output_len=64)
-    found = compare("batch_1", ("vllm", "llama.cpp"), load, cpu_decode_copy="fp16")
-    run.add("batch 1 (--cpu-decode-copy fp16), tandem / vllm", found["ratios"]["tandem / vllm"], told(found), least=2.5)
-    run.add(
-        "batch 1 (--cpu-decode-copy fp16), tandem / llama.cpp bf16", found["ratios"]["tandem / llama.cpp"], least=0.8
-    )
-    found = compare("batch_1_bf16", ("vllm", "llama.cpp"), load)
-    run.add("batch 1 (bf16 alone), tandem / llama.cpp bf16", found["ratios"]["tandem / llama.cpp"], told(found))
+    found = compare("batch_1", ("vllm", "llama.cpp"), load)
+    run.add("batch 1, tandem / vllm", found["ratios"]["tandem / vllm"], told(found), least=2.5)
+    run.add("batch 1, tandem / llama.cpp bf16", found["ratios"]["tandem / llama.cpp"], least=0.8)
     found = compare(
         "prefill", ("transformers",), OfflineLoad(count=4, input_len=512, output_len=1), enable_prefix_caching=False
     )

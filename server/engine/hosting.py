@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 
 from ...kernels import flash
+from ...kernels.cpu.native import described
 from ...model.config import read_config
 from ...model.errors import CheckpointError
 from ...model.kv_cache import KVCache
@@ -70,7 +71,8 @@ def _memory(models: list[Model | NullModel], cards: list[ModelCard], options: En
         return kv_bytes(division, options), str(division)
     available = available_memory()
     weights = sum(model.weight_bytes for model in models) / MIB
-    return kv_cache_bytes(options, available), f"{weights:,.0f} MiB of weights, {available / MIB:,.0f} MiB were free"
+    terms = f"{weights:,.0f} MiB of weights, {available / MIB:,.0f} MiB were free; kernels: {described()}"
+    return kv_cache_bytes(options, available), terms
 
 
 def _device(wanted: str) -> str:
@@ -101,7 +103,6 @@ def _load(spec: ModelSpec, options: EngineOptions, on_progress: Progress | None)
             spec.path,
             dtype=spec.dtype,
             device=options.device,
-            decode_copy=options.cpu_decode_copy,
             deterministic=options.deterministic,
             on_progress=progress,
         )

@@ -73,7 +73,6 @@ class EngineOptions:
     enable_prefix_caching: bool = True
     max_waiting_requests: int = 4096  # of one model
     max_waiting_tokens: int = 1 << 22
-    cpu_decode_copy: Literal["fp16"] | None = None
     step_target_ms: float | None = None  # longest step while another model decodes; None: one step of that model
 
     @property

@@ -36,7 +36,7 @@ def by_operations(load: list[Asked]) -> float:
 
 def test_weights_are_read_once_per_step_and_every_key_and_value() -> None:
     weights = 4 * (MATRICES + HEAD)
-    assert HELD.weight_bytes(1) == weights == 4 * 81920
+    assert HELD.weight_bytes == weights == 4 * 81920
     assert by_bytes([Asked(3, 1)]) == weights, "the prompt's step gives the first token"
     assert by_bytes([Asked(3, 2)]) == 2 * weights + 4 * KV
     # one and two sequences; the shorter one has left after the first decode step
@@ -66,17 +66,15 @@ def test_a_step_takes_the_longer_of_both() -> None:
     assert found == pytest.approx(prompt + decode)
 
 
-def test_a_decode_copy_halves_what_few_rows_read() -> None:
-    copied = Held(CONFIG, FLOAT32, decode_copy=True)
-    assert [copied.weight_bytes(rows) for rows in (1, 2, 3)] == [n * (MATRICES + HEAD) for n in (2, 2, 4)]
-    assert Held(CONFIG, torch.bfloat16, decode_copy=True).weight_bytes(1) == 2 * (MATRICES + HEAD)
-    prompt, decode = 4 * (MATRICES + HEAD), 2 * (MATRICES + HEAD) + 4 * KV
-    assert by_bytes([Asked(3, 2)], copied) == prompt + decode
+def test_matrices_may_be_narrower_than_what_is_computed() -> None:
+    narrow = Held(CONFIG, FLOAT32, torch.bfloat16)
+    assert narrow.weight_bytes == 2 * (MATRICES + HEAD)
+    assert by_bytes([Asked(3, 2)], narrow) == 2 * narrow.weight_bytes + 4 * KV
 
 
 def test_a_reward_head_is_small() -> None:
     shape = {"architectures": ["LlamaForSequenceClassification"], "model_type": "llama", "num_labels": 1} | LLAMA
-    assert Held(config_of(shape), FLOAT32).weight_bytes(8) == 4 * (MATRICES + 64)
+    assert Held(config_of(shape), FLOAT32).weight_bytes == 4 * (MATRICES + 64)
 
 
 def test_the_machine_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

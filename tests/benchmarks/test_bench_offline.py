@@ -267,7 +267,6 @@ def test_matrices_hold_what_the_formula_counts(llama: str) -> None:
         (["throughput", "--dtype", "fp8"], "--dtype fp8: auto, float32, bfloat16 or float16"),
         (["throughput", "--input-len", "4000"], "the model's context is 2048: lower --input-len"),
         (["throughput", "--dataset", "sharegpt"], "needs a file: --dataset-path FILE"),
-        (["throughput", "--cpu-decode-copy", "int8"], "--cpu-decode-copy int8: fp16, or leave it out"),
         (["throughput", "--engine", "transformers", "--reward", "demo"], "--reward is for --engine tandem alone"),
         (["throughput", "--engine", "tandem,transformers", "--model", "null"], "for --engine tandem alone"),
         (["latency", "--input-len", "2040", "--output-len", "9"], "exceed the model's context of 2048"),

@@ -11,6 +11,8 @@ from tandem.kernels.ops import KVLayer, Sequences
 
 PAGE, HEADS, KV_HEADS, WIDTH = 24, 6, 2, 40
 SLOPES = torch.tensor([0.5, 0.25, 0.3, 0.7, 0.01, 0.1])
+# What runs on this CPU, and what defines it.
+OPERATIONS = {"here": ops.paged_attention, "definition": ops.paged_attention.__wrapped__}  # type: ignore[attr-defined]
 OPTIONS = {"plain": {}, "all": {"alibi": SLOPES, "window": 70, "softcap": 2.5}}
 LENGTHS = [300, 1, 257, 40, 256, 16, 17, 64] + [3 + 5 * index for index in range(56)]
 
@@ -20,7 +22,8 @@ Piece = tuple[int, int, int]  # sequence, first position, position behind the la
 class Prompts:
     """Sequences of `LENGTHS` tokens in shuffled pages: all K and V, and the query rows of every position."""
 
-    def __init__(self, dtype: torch.dtype, int8: bool = False) -> None:
+    def __init__(self, dtype: torch.dtype, operation: str, int8: bool = False) -> None:
+        self.operation = OPERATIONS[operation]
         generator = torch.Generator().manual_seed(3)
         width = -(-max(LENGTHS) // PAGE)
         pages = len(LENGTHS) * width
@@ -51,13 +54,14 @@ class Prompts:
             deterministic=deterministic,
         )
         q = torch.cat([self.queries[at][first:last] for at, first, last in pieces])
-        return list(ops.paged_attention(q, self.cache, sequences, 0.3, **options).split(counts))  # type: ignore[arg-type]
+        return list(self.operation(q, self.cache, sequences, 0.3, **options).split(counts))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
-def test_bits_of_a_row(kind: str, options: str) -> None:
-    prompts = Prompts(torch.bfloat16 if kind == "bfloat16" else torch.float32, int8=kind == "int8")
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_bits_of_a_row(operation: str, kind: str, options: str) -> None:
+    prompts = Prompts(torch.bfloat16 if kind == "bfloat16" else torch.float32, operation, int8=kind == "int8")
     chosen = OPTIONS[options]
     whole = prompts.attend([(at, 0, n) for at, n in enumerate(LENGTHS)], chosen)
 
@@ -79,27 +83,28 @@ def test_bits_of_a_row(kind: str, options: str) -> None:
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_the_value_is_that_of_the_free_order(options: str) -> None:
-    prompts = Prompts(torch.float32)
+    prompts = Prompts(torch.float32, "definition")
     pieces = [(4, 255, 256), (5, 15, 16), (0, 0, 300), (2, 20, 257)]
     fixed, free = (torch.cat(prompts.attend(pieces, OPTIONS[options], alone)) for alone in (True, False))
     torch.testing.assert_close(fixed, free, rtol=1e-5, atol=1e-5)
     assert not torch.equal(fixed, free)  # or the flag did nothing
 
 
-def test_padding_rows_are_zero() -> None:
-    prompts = Prompts(torch.float32)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_padding_rows_are_zero(operation: str) -> None:
+    prompts = Prompts(torch.float32, operation)
     starts, lengths = torch.arange(5).int(), torch.tensor([0, 40, 0, 7]).int()
     table = torch.full((4, 2), -1).int()
     table[[1, 3]] = prompts.table[[3, 5], :2]
     q = prompts.queries[0][:4]
     for deterministic in (False, True):
         sequences = Sequences(starts, lengths, table, 4, 1, 40, deterministic=deterministic)
-        found = ops.paged_attention(q, prompts.cache, sequences, 0.3)
+        found = prompts.operation(q, prompts.cache, sequences, 0.3)
         assert not found[[0, 2]].any()
         alone = sequences._replace(
             query_starts=starts[:3], lengths=lengths[[1, 3]], page_table=table[[1, 3]], decodes=2
         )
-        expected = ops.paged_attention(q[[1, 3]], prompts.cache, alone, 0.3)
+        expected = prompts.operation(q[[1, 3]], prompts.cache, alone, 0.3)
         torch.testing.assert_close(found[[1, 3]], expected)
 
 

@@ -13,7 +13,6 @@ from paging import PagedRun
 from torch import Tensor
 
 from tandem.kernels import ops
-from tandem.model.errors import CheckpointError
 from tandem.model.linear import Linear
 from tandem.model.load import load_model
 from tandem.model.model import Model
@@ -161,9 +160,3 @@ def test_what_is_scored_is_what_was_drawn(tmp_path: Path) -> None:
         drawn = ops.token_logprobs(model.logits(hidden), ids, 4)
         for found, wanted in zip(model.logprobs_of(hidden, ids, 4), drawn, strict=True):
             assert torch.equal(found, wanted)
-
-
-def test_no_decode_copy(tmp_path: Path) -> None:
-    make_model("llama").save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="--cpu-decode-copy"):
-        load_model(tmp_path, deterministic=True, decode_copy="fp16")

@@ -118,7 +118,6 @@ def test_what_is_wrong_with_a_model_is_said_in_one_line(
         (["--dtype", "int3"], "--dtype"),
         (["--logprobs-mode", "cooked"], "--logprobs-mode"),
         (["--max-body", "huge"], "--max-body"),
-        (["--cpu-decode-copy", "bf16"], "--cpu-decode-copy"),
         (["--max-num-seqs", "64", "--max-num-batched-tokens", "8"], "--max-num-seqs"),
         (["--port", "70000"], "--port"),
         (["--api-key", ""], "--api-key"),

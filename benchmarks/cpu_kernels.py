@@ -1,6 +1,6 @@
-"""Steps of a 125M LLaMA with random weights on this CPU, by dtype and mode: tokens per second as a table.
+"""Steps of a 125M LLaMA on this CPU with the C++ kernels and with PyTorch alone: tokens per second as a table.
 
-    OMP_NUM_THREADS=1 python -m tandem.benchmarks.cpu_dtypes [--rounds 4] [--context 256]
+    OMP_NUM_THREADS=1 python -m tandem.benchmarks.cpu_kernels [--rounds 4] [--context 256]
 
 Every round measures each kind and case once, so that what else the machine does falls on all; shown are medians. With
 one thread it is that thread's processor time, without what it waited for others.
@@ -10,39 +10,32 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from statistics import median
-from tempfile import TemporaryDirectory
 from types import MappingProxyType
-from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+from tandem.benchmarks.peers.checkpoint import checkpoint
+from tandem.kernels.cpu import attention, product, rows
 from tandem.kernels.ops import Sequences
 from tandem.model.batch import Batch
-from tandem.model.config import ModelConfig, read_config
 from tandem.model.kv_cache import KVCache
-from tandem.model.load import random_model
+from tandem.model.load import DType, load_model
 from tandem.model.model import Model
 from tandem.server.engine.heap import keep_heap
 
-CONFIG = """{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32000, "hidden_size": 768,
-"intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 4,
-"max_position_embeddings": 2048, "rms_norm_eps": 1e-5}"""
 PAGE = 16
-# What a kind asks `random_model` for, and whether attention is in the fixed order, too.
-KINDS: Mapping[str, tuple[dict[str, Any], bool]] = MappingProxyType(
+KINDS: Mapping[str, tuple[DType, bool]] = MappingProxyType(  # dtype, and whether PyTorch's definitions compute
     {
-        "float32": ({"dtype": "float32"}, False),
-        "float32, float16 copy": ({"dtype": "float32", "decode_copy": "fp16"}, False),
-        "bfloat16": ({"dtype": "bfloat16"}, False),
-        "float16": ({"dtype": "float16"}, False),
-        "float32, matrices deterministic": ({"dtype": "float32", "deterministic": True}, False),
-        "bfloat16, matrices deterministic": ({"dtype": "bfloat16", "deterministic": True}, False),
-        "float32, deterministic": ({"dtype": "float32", "deterministic": True}, True),
-        "bfloat16, deterministic": ({"dtype": "bfloat16", "deterministic": True}, True),
+        "float32": ("float32", False),
+        "bfloat16": ("bfloat16", False),
+        "float32, PyTorch": ("float32", True),
+        "bfloat16, PyTorch": ("bfloat16", True),
+        "float16, PyTorch": ("float16", True),
     }
 )
 CASES: Mapping[str, tuple[int, int]] = MappingProxyType(  # sequences, tokens of each
@@ -50,7 +43,16 @@ CASES: Mapping[str, tuple[int, int]] = MappingProxyType(  # sequences, tokens of
 )
 
 
-def step(model: Model, sequences: int, tokens: int, context: int, fixed_order: bool) -> Callable[[], Tensor]:
+@contextmanager
+def kernels(definitions: bool) -> Iterator[None]:
+    """Inside, with `definitions`, this process computes as where the C++ kernels could not be built."""
+    with ExitStack() as stack:
+        for module in (attention, product, rows) if definitions else ():
+            stack.enter_context(patch.object(module, "native", lambda: None))
+        yield
+
+
+def step(model: Model, sequences: int, tokens: int, context: int, definitions: bool) -> Callable[[], Tensor]:
     """One step: a token for each sequence behind `context` others, or a prompt; with the head for each last row."""
     before = context if tokens == 1 else 0
     width = -(-(before + tokens) // PAGE)
@@ -64,24 +66,26 @@ def step(model: Model, sequences: int, tokens: int, context: int, fixed_order: b
     starts = torch.arange(0, sequences * tokens + 1, tokens, dtype=torch.int32)
     lengths = torch.full((sequences,), before + tokens, dtype=torch.int32)
     decodes = sequences if tokens == 1 else 0
-    given = Sequences(starts, lengths, tables, decodes, tokens, before + tokens, deterministic=fixed_order)
+    given = Sequences(starts, lengths, tables, decodes, tokens, before + tokens)
     ids = torch.randint(0, model.config.vocab_size, (sequences * tokens,))
     slots = pages * PAGE + positions % PAGE
 
     def run() -> Tensor:
-        batch = Batch(ids, positions, slots, given._replace(memo={}))
-        return model.logits(model.forward(batch, cache)[tokens - 1 :: tokens])
+        with kernels(definitions):
+            batch = Batch(ids, positions, slots, given._replace(memo={}))
+            return model.logits(model.forward(batch, cache)[tokens - 1 :: tokens])
 
     return run
 
 
-def steps(config: ModelConfig, context: int, kinds: list[str]) -> dict[tuple[str, str], Callable[[], Tensor]]:
+def steps(context: int, kinds: list[str]) -> dict[tuple[str, str], Callable[[], Tensor]]:
     found: dict[tuple[str, str], Callable[[], Tensor]] = {}
     for kind in kinds:
-        options, fixed_order = KINDS[kind]
-        model = random_model(config, **options)
+        dtype, definitions = KINDS[kind]
+        with kernels(definitions):
+            model = load_model(checkpoint("random:125m"), dtype=dtype)
         for case, (sequences, tokens) in CASES.items():
-            found[kind, case] = step(model, sequences, tokens, context, fixed_order)
+            found[kind, case] = step(model, sequences, tokens, context, definitions)
     return found
 
 
@@ -93,11 +97,8 @@ def main() -> None:
     args = parser.parse_args()
     keep_heap()  # as the server does
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    with TemporaryDirectory() as directory:
-        (Path(directory) / "config.json").write_text(CONFIG)
-        config = read_config(Path(directory))
     kinds = args.kinds.split(";") if args.kinds else list(KINDS)
-    runs = steps(config, args.context, kinds)
+    runs = steps(args.context, kinds)
     taken: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
     for turn in range(args.rounds + 1):
         for key, run in runs.items():

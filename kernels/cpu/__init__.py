@@ -1,0 +1,10 @@
+"""Operations of `ops.py` in C++, for x86-64 CPUs with AVX2 or AVX-512: same names, same signatures.
+
+A row's bits depend on nothing but that row in all of them.
+"""
+
+from .attention import paged_attention
+from .product import pack, packed_linear
+from .rows import layer_norm, qk_norm_rotary_and_write_kv, rms_norm
+
+__all__ = ["layer_norm", "pack", "packed_linear", "paged_attention", "qk_norm_rotary_and_write_kv", "rms_norm"]

@@ -1,0 +1,8 @@
+#include "calls.h"
+
+#pragma GCC target("avx2,fma,f16c")
+#define TANDEM_AVX512 0
+#define TANDEM_BF16_PRODUCTS 0
+#include "kernels.h"
+
+extern const Kernels tandem_avx2 = {run_pack, run_linear, run_norm, run_rotary, run_attention};

@@ -1,0 +1,54 @@
+// The arguments of each function, as native.py lays them out: pointers to the first elements, rows one behind another.
+
+#pragma once
+
+#include <stdint.h>
+
+struct Pack {
+    const void* w;
+    void* into;
+    long outs, ins, type;
+};
+
+struct Linear {
+    const void *x, *w, *bias;  // bias may be null
+    void* y;
+    float* wide_x;  // room for x as float32, where x is bfloat16
+    long rows, ins, outs, activation, type, w_type;
+};
+
+struct Norm {
+    const void* x;
+    void* residual;  // may be null
+    const void *weight, *bias;  // without a bias an RMS norm, with one a layer norm
+    void* y;
+    long rows, size, type;
+    float eps;
+};
+
+struct Rotary {
+    const void *qkv, *q_norm, *k_norm;  // norms may be null
+    const int64_t* positions;
+    const float *cos, *sin;
+    const int64_t* slots;
+    void *q, *k, *v;
+    long rows, heads, kv_heads, size, page, half, interleaved, type;
+    float eps;
+};
+
+struct Attention {
+    const void *q, *k, *v;
+    void* out;
+    const int32_t *starts, *lengths, *table;
+    const float* alibi;  // may be null
+    long sequences, table_width, heads, kv_heads, size, page, window, type;
+    float scale, softcap;
+};
+
+struct Kernels {
+    void (*pack)(const Pack&);
+    void (*linear)(const Linear&);
+    void (*norm)(const Norm&);
+    void (*rotary)(const Rotary&);
+    void (*attention)(const Attention&);
+};

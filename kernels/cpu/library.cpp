@@ -1,0 +1,30 @@
+// What the shared library gives out: the best instruction set here, and every function for each of them.
+
+#include "calls.h"
+
+extern const Kernels tandem_avx2, tandem_avx512, tandem_avx512_bf16;
+
+namespace {
+
+const Kernels* const SETS[] = {nullptr, &tandem_avx2, &tandem_avx512, &tandem_avx512_bf16};
+
+}
+
+extern "C" {
+
+// 0: none of them runs here. 1: AVX2. 2: AVX-512. 3: AVX-512 that multiplies bfloat16.
+int tandem_best_set() {
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq") ||
+        !__builtin_cpu_supports("avx512vl"))
+        return 1;
+    return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+}
+
+void tandem_pack(int set, const Pack* a) { SETS[set]->pack(*a); }
+void tandem_linear(int set, const Linear* a) { SETS[set]->linear(*a); }
+void tandem_norm(int set, const Norm* a) { SETS[set]->norm(*a); }
+void tandem_rotary(int set, const Rotary* a) { SETS[set]->rotary(*a); }
+void tandem_attention(int set, const Attention* a) { SETS[set]->attention(*a); }
+}

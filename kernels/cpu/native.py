@@ -1,0 +1,84 @@
+"""The shared library with the C++ kernels of this directory, and calls of it.
+
+Setuptools builds it when Tandem is installed (pyproject.toml). Where it cannot be built (no C++ compiler, a processor
+that is no x86-64), and where the processor lacks AVX2, the definitions compute instead. It uses torch's own threads:
+its OpenMP calls find the runtime that torch brought along.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SETS = ("none", "AVX2", "AVX-512", "AVX-512 with bfloat16 products")  # by number, see library.cpp
+WIDEST_HEAD = 1024
+
+_POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
+
+
+def _call(**fields: Any) -> type[ctypes.Structure]:
+    """One structure of calls.h."""
+    return type("Call", (ctypes.Structure,), {"_fields_": [(name, kind) for name, kind in fields.items()]})
+
+
+def _fields(names: str, kind: Any) -> dict[str, Any]:
+    return dict.fromkeys(names.split(), kind)
+
+
+Pack = _call(**_fields("w into", _POINTER), **_fields("outs ins type", _LONG))
+Linear = _call(**_fields("x w bias y wide_x", _POINTER), **_fields("rows ins outs activation type w_type", _LONG))
+Norm = _call(**_fields("x residual weight bias y", _POINTER), **_fields("rows size type", _LONG), eps=_FLOAT)
+Rotary = _call(
+    **_fields("qkv q_norm k_norm positions cos sin slots q k v", _POINTER),
+    **_fields("rows heads kv_heads size page half interleaved type", _LONG),
+    eps=_FLOAT,
+)
+Attention = _call(
+    **_fields("q k v out starts lengths table alibi", _POINTER),
+    **_fields("sequences table_width heads kv_heads size page window type", _LONG),
+    **_fields("scale softcap", _FLOAT),
+)
+
+
+@dataclass(frozen=True)
+class Native:
+    """`set`: the number of the instruction set that is used."""
+
+    library: ctypes.CDLL
+    set: int
+
+    def run(self, name: str, call: ctypes.Structure) -> None:
+        getattr(self.library, name)(self.set, ctypes.byref(call))
+
+
+@cache
+def native() -> Native | None:
+    """The library with the best instruction set of this processor; None where there is none."""
+    built = sorted(Path(__file__).parent.glob("_native*.so"))
+    if not built:
+        return None
+    library = ctypes.CDLL(str(built[0]))
+    number = library.tandem_best_set()
+    return Native(library, number) if number else None
+
+
+def described() -> str:
+    """What computes on this CPU, for people."""
+    found = native()
+    return "PyTorch (the C++ kernels were not built or need AVX2)" if found is None else f"C++, {SETS[found.set]}"
+
+
+def number(dtype: torch.dtype) -> int | None:
+    """Of a dtype in calls.h; None: not one that is computed there."""
+    return {torch.float32: 0, torch.bfloat16: 1}.get(dtype)
+
+
+def at(tensor: Tensor | None) -> int | None:
+    """Where it lies."""
+    return None if tensor is None else tensor.data_ptr()

@@ -1,0 +1,199 @@
+// Products with a matrix in panels of 16 columns: y = x · Wᵀ, where W [N, K] is stored so that 16 outputs are computed side
+// by side, [N / 16][K / 2][16][2] in bfloat16 and [N / 16][K][16] in float32.
+//
+// An output is one chain of fused multiply-adds over K in order. So a row has the same bits whatever rows are computed
+// with it. Memory: every panel is read once per ROWS rows of x.
+
+#pragma once
+
+#include "lanes.h"
+
+namespace {
+
+constexpr long COLUMNS = 16, ROWS = 64, DEPTH = 1024;  // of a panel; of x between two readings of W; of K per visit of a tile
+
+// Rows that a tile holds: their sums, and two registers for W, must fit the registers.
+#if TANDEM_AVX512
+constexpr long TILE = 12;
+#else
+constexpr long TILE = 5;
+#endif
+
+INLINE const bf16* panel_of(const bf16* w, long panel, long depth) { return w + panel * depth * COLUMNS; }
+INLINE const float* panel_of(const float* w, long panel, long depth) { return w + panel * depth * COLUMNS; }
+
+// W's columns for k and k + 1.
+INLINE Lanes even(const bf16* w) { return firsts(w); }
+INLINE Lanes odd(const bf16* w) { return seconds(w); }
+INLINE Lanes even(const float* w) { return load(w); }
+INLINE Lanes odd(const float* w) { return load(w + COLUMNS); }
+
+// sums += x[k] · W[k] + x[k + 1] · W[k + 1], for one row.
+template <class W> INLINE Lanes add_pair(const float* x, const W* w, Lanes sums) {
+    return fma(all(x[1]), odd(w), fma(all(x[0]), even(w), sums));
+}
+#if TANDEM_BF16_PRODUCTS
+INLINE Lanes add_pair(const bf16* x, const bf16* w, Lanes sums) {
+    uint32_t both;
+    memcpy(&both, x, 4);
+    return {_mm512_dpbf16_ps(sums.v, (__m512bh)_mm512_set1_epi32((int)both), (__m512bh)_mm512_loadu_si512(w))};
+}
+#endif
+
+// R rows of x (stride `x_step`) times P panels, over `depth` of K (even). c [P][.. `c_step` rows][16]: sums so far.
+template <int R, int P, class X, class W>
+INLINE void tile(const X* x, long x_step, const W* const* panels, long depth, float* c, long c_step, bool fresh) {
+    Lanes sums[P][R];
+    const W* w[P];
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) {
+        w[p] = panels[p];
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) sums[p][r] = fresh ? zeros() : load(c + (p * c_step + r) * COLUMNS);
+    }
+    for (long k = 0; k < depth; k += 2) {
+#pragma GCC unroll 8
+        for (int p = 0; p < P; ++p) {
+#pragma GCC unroll 16
+            for (int r = 0; r < R; ++r) sums[p][r] = add_pair(x + r * x_step + k, w[p] + k * COLUMNS, sums[p][r]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) {
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) store(c + (p * c_step + r) * COLUMNS, sums[p][r]);
+    }
+}
+
+// Rows by a template's number: R = rows, or one less.
+template <int R, int P, class X, class W>
+void rows_of(long rows, const X* x, long x_step, const W* const* w, long depth, float* c, long c_step, bool fresh) {
+    if constexpr (R > 0) {
+        if (rows == R) return tile<R, P>(x, x_step, w, depth, c, c_step, fresh);
+        rows_of<R - 1, P>(rows, x, x_step, w, depth, c, c_step, fresh);
+    }
+}
+
+// `rows` rows times `count` panels that start at w[0], w[1], …; c [count][c_step][16].
+template <class X, class W>
+void multiply(long rows, const X* x, long x_step, const W* const* w, long count, long depth, float* c, long c_step,
+                     bool fresh) {
+    const long tiles = (rows + TILE - 1) / TILE;
+    for (long t = 0, first = 0; t < tiles; ++t) {
+        const long here = (rows - first + tiles - t - 1) / (tiles - t);  // shared out evenly
+        const X* from = x + first * x_step;
+        float* to = c + first * COLUMNS;
+        long p = 0;
+        // Few rows are few chains of additions: several panels at a time fill the pipelines.
+        if (here == 1)
+            for (; p + 4 <= count; p += 4)
+                tile<1, 4>(from, x_step, w + p, depth, to + p * c_step * COLUMNS, c_step, fresh);
+        if (here <= TILE / 2 || TANDEM_AVX512)
+            for (; p + 2 <= count; p += 2)
+                rows_of<TANDEM_AVX512 ? TILE : TILE / 2, 2>(here, from, x_step, w + p, depth, to + p * c_step * COLUMNS,
+                                                            c_step, fresh);
+        for (; p < count; ++p)
+            rows_of<TILE, 1>(here, from, x_step, w + p, depth, to + p * c_step * COLUMNS, c_step, fresh);
+        first += here;
+    }
+}
+
+enum Activation { NONE, SILU_AND_MUL, GELU_TANH, GELU };
+
+INLINE Lanes silu(Lanes x) { return x / (all(1.0f) + exponential(zeros() - x)); }
+INLINE Lanes gelu_tanh(Lanes x) {
+    Lanes inner = all(0.7978845608f) * fma(x * x * x, all(0.044715f), x);
+    return all(0.5f) * x * (all(1.0f) + hyperbolic_tangent(inner));
+}
+
+// x · Φ(x) with Φ(x) = erfc(-x / √2) / 2. erfc(z) = e^(-z²) · f(t), t = 1 / (1 + 0.4 z); f is a polynomial that was fitted for
+// 0 <= z <= 10 at Chebyshev's points, 2e-8 off.
+INLINE Lanes gelu(Lanes x) {
+    const float f[] = {0.225714177f, 0.224802673f, 0.216226116f,  0.12328095f,  0.291403413f,
+                       -0.321848214f, 0.594138443f, -0.53497237f, 0.213839307f, -0.0325844735f};
+    Lanes z = larger(x, zeros() - x) * all(0.707106781f), t = all(1.0f) / fma(all(0.4f), z, all(1.0f));
+    Lanes y = all(f[9]);
+    for (int i = 8; i >= 0; --i) y = fma(y, t, all(f[i]));
+    Lanes half = all(0.5f) * t * y * exponential(zeros() - z * z);
+    return x * where_less(x, zeros(), half, all(1.0f) - half);
+}
+
+INLINE Lanes as_stored(float, Lanes x) { return x; }
+INLINE Lanes as_stored(bf16, Lanes x) {
+    bf16 part[COLUMNS];
+    store(part, x);
+    return load(part);
+}
+
+// y [rows, outs] = activation(x [rows, ins] · Wᵀ + bias), rounded to T before the activation as well. `x` holds the same
+// as rows of T where the processor multiplies T itself, else as float32. silu_and_mul: W holds gate above up, `outs` each.
+template <class T, class X, class W>
+void linear(const X* x, const W* w, const T* bias, T* y, long rows, long ins, long outs, int activation) {
+    const bool gated = activation == SILU_AND_MUL;
+    const long panels = (outs + COLUMNS - 1) / COLUMNS;
+    const long group = gated ? 2 : 4;  // panels of the result that are computed together
+    const long items = (panels + group - 1) / group;
+    const long chunk = items / 32 > 1 ? items / 32 : 1;
+    for (long top = 0; top < rows; top += ROWS) {
+        const long here = rows - top < ROWS ? rows - top : ROWS;
+#pragma omp for schedule(dynamic, chunk) nowait
+        for (long item = 0; item < items; ++item) {
+            float c[4 * ROWS * COLUMNS];
+            const W* starts[4];
+            const long first = item * group, count = panels - first < group ? panels - first : group;
+            const long all_panels = gated ? 2 * count : count;
+            for (long k = 0; k < ins; k += DEPTH) {
+                for (long p = 0; p < all_panels; ++p)
+                    starts[p] = panel_of(w, p < count ? first + p : panels + first + p - count, ins) + k * COLUMNS;
+                multiply(here, x + top * ins + k, ins, starts, all_panels, ins - k < DEPTH ? ins - k : DEPTH, c, here,
+                         k == 0);
+            }
+            for (long p = 0; p < count; ++p) {
+                const long column = (first + p) * COLUMNS, width = outs - column < COLUMNS ? outs - column : COLUMNS;
+                const bool whole = width == COLUMNS;
+                Lanes b = zeros(), b_up = zeros();
+                if (bias) {
+                    b = whole ? load(bias + column) : load_some(bias + column, width);
+                    if (gated) b_up = load(bias + outs + column);
+                }
+                for (long r = 0; r < here; ++r) {
+                    Lanes v = load(c + (p * here + r) * COLUMNS) + b;
+                    if (activation != NONE) v = as_stored(T(), v);
+                    if (gated) v = silu(v) * as_stored(T(), load(c + ((count + p) * here + r) * COLUMNS) + b_up);
+                    if (activation == GELU_TANH) v = gelu_tanh(v);
+                    if (activation == GELU) v = gelu(v);
+                    T* to = y + (top + r) * outs + column;
+                    if (whole) store(to, v);
+                    else store_some(to, v, width);
+                }
+            }
+        }
+    }
+}
+
+// Panels of W [outs, ins], what is beyond `outs` 0.
+void pack(const bf16* w, bf16* into, long outs, long ins) {
+#pragma omp parallel for schedule(static)
+    for (long panel = 0; panel < (outs + COLUMNS - 1) / COLUMNS; ++panel) {
+        bf16* to = into + panel * ins * COLUMNS;
+        for (long k = 0; k < ins; k += 2)
+            for (long column = 0; column < COLUMNS; ++column, to += 2) {
+                const bool there = panel * COLUMNS + column < outs;
+                const bf16* from = w + (panel * COLUMNS + column) * ins + k;
+                to[0] = there ? from[0] : 0;
+                to[1] = there ? from[1] : 0;
+            }
+    }
+}
+
+void pack(const float* w, float* into, long outs, long ins) {
+#pragma omp parallel for schedule(static)
+    for (long panel = 0; panel < (outs + COLUMNS - 1) / COLUMNS; ++panel) {
+        float* to = into + panel * ins * COLUMNS;
+        for (long k = 0; k < ins; ++k)
+            for (long column = 0; column < COLUMNS; ++column)
+                *to++ = panel * COLUMNS + column < outs ? w[(panel * COLUMNS + column) * ins + k] : 0;
+    }
+}
+
+}  // namespace

@@ -1,0 +1,133 @@
+// What happens to one row at a time: norms, rotation, activations. A row is one thread's, its sums run over 16 lanes.
+
+#pragma once
+
+#include "product.h"
+
+namespace {
+
+constexpr long WIDEST_HEAD = 1024;
+
+// Adds x to the residual, if there is one, and normalises the sum. Each result is rounded to T as the definition does.
+template <class T>
+void rms_norm(const T* x, T* residual, const T* weight, T* y, long rows, long size, float eps) {
+#pragma omp for schedule(static)
+    for (long row = 0; row < rows; ++row) {
+        const T* from = x + row * size;
+        T* to = y + row * size;
+        Lanes squares = zeros();
+        long i = 0;
+        if (residual) {
+            T* sums = residual + row * size;
+            for (; i + 16 <= size; i += 16) store(sums + i, load(sums + i) + load(from + i));
+            for (; i < size; ++i) narrow(sums + i, wide(sums[i]) + wide(from[i]));
+            from = sums;
+        }
+        for (i = 0; i + 16 <= size; i += 16) {
+            Lanes v = load(from + i);
+            squares = fma(v, v, squares);
+        }
+        if (i < size) {
+            Lanes v = load_some(from + i, size - i);
+            squares = fma(v, v, squares);
+        }
+        const float scale = 1.0f / __builtin_sqrtf(sum(squares) / (float)size + eps);
+        for (i = 0; i + 16 <= size; i += 16)
+            store(to + i, as_stored(T(), load(from + i) * all(scale)) * load(weight + i));
+        if (i < size) {
+            Lanes v = as_stored(T(), load_some(from + i, size - i) * all(scale));
+            store_some(to + i, v * load_some(weight + i, size - i), size - i);
+        }
+    }
+}
+
+template <class T>
+void layer_norm(const T* x, T* residual, const T* weight, const T* bias, T* y, long rows, long size, float eps) {
+#pragma omp for schedule(static)
+    for (long row = 0; row < rows; ++row) {
+        const T* from = x + row * size;
+        T* to = y + row * size;
+        Lanes total = zeros(), squares = zeros();
+        long i = 0;
+        if (residual) {
+            T* sums = residual + row * size;
+            for (; i + 16 <= size; i += 16) store(sums + i, load(sums + i) + load(from + i));
+            for (; i < size; ++i) narrow(sums + i, wide(sums[i]) + wide(from[i]));
+            from = sums;
+        }
+        for (i = 0; i + 16 <= size; i += 16) total = total + load(from + i);
+        if (i < size) total = total + load_some(from + i, size - i);
+        const float mean = sum(total) / (float)size;
+        for (i = 0; i + 16 <= size; i += 16) {
+            Lanes v = load(from + i) - all(mean);
+            squares = fma(v, v, squares);
+        }
+        float rest = 0;
+        for (; i < size; ++i) rest += (wide(from[i]) - mean) * (wide(from[i]) - mean);
+        const float scale = 1.0f / __builtin_sqrtf((sum(squares) + rest) / (float)size + eps);
+        for (i = 0; i + 16 <= size; i += 16)
+            store(to + i, fma((load(from + i) - all(mean)) * all(scale), load(weight + i), load(bias + i)));
+        for (; i < size; ++i)
+            narrow(to + i, __builtin_fmaf((wide(from[i]) - mean) * scale, wide(weight[i]), wide(bias[i])));
+    }
+}
+
+// Rotary embedding of the first 2 · `half` elements of a head [size] in place, float32. See ops.py for the formula.
+void rotate(float* head, const float* cos, const float* sin, long half, bool interleaved) {
+    if (interleaved) {
+        for (long i = 0; i < half; ++i) {
+            const float a = head[2 * i], b = head[2 * i + 1];
+            head[2 * i] = a * cos[i] - b * sin[i];
+            head[2 * i + 1] = b * cos[i] + a * sin[i];
+        }
+        return;
+    }
+    long i = 0;
+    for (; i + 16 <= half; i += 16) {
+        Lanes a = load(head + i), b = load(head + half + i), c = load(cos + i), s = load(sin + i);
+        store(head + i, a * c - b * s);
+        store(head + half + i, b * c + a * s);
+    }
+    for (; i < half; ++i) {
+        const float a = head[i], b = head[half + i];
+        head[i] = a * cos[i] - b * sin[i];
+        head[half + i] = b * cos[i] + a * sin[i];
+    }
+}
+
+// qkv [rows, N + 2 K, size] -> q [rows, N, size]; k and v into pages [P, K, page, size] at slots. `norms`: weights of an RMS
+// norm over each head of q, then of k; null without. `half` 0: nothing is rotated.
+template <class T>
+void rotary_and_write(const T* qkv, const T* q_norm, const T* k_norm, float eps, const int64_t* positions,
+                             const float* cos, const float* sin, long half, bool interleaved, const int64_t* slots,
+                             T* q, T* k_pages, T* v_pages, long rows, long queries, long kv_heads, long size, long page) {
+#pragma omp for schedule(static)
+    for (long row = 0; row < rows; ++row) {
+        const T* from = qkv + row * (queries + 2 * kv_heads) * size;
+        const long block = slots[row] / page, offset = slots[row] % page;
+        float head[WIDEST_HEAD];
+        for (long h = 0; h < queries + kv_heads; ++h, from += size) {
+            const T* norm = h < queries ? q_norm : k_norm;
+            long i = 0;
+            for (; i + 16 <= size; i += 16) store(head + i, load(from + i));
+            for (; i < size; ++i) head[i] = wide(from[i]);
+            if (norm) {
+                Lanes squares = zeros();
+                for (i = 0; i + 16 <= size; i += 16) squares = fma(load(head + i), load(head + i), squares);
+                float total = sum(squares);
+                for (; i < size; ++i) total += head[i] * head[i];
+                const float scale = 1.0f / __builtin_sqrtf(total / (float)size + eps);
+                for (i = 0; i < size; ++i) head[i] = head[i] * scale * wide(norm[i]);
+            }
+            if (half) rotate(head, cos + positions[row] * half, sin + positions[row] * half, half, interleaved);
+            T* to = h < queries ? q + (row * queries + h) * size
+                                : k_pages + ((block * kv_heads + h - queries) * page + offset) * size;
+            for (i = 0; i + 16 <= size; i += 16) store(to + i, load(head + i));
+            for (; i < size; ++i) narrow(to + i, head[i]);
+        }
+        for (long h = 0; h < kv_heads; ++h, from += size)
+            memcpy(v_pages + ((block * kv_heads + h) * page + offset) * size, from, size * sizeof(T));
+    }
+}
+
+}  // namespace
