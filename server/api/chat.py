@@ -107,7 +107,9 @@ class Chat:
         prompt_ids = part.request.token_ids
         extras: dict[str, Any] = {"prompt_token_ids": prompt_ids} if self._ids else {}
         if part.prompt_logprobs is not None:
-            extras["prompt_logprobs"] = logprobs.prompt(self._wording, prompt_ids, part.prompt_logprobs)
+            extras["prompt_logprobs"] = logprobs.prompt(
+                self._wording, prompt_ids, part.prompt_logprobs, part.request.prompt_logprobs or 0
+            )
         return {
             **self._about,
             "choices": [self._choice(choice) for choice in generation.choices],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..engine.request import Finish, Logprobs, Output
@@ -61,6 +63,21 @@ class Choice:
     def take(self) -> Delta:
         delta, self.waiting = self.waiting, Delta("", [], [])
         return delta
+
+
+def best(choices: Sequence[Choice], count: int) -> Sequence[Choice]:
+    """Of more choices than that the `count` whose tokens have the highest mean log-probability, the best first.
+
+    They are finished, nothing of them has been taken, and all have log-probabilities.
+    """
+    if len(choices) <= count:
+        return choices
+
+    def mean(choice: Choice) -> float:
+        values = choice.waiting.logprobs.values if choice.waiting.logprobs else []
+        return sum(values) / len(values) if values else -math.inf
+
+    return sorted(choices, key=mean, reverse=True)[:count]
 
 
 def _extended(first: Logprobs | None, more: Logprobs, count: int) -> Logprobs:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -14,12 +14,14 @@ from ..engine.request import ModelCard
 from ..text.text import Text
 from . import body as bodies
 from . import fields, logprobs
-from .choices import Choice, Delta
-from .generation import Generation, generate
+from .choices import Choice, Delta, best
+from .echo import Echo, echo_of
+from .errors import invalid
+from .generation import Generation, Part, generate
 from .logprobs import Wording
 from .protocol import CompletionBody
 from .sampling import COMPLETION_TOKENS, Length, requests_of
-from .service import Service, encode
+from .service import LONG_TEXT, Service, encode, in_thread_if
 from .streaming import JsonAnswer, Tails, quoted, stream, to_json, whole
 
 router = APIRouter()
@@ -44,29 +46,63 @@ async def complete(
 ) -> Response:
     card = service.card(model, generates=True)
     text = service.texts(card)
+    check(body)
     special = body.add_special_tokens is not False
     prompts = await encode(text, body.prompt, special, card, "prompt")
-    length = Length("max_tokens", body.max_tokens, COMPLETION_TOKENS)
-    requests = requests_of(service, body, card, text, prompts, "prompt", length, body.logprobs)
+    requests = requests_of(
+        service,
+        body,
+        card,
+        text,
+        prompts,
+        "prompt",
+        Length("max_tokens", body.max_tokens, COMPLETION_TOKENS, may_be_none=body.echo),
+        body.logprobs,
+        drawn=body.best_of,
+        prompt_logprobs=body.logprobs if body.echo else None,
+    )
+    echoes: list[Echo] = []
+    if body.echo:
+        kept = [(sent, one.token_ids, len(one.token_ids) == len(ids)) for sent, one, ids in zip(
+            body.prompt, requests, prompts, strict=True)]  # fmt: skip
+        echoes = await in_thread_if(
+            sum(map(len, body.prompt)) > LONG_TEXT,
+            lambda: [echo_of(text, sent, ids, whole, body.skip_special_tokens) for sent, ids, whole in kept],
+        )
     offsets = body.logprobs is not None
     generation = generate(service.client, body, text, requests, request.state.request_id, offsets)
-    shape = Completion(body, card, text, generation)
+    shape = Completion(body, card, text, generation, echoes)
     if body.stream:
         return await stream(request, generation, shape, service.options, headers)
     await whole(request, generation)
     return JsonAnswer(shape.answer(), headers)
 
 
-class Completion:
-    """The wording of the answer, whole or as chunks."""
+def check(body: CompletionBody) -> None:
+    """What no field alone can tell."""
+    best_of = body.best_of
+    if best_of is None:
+        return
+    if best_of < body.n:
+        raise invalid(f"best_of is {best_of}; it must be at least n, {body.n}", "best_of")
+    if best_of > 1 and body.stream:
+        raise invalid(f"best_of is {best_of}; it must be 1 with stream: true, since the best is known at the end",
+                      "best_of")  # fmt: skip
+    if best_of > 1 and body.max_tokens == 0:
+        raise invalid(f"best_of is {best_of}; it must be 1 where max_tokens is 0", "best_of")
 
-    def __init__(self, body: CompletionBody, card: ModelCard, text: Text, generation: Generation) -> None:
+
+class Completion:
+    """The wording of the answer, whole or as chunks. `echoes`: one per prompt, or none."""
+
+    def __init__(
+        self, body: CompletionBody, card: ModelCard, text: Text, generation: Generation, echoes: Sequence[Echo]
+    ) -> None:
         self._generation = generation
         self._wording = Wording(text, body.return_tokens_as_token_ids)
         self._tails = Tails(generation, body.stream_options)
-        self._n = body.n
-        self._ids = body.return_token_ids
-        self._started: set[int] = set()  # choices whose prompt ids have been sent
+        self._body, self._echoes = body, echoes
+        self._started: set[int] = set()  # choices of which something has been said
         self._about: dict[str, Any] = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
@@ -76,65 +112,88 @@ class Completion:
         self._head = f'data: {to_json(self._about)[:-1]},"choices":['
 
     def answer(self) -> dict[str, Any]:
+        shown = [choice for part in self._generation.parts for choice in best(part.choices, self._body.n)]
         return {
             **self._about,
-            "choices": [self._choice(choice) for choice in self._generation.choices],
+            "choices": [self._choice(index, choice) for index, choice in enumerate(shown)],
             "usage": self._generation.usage(),
             "weight_version": self._generation.weight_version,
         }
 
-    def _choice(self, choice: Choice) -> dict[str, Any]:
+    def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
         delta = choice.take()
-        part = self._generation.parts[choice.index // self._n]
+        place, part = self._prompt_of(choice)
         extras: dict[str, Any] = {}
-        if part.prompt_logprobs is not None:
-            extras["prompt_logprobs"] = logprobs.prompt(self._wording, part.request.token_ids, part.prompt_logprobs)
+        if self._body.prompt_logprobs is not None and part.prompt_logprobs is not None:
+            extras["prompt_logprobs"] = logprobs.prompt(
+                self._wording, part.request.token_ids, part.prompt_logprobs, self._body.prompt_logprobs
+            )
         return {
-            "index": choice.index,
-            "text": delta.text,
-            "logprobs": self._columns(delta),
+            "index": index,
+            "text": self._echoes[place].text + delta.text if self._echoes else delta.text,
+            "logprobs": self._columns(choice, delta, first=True),
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,
-            **self._token_ids(choice, delta),
+            **self._token_ids(choice, delta, first=True),
             **extras,
         }
 
-    def _columns(self, delta: Delta) -> dict[str, Any] | None:
-        if delta.logprobs is None:
-            return None
-        return logprobs.completion(self._wording, delta.token_ids, delta.logprobs, delta.offsets)
+    def _prompt_of(self, choice: Choice) -> tuple[int, Part]:
+        place = choice.index // self._generation.parts[0].request.n
+        return place, self._generation.parts[place]
 
-    def _token_ids(self, choice: Choice, delta: Delta) -> dict[str, Any]:
-        """The prompt's stand in a choice's first chunk only."""
-        if not self._ids:
+    def _columns(self, choice: Choice, delta: Delta, first: bool) -> dict[str, Any] | None:
+        """`first`: with the prompt's, where it is echoed."""
+        k = self._body.logprobs
+        if k is None:
+            return None
+        place, part = self._prompt_of(choice)
+        echo = self._echoes[place] if self._echoes else None
+        columns: dict[str, Any] | None = None
+        if delta.logprobs is not None:
+            offsets = [offset + len(echo.text) for offset in delta.offsets] if echo else delta.offsets
+            columns = logprobs.completion(self._wording, delta.token_ids, delta.logprobs, offsets)
+        if not first or echo is None or part.prompt_logprobs is None:
+            return columns
+        before = logprobs.echoed(self._wording, part.request.token_ids, part.prompt_logprobs, echo.offsets, k)
+        return logprobs.joined(before, columns) if columns else before
+
+    def _token_ids(self, choice: Choice, delta: Delta, first: bool) -> dict[str, Any]:
+        if not self._body.return_token_ids:
             return {}
         found: dict[str, Any] = {"token_ids": delta.token_ids}
-        if choice.index not in self._started:
-            self._started.add(choice.index)
-            found["prompt_token_ids"] = self._generation.parts[choice.index // self._n].request.token_ids
+        if first:
+            found["prompt_token_ids"] = self._prompt_of(choice)[1].request.token_ids
         return found
 
     def opening(self) -> str:
         return ""
 
     def changes(self, choices: Iterable[Choice]) -> str:
+        """The prompt, echoed or as ids, stands in a choice's first chunk."""
         events: list[str] = []
         tail = self._tails.next()
         for choice in choices:
             delta = choice.take()
             finished = choice.finish_reason is not None
+            first = False
+            if self._echoes or self._body.return_token_ids:
+                first = choice.index not in self._started
+                self._started.add(choice.index)
+            echoes = first and bool(self._echoes)
             columns, finish, extra = "null", "null", ""
-            if delta.logprobs:
-                columns = to_json(self._columns(delta))
-            if self._ids:
-                extra = "," + to_json(self._token_ids(choice, delta))[1:-1]
+            if delta.logprobs or echoes:
+                columns = to_json(self._columns(choice, delta, first))
+            if self._body.return_token_ids:
+                extra = "," + to_json(self._token_ids(choice, delta, first))[1:-1]
             if finished:
                 finish = to_json(choice.finish_reason)
                 extra += f',"stop_reason":{to_json(choice.stop_reason)}'
-            elif not (delta.text or delta.logprobs or (self._ids and delta.token_ids)):
+            elif not (delta.text or delta.logprobs or echoes or (extra and delta.token_ids)):
                 continue
+            text = self._echoes[self._prompt_of(choice)[0]].text + delta.text if echoes else delta.text
             events.append(
-                f'{self._head}{{"index":{choice.index},"text":{quoted(delta.text)},"logprobs":{columns},'
+                f'{self._head}{{"index":{choice.index},"text":{quoted(text)},"logprobs":{columns},'
                 f'"finish_reason":{finish}{extra}}}{tail}'
             )
         return "".join(events)

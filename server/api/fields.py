@@ -52,9 +52,7 @@ _GENERATION = {  # chat and completions
     "guided_regex": STRUCTURED,
     "guided_choice": STRUCTURED,
     "guided_grammar": STRUCTURED,
-    "best_of": refused(LATER, 1),
     "rank_by": refused(LATER),
-    "echo": refused(LATER, False),
     "use_beam_search": refused("there is no beam search", False),
     "length_penalty": refused("it belongs to beam search, and there is none", 1, 1.0),
     "spaces_between_special_tokens": refused("special tokens are decoded as the tokenizer has them", True),
@@ -63,6 +61,8 @@ _GENERATION = {  # chat and completions
 
 CHAT: dict[str, Field] = {
     **_GENERATION,
+    "best_of": refused(LATER, 1),
+    "echo": refused("a chat's answer is the new message alone; continue_final_message writes on from one", False),
     **honoured("messages", "max_completion_tokens", "top_logprobs", "response_format", "tools", "tool_choice"),
     **honoured("add_generation_prompt", "continue_final_message", "chat_template_kwargs"),
     "metadata": ACCOUNT,
@@ -88,7 +88,7 @@ CHAT: dict[str, Field] = {
 
 COMPLETIONS: dict[str, Field] = {
     **_GENERATION,
-    **honoured("prompt"),
+    **honoured("prompt", "echo", "best_of"),
     "suffix": refused("the models only write on from a prompt", ""),
     "prompt_embeds": refused("send a prompt as text or token ids"),
 }

@@ -173,7 +173,7 @@ def generate(
     for index, request in enumerate(requests):
         choices = [
             Choice(
-                index * body.n + number,
+                index * request.n + number,
                 number,
                 text.detokenizer(
                     request.token_ids,

@@ -55,13 +55,30 @@ def completion(wording: Wording, ids: Sequence[int], logprobs: Logprobs, offsets
     }
 
 
-def prompt(wording: Wording, ids: Sequence[int], logprobs: Logprobs) -> list[dict[str, Any] | None]:
-    """Per prompt token: itself and the most likely ones, by id. Nothing precedes the first."""
+def echoed(wording: Wording, ids: Sequence[int], logprobs: Logprobs, offsets: Sequence[int], k: int) -> dict[str, Any]:
+    """A prompt's tokens in the shape of `completion`, with the `k` most likely beside each. Nothing precedes the
+    first, so it has no log-probability."""
+    likely = Logprobs(
+        logprobs.values,
+        logprobs.ranks,
+        [top[:k] for top in logprobs.top_ids],
+        [top[:k] for top in logprobs.top_values],
+    )
+    first = {"tokens": [wording.token(ids[0])], "token_logprobs": [None], "top_logprobs": [None]}
+    return joined({**first, "text_offset": [offsets[0]]}, completion(wording, ids[1:], likely, offsets[1:]))
+
+
+def joined(first: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    return {name: first[name] + more[name] for name in first}
+
+
+def prompt(wording: Wording, ids: Sequence[int], logprobs: Logprobs, k: int) -> list[dict[str, Any] | None]:
+    """Per prompt token: itself, then the `k` most likely ones, by id. Nothing precedes the first."""
     entries: list[dict[str, Any] | None] = [None]
     for index, (token_id, value) in enumerate(zip(ids[1:], logprobs.values, strict=True)):
-        top = enumerate(logprobs.top_ids[index], 1) if logprobs.top_ids else ()
-        ranked = {i: (rank, logprobs.top_values[index][rank - 1]) for rank, i in top}
-        ranked[token_id] = (logprobs.ranks[index], value)
+        ranked = {token_id: (logprobs.ranks[index], value)}
+        for rank, likely in enumerate(logprobs.top_ids[index][:k] if logprobs.top_ids else (), 1):
+            ranked.setdefault(likely, (rank, logprobs.top_values[index][rank - 1]))
         entries.append(
             {
                 str(i): {"logprob": finite(v), "rank": rank, "decoded_token": wording.text.token_text(i)}

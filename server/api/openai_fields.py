@@ -1,8 +1,8 @@
-"""Every request field of openai 3.54.0; written by tests/support/sdk_fields.py."""
+"""Every request field of openai 3.57.0; written by tests/support/sdk_fields.py."""
 
 from __future__ import annotations
 
-VERSION = "3.54.0"
+VERSION = "3.57.0"
 CHAT = (
     "audio",
     "frequency_penalty",

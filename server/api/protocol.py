@@ -190,6 +190,8 @@ class ChatBody(GenerationBody):
 class CompletionBody(GenerationBody):
     prompt: Annotated[list[Prompt], BeforeValidator(prompts_of)]
     logprobs: Tokens | None = None
+    echo: bool = False
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
 
 
 class RewardBody(Common):

@@ -24,6 +24,7 @@ class Length:
     field: str  # of the body
     asked: int | None
     default: int | None = None  # tokens where nothing is asked; None: all the context that is left
+    may_be_none: bool = False  # whether an answer of no tokens says something
 
 
 def requests_of(
@@ -35,18 +36,28 @@ def requests_of(
     param: str,
     length: Length,
     logprobs: int | None,
+    *,
+    drawn: int | None = None,
+    prompt_logprobs: int | None = None,
 ) -> list[Request]:
-    """One request per prompt. `param` names the field the prompts came from."""
+    """One request per prompt. `param` names the field the prompts came from.
+
+    `drawn`: choices that are drawn for each, of which `body.n` are shown; None: as many. `prompt_logprobs`: wanted
+    beside each prompt token besides what the body's field of that name asks for.
+    """
     check(body, service.options, length, logprobs)
-    if len(prompts) * body.n > MAX_SEQUENCES:
-        raise invalid(f"{len(prompts)} prompts with n {body.n} make {len(prompts) * body.n} answers; "
-                      f"one request may have {MAX_SEQUENCES}", "n")  # fmt: skip
-    sampling = sampling_of(body, card, text, service.options, logprobs)
+    n, param_n = (body.n, "n") if drawn is None else (drawn, "best_of")
+    if len(prompts) * n > MAX_SEQUENCES:
+        raise invalid(f"{len(prompts)} prompts with {param_n} {n} make {len(prompts) * n} answers; "
+                      f"one request may have {MAX_SEQUENCES}", param_n)  # fmt: skip
+    beside = max((k for k in (body.prompt_logprobs, prompt_logprobs) if k is not None), default=None)
+    ranked = drawn is not None and drawn > body.n  # by log-probability, shown or not
+    sampling = sampling_of(body, card, text, service.options, 0 if ranked and logprobs is None else logprobs)
     deadline = service.deadline(body)
     want: set[Want] = {"tokens"}
-    if logprobs is not None:
+    if sampling.logprobs is not None:
         want.add("logprobs")
-    if body.prompt_logprobs is not None:
+    if beside is not None:
         want.add("prompt_logprobs")
     requests: list[Request] = []
     for ids in prompts:
@@ -58,9 +69,9 @@ def requests_of(
                 token_ids=ids,
                 sampling=replace(sampling, max_tokens=tokens),
                 want=frozenset(want),
-                n=body.n,
-                prompt_logprobs=body.prompt_logprobs,
-                first_needed_row=None if body.prompt_logprobs is None else 0,
+                n=n,
+                prompt_logprobs=beside,
+                first_needed_row=None if beside is None else 0,
                 priority=body.priority,
                 deadline=deadline,
                 cache_salt=body.cache_salt,
@@ -79,8 +90,8 @@ def check(body: GenerationBody, options: ApiOptions, length: Length, logprobs: i
     if body.truncate_prompt_tokens == 0:
         raise invalid("truncate_prompt_tokens is 0; it must be at least 1, or -1 for what fits",
                       "truncate_prompt_tokens")  # fmt: skip
-    if asked == 0 and body.prompt_logprobs is None:
-        raise invalid(f"{field} is 0; it must be at least 1, or 0 with prompt_logprobs", field)
+    if asked == 0 and body.prompt_logprobs is None and not length.may_be_none:
+        raise invalid(f"{field} is 0; it must be at least 1, or 0 with echo (completions) or prompt_logprobs", field)
     if asked == 0 and body.n > 1:
         raise invalid(f"n is {body.n}; it must be 1 where {field} is 0", "n")
     if asked is not None and body.min_tokens > asked:
@@ -98,7 +109,8 @@ def fit(ids: list[int], body: GenerationBody, card: ModelCard, length: Length, p
     least = body.min_tokens or 1
     if body.truncate_prompt_tokens is not None:
         keep = body.truncate_prompt_tokens
-        ids = ids[-(max(1, limit - (length.asked or least)) if keep == -1 else keep) :]
+        answer = least if length.asked is None else length.asked
+        ids = ids[-(max(1, limit - answer) if keep == -1 else keep) :]
     room = limit - len(ids)
     if length.asked is not None and length.asked > room:
         message = f"the prompt has {len(ids)} tokens and {length.field} is {length.asked}; {holder}"

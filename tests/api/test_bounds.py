@@ -45,8 +45,6 @@ SHARED: dict[str, ROW] = {
     "stream_options": ([None], [{"include_usage": True}], {}, "stream: true"),
     "ignore_eos": ([True, False, None], [1, "true"], {}, ""),
     "model": ([None, "policy"], ["", 5], {}, ""),
-    "best_of": ([None, 1], [2], {}, "not supported"),
-    "echo": ([False], [True], {}, "not supported"),
     "use_beam_search": ([False], [True], {}, "beam search"),
     "structured_outputs": ([None], [{"regex": "a"}], {}, "not supported"),
 }
@@ -66,6 +64,8 @@ CHAT: dict[str, ROW] = SHARED | {
     "chat_template_kwargs": ([{}, {"a": 1}], [[1], {"messages": []}], {}, ""),
     "continue_final_message": ([True], ["x"], {"messages": [{"role": "assistant", "content": "So"}]}, ""),
     "modalities": ([["text"]], [["text", "audio"]], {}, "text only"),
+    "best_of": ([None, 1], [2], {}, "not supported"),
+    "echo": ([False], [True], {}, "not supported"),
     "audio": ([None], [{"voice": "alloy"}], {}, "text only"),
     "chat_template": ([None], ["{{ messages }}"], {}, "never run"),
 }
@@ -78,6 +78,8 @@ COMPLETIONS: dict[str, ROW] = SHARED | {
         "",
     ),
     "suffix": (["", None], ["x"], {}, "not supported"),
+    "echo": ([True, False, None], [1, "yes"], {}, ""),
+    "best_of": ([None, 1, 128], [0, 129, 1.0, True], {}, ""),
 }
 
 
@@ -159,6 +161,37 @@ def test_fields_that_do_not_go_together(http: httpx.Client, body: dict[str, Any]
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (400, param), error
     assert words in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "words"),
+    [
+        ({"best_of": 2, "n": 3}, "best_of", "at least n, 3"),
+        ({"best_of": 2, "stream": True}, "best_of", "stream: true"),
+        ({"best_of": 2, "max_tokens": 0, "echo": True}, "best_of", "max_tokens is 0"),
+        ({"max_tokens": 0}, "max_tokens", "echo"),
+        ({"max_tokens": 0, "echo": True, "n": 2}, "n", "must be 1"),
+        ({"max_tokens": 0, "echo": True, "min_tokens": 1}, "min_tokens", "at most max_tokens, 0"),
+        ({"prompt": ["a"] * 33, "best_of": 128}, "best_of", "4224"),
+        ({"prompt": ["a"] * 33, "n": 128}, "n", "4224"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "streamed"),
+    ],
+)
+def test_fields_of_completions_that_do_not_go_together(
+    http: httpx.Client, body: dict[str, Any], param: str, words: str
+) -> None:
+    answer = complete(http, "user", "ignored", body)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, param), error
+    assert words in error["message"]
+
+
+def test_an_echo_may_fill_the_context(http: httpx.Client, context: int) -> None:
+    echo = {"prompt": [5] * context, "echo": True}
+    assert complete(http, "max_tokens", 0, echo).json()["usage"]["total_tokens"] == context
+    assert_refused(complete(http, "max_tokens", 1, echo), "prompt", None, f"holds {context}")
+    cut = complete(http, "truncate_prompt_tokens", -1, {**echo, "prompt": [5] * (context + 9), "max_tokens": 0})
+    assert cut.json()["usage"]["prompt_tokens"] == context
 
 
 def test_ignored_fields_are_ignored(http: httpx.Client) -> None:

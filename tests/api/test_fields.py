@@ -41,6 +41,6 @@ def test_what_is_honoured_is_parsed_and_the_rest_has_a_reason(
 
 
 def test_a_neutral_value_of_a_refused_field_passes() -> None:
-    best_of = fields.COMPLETIONS["best_of"]
+    best_of = fields.CHAT["best_of"]
     assert best_of.lets_pass(1) and best_of.lets_pass(None)
     assert not best_of.lets_pass(2) and not best_of.lets_pass(True)
