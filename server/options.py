@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -12,6 +12,7 @@ from .api.options import ApiOptions
 from .engine.options import DEMO, NULL, Dtype, EngineOptions, ModelSpec, OptionsError
 from .engine.request import Role
 
+METRICS_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"  # prometheus-client's name; the supervisor sets it for its workers
 LogLevel = Literal["debug", "info", "warning", "error"]
 SPEC_KEYS = ("role", "dtype", "kv", "alias", "chat_template", "max_model_len", "weight")
 LATER_KEYS = ("quantization", "kv_dtype", "revision")
@@ -29,6 +30,12 @@ class ServeOptions:
     drain_seconds: float
     log_level: LogLevel
     access_log: bool
+
+    def shown(self) -> dict[str, Any]:
+        """As JSON, without the keys."""
+        about = asdict(self)
+        del about["api"]["api_keys"]
+        return about
 
 
 @dataclass(frozen=True, slots=True)

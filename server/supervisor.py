@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any
 
 from .engine.control import Drain, EngineLost, EngineStarted, Failed, Ready, StartEngine, Stop
-from .options import ServeOptions, StartWorker
+from .options import METRICS_DIRECTORY, ServeOptions, StartWorker
 
 ENGINE = "tandem.server.engine.process"
 WORKER = "tandem.server.worker"
@@ -52,17 +52,19 @@ class Child:
     hung_up: bool = False
 
     @classmethod
-    def start(cls, name: str, module: str, order: object, descriptors: tuple[int, ...] = ()) -> Child:
+    def start(
+        cls, name: str, module: str, order: object, descriptors: tuple[int, ...] = (), **environment: str
+    ) -> Child:
         """Must be called on the main thread: the kernel ends the child when the *thread* that started it ends."""
         ours, theirs = Pipe()
         # OpenMP threads that spin for long take the cores from whoever has work: on two busy cores a decode step took
         # nine times as long. Asleep at once they cost a wake-up per operation: 16 clients got 285 tokens per second
         # (125M, two cores), 459 where a thread waits some ten microseconds first. With both cores busy: 278 and 193.
-        environment = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000", **os.environ}
+        variables = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000", **os.environ, **environment}
         with theirs:
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", module, str(theirs.fileno()), str(os.getpid())],
-                env=environment,
+                env=variables,
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(), *descriptors),
                 process_group=0,  # Ctrl-C is for the supervisor alone
@@ -265,7 +267,7 @@ class Supervisor:
         self._number += 1
         descriptors = tuple(listener.fileno() for listener in self._sockets)
         order = StartWorker(self._directory, self._number, descriptors, self._options)
-        worker = Child.start(f"api-{self._number}", WORKER, order, descriptors)
+        worker = Child.start(f"api-{self._number}", WORKER, order, descriptors, **{METRICS_DIRECTORY: self._directory})
         self._workers.append(worker)
         worker.send(EngineStarted(self._epoch) if self._engine is not None else EngineLost(self._engine_loss or ""))
 

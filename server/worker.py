@@ -22,7 +22,7 @@ from .api.app import create_app
 from .engine.control import Drain, EngineLost, EngineStarted, Failed, Ready, enter, log_to_stderr
 from .engine.link import EngineClient, EngineUnavailable
 from .engine.request import ModelCard
-from .options import ServeOptions, StartWorker
+from .options import METRICS_DIRECTORY, ServeOptions, StartWorker
 from .text.text import Text
 
 FLUSH_SECONDS = 3  # for answers that are written and not yet read
@@ -68,7 +68,13 @@ class Worker:
         self._sockets = [socket.socket(fileno=descriptor) for descriptor in order.descriptors]
         self._server = Server(
             uvicorn.Config(
-                create_app(self._client, texts, options.api),
+                create_app(
+                    self._client,
+                    texts,
+                    options.api,
+                    settings=options.shown(),
+                    metrics_directory=os.environ.get(METRICS_DIRECTORY),
+                ),
                 loop="uvloop",
                 http="httptools",
                 ws="none",

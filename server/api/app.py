@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from fastapi import FastAPI
 
 from ..engine.link import EngineClient
 from ..engine.request import ModelCard
 from ..text.text import Text
-from . import chat, completions, errors, models, rewards, state
+from . import chat, completions, errors, metrics, models, rewards, state, tokens
 from .options import ApiOptions
 from .security import Gate
 from .service import Service
+from .traffic import Traffic
 
 
-def create_app(client: EngineClient, texts: Callable[[ModelCard], Text], options: ApiOptions) -> FastAPI:
-    """`texts` gives the text side of a hosted model; it is called for each request and should remember.
+def create_app(
+    client: EngineClient,
+    texts: Callable[[ModelCard], Text],
+    options: ApiOptions,
+    *,
+    settings: Mapping[str, object] | None = None,
+    metrics_directory: str | None = None,
+) -> FastAPI:
+    """`texts` gives the text side of a hosted model; it is called for each request and should remember. `settings` is
+    what /server_info shows of the server's options. `metrics_directory`: see `traffic`.
 
     Draining is the client's: once it refuses requests, so does every route, and `/ready`.
     """
+    traffic = Traffic(metrics_directory)
     app = FastAPI(title="Tandem", openapi_url=None, redirect_slashes=False)
-    app.state.service = Service(client, texts, options)
+    app.state.service = Service(client, texts, options, traffic, settings or {})
     errors.install(app)
-    for part in (chat, completions, rewards, models, state):
+    for part in (chat, completions, rewards, tokens, models, state, metrics):
         app.include_router(part.router)
-    app.add_middleware(Gate, api_keys=options.api_keys)
+    app.add_middleware(Gate, api_keys=options.api_keys, observe=traffic.answered)
     return app

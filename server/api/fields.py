@@ -93,6 +93,17 @@ COMPLETIONS: dict[str, Field] = {
     "prompt_embeds": refused("send a prompt as text or token ids"),
 }
 
+CONVERSATION = (  # what a chat template is given
+    *("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs"),
+    "add_special_tokens",
+)
+TOKENIZE: dict[str, Field] = {
+    **honoured("model", "prompt", "return_token_strs", *CONVERSATION),
+    "chat_template": CHAT["chat_template"],
+    "mm_processor_kwargs": CHAT["mm_processor_kwargs"],
+}
+DETOKENIZE: dict[str, Field] = honoured("model", "tokens", "skip_special_tokens")
+
 REWARDS: dict[str, Field] = {
     **honoured("model", "input", "conversations", "add_special_tokens", "chat_template_kwargs"),
     **honoured("priority", "cache_salt", "timeout"),

@@ -136,7 +136,7 @@ class Generation:
         if choice.finish_reason is not None or not (output.token_ids or output.finish):
             return None
         if choice.push(output):
-            self._client.abort(part.request.id, choice.number)
+            self._client.abort(part.request.id, choice.number, "stop")
         if choice.finish_reason is not None:
             self._unfinished -= 1
         return choice

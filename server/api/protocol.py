@@ -23,6 +23,7 @@ MAX_PROMPTS = 1024
 MAX_MESSAGES = 4096
 MAX_IDS = 1024  # stop ids; also the tokens of all bad words
 MAX_BIASES = 65536
+MAX_BODY_IDS = 1 << 20  # token ids to decode
 MAX_BAD_WORDS = 128
 INT64 = 2**63
 
@@ -192,6 +193,27 @@ class CompletionBody(GenerationBody):
     logprobs: Tokens | None = None
     echo: bool = False
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+
+
+class TokenizeBody(Body):
+    model: Annotated[str, Field(min_length=1)] | None = None
+    prompt: str | None = None
+    messages: (
+        Annotated[list[Annotated[Message, BeforeValidator(message_of)]], Field(min_length=1, max_length=MAX_MESSAGES)]
+        | None
+    ) = None
+    tools: list[dict[str, Any]] = []
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] = {}
+    return_token_strs: bool = False
+
+
+class DetokenizeBody(Body):
+    model: Annotated[str, Field(min_length=1)] | None = None
+    tokens: Annotated[Ids, Field(max_length=MAX_BODY_IDS)]
+    skip_special_tokens: bool = False
 
 
 class RewardBody(Common):

@@ -47,6 +47,7 @@ async def create(request: Request) -> Response:
         )
         for ids in prompts
     ]
+    service.traffic.scored(card, len(prompts))
     generation = Generation(service.client, parts, request.state.request_id)
     await whole(request, generation)
     data = [entry(index, part, request.state.request_id) for index, part in enumerate(parts)]

@@ -7,6 +7,8 @@ import hmac
 import logging
 import re
 import secrets
+import time
+from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -22,8 +24,11 @@ REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 class Gate:
     """Asks for the API key, echoes or makes `x-request-id`, and turns a bug into a 500 that names the request."""
 
-    def __init__(self, app: ASGIApp, api_keys: tuple[str, ...]) -> None:
-        self._app = app
+    def __init__(
+        self, app: ASGIApp, api_keys: tuple[str, ...], observe: Callable[[Scope, int, float], None] | None = None
+    ) -> None:
+        """`observe` is told the status of every answer and how many seconds it took."""
+        self._app, self._observe = app, observe
         self._digests = [_digest(key) for key in api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -34,12 +39,12 @@ class Gate:
         request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
         # `send` itself is for what comes after an answer's start, which nobody here looks at.
         scope.setdefault("state", {}).update(request_id=request_id, send=send)
-        started = False
+        began, status = time.perf_counter(), 0
 
         async def tell(message: Message) -> None:
-            nonlocal started
+            nonlocal status
             if message["type"] == "http.response.start":
-                started = True
+                status = message["status"]
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
@@ -50,13 +55,16 @@ class Gate:
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-            return await refusal.response()(scope, receive, tell)
-        try:
-            await self._app(scope, receive, tell)
-        except Exception:
-            log.exception("request %s: %s %s", request_id, scope["method"], scope["path"])
-            if not started:
-                await bug(request_id).response()(scope, receive, tell)
+            await refusal.response()(scope, receive, tell)
+        else:
+            try:
+                await self._app(scope, receive, tell)
+            except Exception:
+                log.exception("request %s: %s %s", request_id, scope["method"], scope["path"])
+                if not status:
+                    await bug(request_id).response()(scope, receive, tell)
+        if self._observe is not None:
+            self._observe(scope, status or 499, time.perf_counter() - began)
 
     def _knows(self, authorization: str) -> bool:
         scheme, _, key = authorization.partition(" ")

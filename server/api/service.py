@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -16,6 +16,7 @@ from ..text.text import Text, TextError
 from .errors import invalid, no_such_model, unavailable
 from .options import ApiOptions
 from .protocol import Common, Prompt
+from .traffic import Traffic
 
 LONG_TEXT = 16_384  # characters; what takes longer than a few milliseconds to encode leaves the event loop
 
@@ -27,6 +28,8 @@ class Service:
     client: EngineClient
     texts: Callable[[ModelCard], Text]
     options: ApiOptions
+    traffic: Traffic
+    settings: Mapping[str, object]  # what the server was told at its start, keys left out
 
     @classmethod
     def of(cls, request: HttpRequest) -> Service:
@@ -52,6 +55,14 @@ class Service:
         if card.generates is not generates:
             others = ", ".join(card.name for card in catalog.models if card.generates is generates) or "none"
             raise invalid(f"the model {name!r} is a {card.role} model; what {kind} here: {others}", "model")
+        return card
+
+    def hosted(self, name: str | None) -> ModelCard:
+        """The model of that name, whatever its kind, or the first."""
+        catalog = self.catalog()
+        card = catalog.models[0] if name is None else catalog.find(name)
+        if card is None:
+            raise no_such_model(name or "", catalog)
         return card
 
     def deadline(self, body: Common) -> float:

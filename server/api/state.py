@@ -1,4 +1,4 @@
-"""GET /health (does the engine's loop go round?), /ready (would a request be taken?) and /version"""
+"""GET /health (does the engine's loop go round?), /ready (would a request be taken?), /version and /server_info"""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from importlib.metadata import PackageNotFoundError, version
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
+from ..engine.counts import ModelStats
 from .errors import unavailable
+from .metrics import ENGINE_SECONDS
+from .models import shown
 from .service import Service
 
 router = APIRouter()
@@ -46,6 +49,24 @@ def check_heartbeat(service: Service) -> float:
 @router.get("/version")
 async def show_version() -> JSONResponse:
     return JSONResponse({"version": installed_version()})
+
+
+@router.get("/server_info")
+async def server_info(request: Request) -> JSONResponse:
+    """The server's options, and by model what `/v1/models` says and what it does right now."""
+    service = Service.of(request)
+    found = await service.client.stats(ENGINE_SECONDS)
+    now = {stats.name: stats for stats in found or ()}
+    models = [
+        {**shown(card), "now": load(now[card.name]) if card.name in now else None} for card in service.catalog().models
+    ]
+    about = {"version": installed_version(), "state": service.client.state, "models": models}
+    return JSONResponse({**about, "options": dict(service.settings)})
+
+
+def load(stats: ModelStats) -> dict[str, int | bool]:
+    names = ("running", "waiting", "paused", "page_size", "pages", "pages_used", "pages_cached")
+    return {name: getattr(stats, name) for name in names}
 
 
 def installed_version() -> str:

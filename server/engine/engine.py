@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -13,29 +14,17 @@ import torch
 from ...kernels.attention import CHUNK
 from ...model.kv_cache import KVCache
 from ...model.model import Model
-from .counts import Counts
+from .counts import ModelStats
 from .device_runner import DeviceRunner
 from .null_runner import NullModel, NullRunner
 from .options import EngineOptions
 from .plan import Executor, Plan, Sampled, Ticket
-from .request import EngineError, ModelCard, Output, Outputs, Request
+from .request import EngineError, Finish, ModelCard, Output, Outputs, Request
 from .runner import Runner
 from .scheduler import Scheduler
 from .sequence import Flight, Sequence
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """Gauges and counters of one model at one moment."""
-
-    waiting: int
-    running: int
-    pages: int
-    pages_used: int
-    pages_cached: int
-    counts: Counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +92,20 @@ class Engine:
         return self.scheduler.decoding
 
     @property
-    def stats(self) -> EngineStats:
+    def stats(self) -> ModelStats:
         scheduler, pages = self.scheduler, self.scheduler.pages
-        return EngineStats(
-            scheduler.waiting, scheduler.running, pages.count, pages.used, pages.cached, replace(scheduler.counts)
+        return ModelStats(
+            name=self.card.name,
+            role=self.card.role,
+            weight_version=scheduler.weight_version,
+            waiting=scheduler.waiting,
+            running=scheduler.running,
+            paused=scheduler.paused,
+            page_size=pages.page_size,
+            pages=pages.count,
+            pages_used=pages.used,
+            pages_cached=pages.cached,
+            counts=deepcopy(scheduler.counts),
         )
 
     def idle(self) -> bool:
@@ -117,8 +116,8 @@ class Engine:
         """Takes a request, or says why it cannot be answered."""
         return self._refusal(request) or self.scheduler.add(request)
 
-    def abort(self, request_id: int, choice: int | None = None) -> list[Output]:
-        return self.scheduler.abort(request_id, choice)
+    def abort(self, request_id: int, choice: int | None = None, finish: Finish = "abort") -> list[Output]:
+        return self.scheduler.abort(request_id, choice, finish)
 
     def expire(self, now: float) -> list[Output]:
         return self.scheduler.expire(now)
@@ -249,5 +248,6 @@ class Engine:
     def _fail(self, request: Request, error: EngineError) -> Output:
         if error.kind == "internal":
             log.error("request %d: %s", request.id, error.message)
-        self.scheduler.abort(request.id)
+            self.scheduler.counts.corrupted += 1
+        self.scheduler.abort(request.id, finish="error")
         return Output(request.id, finish="error", weight_version=self.scheduler.weight_version, error=error)

@@ -10,10 +10,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 
+from .counts import ModelStats
 from .engine import Engine
 from .hosting import Progress, load_engines
 from .options import EngineOptions, ModelSpec
-from .request import Catalog, EngineError, Output, Outputs, Request
+from .request import Catalog, EngineError, Finish, Output, Outputs, Request
 
 NEWEST = 0.2  # weight of the newest step in a running mean
 
@@ -105,8 +106,11 @@ class Hub:
             error = engine.add(request)
         return [Output(request.id, finish="error", error=error)] if error else []
 
-    def abort(self, request_id: int, choice: int | None = None) -> list[Output]:
-        return [output for engine in self.engines for output in engine.abort(request_id, choice)]
+    def abort(self, request_id: int, choice: int | None = None, finish: Finish = "abort") -> list[Output]:
+        return [output for engine in self.engines for output in engine.abort(request_id, choice, finish)]
+
+    def stats(self) -> list[ModelStats]:
+        return [engine.stats for engine in self.engines]
 
     def expire(self, now: float) -> list[Output]:
         """Ends requests whose deadline (time.monotonic) is over."""

@@ -14,16 +14,15 @@ import math
 import time
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import fields
-from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_type_hints
+from typing import Literal, cast
 
 import msgspec
 import zmq
 
-from . import request as vocabulary
-from .request import Catalog, EngineError, Output, Outputs, Request, Tokens
+from .counts import ModelStats
+from .messages import Abort, Ask, Beat, Hello, News, Step, Submit, Told, columns_of, row_of
+from .request import Catalog, EngineError, Finish, Output, Outputs, Request, Tokens
 from .stream import Stream, merge
 
 WORKER_SHIFT = 40  # a request id is (worker number << 40) + counter
@@ -33,53 +32,6 @@ HELLO_SECONDS = 0.02
 STALLED_MESSAGES = 1000  # waiting for one worker before its outputs are merged
 
 State = Literal["starting", "ready", "down"]
-
-_NAMES = [field.name for field in fields(Output)]
-_row = attrgetter(*_NAMES)  # Output -> its fields in order
-_columns = attrgetter("request_ids", "choices", "token_ids", "weight_version")
-_Columns = tuple[list[int], list[int], list[int], int]  # the fields of `Tokens`
-if TYPE_CHECKING:
-    _Row = tuple[Any, ...]
-else:
-    _Row = tuple[tuple(get_type_hints(Output, vars(vocabulary))[name] for name in _NAMES)]
-
-
-class Hello(msgspec.Struct, frozen=True, array_like=True, tag=0):
-    """A worker is there; answered with the catalog once there is one."""
-
-    epoch: int
-
-
-class Submit(msgspec.Struct, frozen=True, array_like=True, tag=1):
-    epoch: int
-    request: Request
-
-
-class Abort(msgspec.Struct, frozen=True, array_like=True, tag=2):
-    """Nobody wants that choice (None: any choice) any more."""
-
-    epoch: int
-    request_id: int
-    choice: int | None
-
-
-class Step(msgspec.Struct, frozen=True, array_like=True, tag=3):
-    """`tokens` by column: what most outputs are, a token and no more."""
-
-    epoch: int
-    rows: list[_Row]
-    tokens: list[_Columns]
-
-
-class News(msgspec.Struct, frozen=True, array_like=True, tag=4):
-    epoch: int
-    catalog: Catalog
-
-
-class Beat(msgspec.Struct, frozen=True, array_like=True, tag=5):
-    """The engine's loop came around."""
-
-    epoch: int
 
 
 class EngineUnavailable(Exception):
@@ -133,10 +85,11 @@ class EngineClient:
         self._heard = -math.inf
         self._draining = False
         self._changed = asyncio.Event()
+        self._asked: asyncio.Future[list[ModelStats] | None] | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket: zmq.Socket[bytes] | None = None
         self._encode = msgspec.msgpack.Encoder().encode
-        self._decode = msgspec.msgpack.Decoder(Step | News | Beat).decode
+        self._decode = msgspec.msgpack.Decoder(Step | News | Beat | Told).decode
 
     # -- what the API uses
 
@@ -156,15 +109,31 @@ class EngineClient:
         stream = self._streams[request.id] = Stream(request, self.abort)
         return stream
 
-    def abort(self, request_id: int, choice: int | None = None) -> None:
-        """Stop one choice, or all. Its stream sees nothing more of it. Unknown and finished ids do nothing."""
+    def abort(self, request_id: int, choice: int | None = None, finish: Finish = "abort") -> None:
+        """Stop one choice, or all. Its stream sees nothing more of it. Unknown and finished ids do nothing.
+
+        `finish`: what the engine's metrics call that.
+        """
         stream = self._streams.get(request_id)
         if stream is None:
             return
         if stream.drop(choice):
             del self._streams[request_id]
-        self._send(Abort(self._epoch, request_id, choice))
+        self._send(Abort(self._epoch, request_id, choice, finish))
         self._notify()
+
+    async def stats(self, seconds: float) -> list[ModelStats] | None:
+        """What the engine's models do and did, as of now. None: it does not say so within that time."""
+        asked = self._asked
+        if asked is None or asked.done():
+            asked = self._asked = asyncio.get_running_loop().create_future()
+            if not self._send(Ask(self._epoch, self._number)):
+                asked.set_result(None)
+        done, _ = await asyncio.wait({asked}, timeout=seconds)
+        if not done:
+            self._asked = None  # the next one asks again
+            return None
+        return asked.result()
 
     def heartbeat_age(self) -> float:
         """Seconds since the engine's loop last came around; infinite while no engine is connected.
@@ -245,6 +214,8 @@ class EngineClient:
 
     def _disconnect(self) -> None:
         self._heard = -math.inf
+        if self._asked is not None and not self._asked.done():
+            self._asked.set_result(None)
         if self._socket is not None:
             asyncio.get_running_loop().remove_reader(self._socket.fileno())
             self._socket.close(linger=0)
@@ -255,7 +226,7 @@ class EngineClient:
             self._send(Hello(epoch))
             asyncio.get_running_loop().call_later(HELLO_SECONDS, self._hello, epoch)
 
-    def _send(self, message: Hello | Submit | Abort) -> bool:
+    def _send(self, message: Hello | Submit | Abort | Ask) -> bool:
         if self._socket is None:
             return False
         try:
@@ -274,6 +245,9 @@ class EngineClient:
             self._heard = time.monotonic()
             if isinstance(message, Step):
                 self._deliver(message)
+            elif isinstance(message, Told):
+                if self._asked is not None and not self._asked.done():
+                    self._asked.set_result(message.models)
             elif isinstance(message, News):
                 self.catalog = message.catalog
                 if not self._draining:
@@ -324,14 +298,14 @@ class EngineServer:
         if wake is not None:
             self._poller.register(wake, zmq.POLLIN)
         self._encode = msgspec.msgpack.Encoder().encode
-        self._decode = msgspec.msgpack.Decoder(Hello | Submit | Abort).decode
+        self._decode = msgspec.msgpack.Decoder(Hello | Submit | Abort | Ask).decode
 
-    def receive(self, timeout: float = 0.0) -> list[Request | Abort]:
+    def receive(self, timeout: float = 0.0) -> list[Request | Abort | Ask]:
         """What came in, in order; waits up to `timeout` seconds when nothing has. The requests of a worker that is
         gone come as aborts."""
         if timeout and not self._orphans:
             self._poller.poll(int(timeout * 1000))
-        arrived: list[Request | Abort] = [*self._orphans]
+        arrived: list[Request | Abort | Ask] = [*self._orphans]
         self._orphans.clear()
         while _readable(self._socket):
             identity, payload = self._socket.recv_multipart(zmq.DONTWAIT)
@@ -344,6 +318,8 @@ class EngineServer:
                 arrived.append(message.request)
             elif isinstance(message, Abort):
                 self._finished(message.request_id, message.choice)
+                arrived.append(message)
+            elif isinstance(message, Ask):
                 arrived.append(message)
             else:
                 self._behind.add(worker)
@@ -363,6 +339,10 @@ class EngineServer:
         for worker, own in by_worker.items():
             if worker in self._open and (worker in self._backlog or not self._post(worker, self._packed(own))):
                 self._keep(worker, own)
+
+    def tell(self, worker: int, models: list[ModelStats]) -> None:
+        """Answers an `Ask`; a worker that takes nothing now will ask again."""
+        self._post(worker, self._encode(Told(self._epoch, models)))
 
     def publish(self, catalog: Catalog) -> None:
         """From now on every worker, present or to come, knows this catalog."""
@@ -393,7 +373,7 @@ class EngineServer:
         self._context.term()
 
     def _packed(self, outputs: Outputs) -> bytes:
-        return self._encode(Step(self._epoch, list(map(_row, outputs.others)), list(map(_columns, outputs.tokens))))
+        return self._encode(Step(self._epoch, list(map(row_of, outputs.others)), list(map(columns_of, outputs.tokens))))
 
     def _post(self, worker: int, message: bytes) -> bool:
         """False: the worker is alive but takes no more now."""

@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
 from .control import Failed, HostedModel, Ready, StartEngine, Stop, as_flags, enter, log_to_stderr
-from .link import BEAT_SECONDS, EngineServer
+from .link import BEAT_SECONDS, Ask, EngineServer
 from .options import OptionsError
 from .request import EngineError, Output, Request
 
@@ -58,8 +58,10 @@ def serve(hub: Hub, server: EngineServer, control: Connection[object, object]) -
         for message in server.receive(0.0 if busy or hub.idle() else BEAT_SECONDS):
             if isinstance(message, Request):
                 early += _submit(hub, message)
+            elif isinstance(message, Ask):
+                server.tell(message.worker, hub.stats())
             else:
-                early += hub.abort(message.request_id, message.choice)
+                early += hub.abort(message.request_id, message.choice, message.finish)
         early += hub.expire(time.monotonic())
         outputs = hub.step()
         outputs.others += early

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect_right, insort
 from itertools import repeat
 from operator import attrgetter
 
 from .pages import Chain, Pages, Root
 from .plan import Entered, Plan
-from .sequence import Sequence
+from .sequence import Rank, Sequence
 
 by_rank = attrgetter("rank")
 
@@ -25,6 +25,7 @@ class Running:
         self.decodes: list[Sequence] = []
         self.changed = True  # `decodes` has changed since somebody reset this
         self._prefix_caching = prefix_caching
+        self._turn: Rank = (0, 0, 0)  # whose turn it was last when a budget did not reach all decodes
         self._slots = list(range(slots - 1, -1, -1))  # free ones
         self._left: list[int] = []
         self._entered: list[Entered] = []
@@ -40,6 +41,16 @@ class Running:
     def last(self) -> Sequence | None:
         """The one that is preempted first."""
         return max((line[-1] for line in (self.prefills, self.decodes) if line), key=by_rank, default=None)
+
+    def in_turn(self, budget: int) -> list[Sequence]:
+        """The decodes by rank; where they are more than `budget`, so many of them whose turn it is."""
+        decodes = list(self.decodes)
+        if len(decodes) > budget:
+            first = bisect_right(decodes, self._turn, key=by_rank)
+            decodes = (decodes[first:] + decodes[:first])[:budget]
+            self._turn = decodes[-1].rank
+            decodes.sort(key=by_rank)
+        return decodes
 
     def pages_for(self, sequence: Sequence) -> int:
         return -(-len(sequence.token_ids) // self.pages.page_size)

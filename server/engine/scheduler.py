@@ -18,17 +18,16 @@ that waits starts at the latest when nothing else runs.
 from __future__ import annotations
 
 import time
-from bisect import bisect_right
 from collections.abc import Callable, Iterable
 
 from .columns import Columns
-from .counts import Counts
+from .meter import Meter
 from .pages import Pages
 from .plan import Plan, PromptRows, Sampled
 from .prefixes import groups_of
-from .request import EngineError, Logprobs, Output, Outputs, Request
-from .running import Running, by_rank
-from .sequence import UNKNOWN, Flight, Job, Rank, Sequence
+from .request import EngineError, Finish, Logprobs, Output, Outputs, Request
+from .running import Running
+from .sequence import UNKNOWN, Flight, Job, Sequence
 from .waiting import Deadlines, Waiting, too_long
 
 
@@ -61,15 +60,15 @@ class Scheduler:
         self.pages = Pages(pages, page_size)
         self.weight_version = weight_version
         self.paused = False
-        self.counts = Counts()
+        self.meter, self._clock = Meter(clock), clock
+        self.counts = self.meter.counts
         self._max_tokens = max_batched_tokens
         self._shared_tokens = shared_tokens
         self._context, self._end_ids = context, frozenset(end_ids)
-        self._clock = clock
         self._jobs: dict[int, Job] = {}
         self._arrivals = 0
         self._deadlines = Deadlines()
-        self._waiting = Waiting(max_waiting_requests, max_waiting_tokens)
+        self._waiting = Waiting(max_waiting_requests, max_waiting_tokens, self.meter.refused)
         self._running = Running(self.pages, max_seqs, prefix_caching)
         self._plan: Plan | None = None  # made, neither advanced nor failed
         self._flight: Flight | None = None  # advanced, neither resolved nor failed
@@ -79,7 +78,6 @@ class Scheduler:
         self._base: Plan | None = None  # a plan of one row for each decode, good until these change
         self._columns = Columns([], page_size)  # of that plan
         self._pure = False  # the last plan was that
-        self._turn: Rank = (0, 0, 0)  # whose turn it was last when the budget did not reach all decodes
 
     @property
     def planned(self) -> Plan | None:
@@ -113,6 +111,7 @@ class Scheduler:
         error = too_long(request, self._context, capacity) or self._waiting.refusal(prompt, now)
         if error:
             return error
+        self.meter.admitted(request)
         job = self._jobs[request.id] = Job(request, now)
         self._arrivals += 1
         self._waiting.enlist(job)
@@ -120,20 +119,21 @@ class Scheduler:
         self._deadlines.add(job)
         return None
 
-    def abort(self, request_id: int, choice: int | None = None) -> list[Output]:
-        """Ends a request, or one choice of it, and frees its pages; what is unknown or finished is left alone."""
+    def abort(self, request_id: int, choice: int | None = None, finish: Finish = "abort") -> list[Output]:
+        """Ends a request, or one choice of it, and frees its pages; what is unknown or finished is left alone. Metrics
+        count it as `finish`."""
         job = self._jobs.get(request_id)
         ended: list[int] = []
         for sequence in list(job.sequences.values()) if job else []:
             if choice is None:
                 ended += [sequence.choice, *sequence.siblings]
-                self._end(sequence)
+                self._end(sequence, finish)
             elif choice in sequence.siblings:
                 ended.append(choice)
                 sequence.siblings.remove(choice)
             elif choice == sequence.choice:
                 ended.append(choice)
-                self._hand_over(sequence)
+                self._hand_over(sequence, finish)
         return [Output(request_id, one, finish="abort", weight_version=self.weight_version) for one in ended]
 
     def expire(self, now: float) -> list[Output]:
@@ -170,6 +170,7 @@ class Scheduler:
         """
         assert self._plan is None and self._flight is None, "weights change between steps"
         self.weight_version = version
+        self.counts.weight_updates += 1
         for sequence in self._running.all():
             sequence.chain = None
             if not keep:
@@ -194,7 +195,7 @@ class Scheduler:
             return None
         self._pure = plan is self._base
         self._running.deliver(plan)
-        self.counts.computed_tokens += plan.tokens
+        self.meter.planned(plan)
         self._plan = plan
         return plan
 
@@ -233,6 +234,7 @@ class Scheduler:
         if sampled.logprobs is None:  # of most decodes there is nothing to say but a token
             moved = columns is not self._columns or self._running.changed
             first, apart = len(columns.rows), columns.tell(sampled.tokens, moved, version, outputs)
+        self.meter.told_all(columns if first else None)
         for number in (*apart, *range(first, len(sampled.tokens))):
             sequence, token = flight.sampling[number], sampled.tokens[number]
             if sequence.gone:
@@ -242,12 +244,14 @@ class Scheduler:
             output = Output(sequence.id, sequence.choice, [token], logprobs, None, None, None, None, None, version)
             outputs.others.append(output)
             sequence.job.announce(output)
+            if number >= first:
+                self.meter.told(sequence)
             if token in sequence.stops and length > sequence.stops_from:
                 output.finish, output.stop_id = "stop", token
-                self._end(sequence)
+                self._end(sequence, "stop")
             elif length >= sequence.limit:
                 output.finish = "length"
-                self._end(sequence)
+                self._end(sequence, "length")
         self.counts.generated_tokens += len(sampled.tokens)
         return outputs
 
@@ -258,12 +262,7 @@ class Scheduler:
         if base is not None and not running.changed and len(decodes) <= budget:
             needy = self._columns.further()
         else:
-            base, decodes = None, list(decodes)
-            if len(decodes) > budget:
-                first = bisect_right(decodes, self._turn, key=by_rank)
-                decodes = (decodes[first:] + decodes[:first])[:budget]
-                self._turn = decodes[-1].rank
-                decodes.sort(key=by_rank)
+            base, decodes = None, running.in_turn(budget)
             starts = [len(sequence.token_ids) - 1 for sequence in decodes]
             needy = [one for one, start in zip(decodes, starts, strict=True) if one.forked or start % size == 0]
         for sequence in needy:  # by rank: whoever is preempted has not got anything from this plan yet
@@ -328,6 +327,7 @@ class Scheduler:
             else:
                 children.append(child)
                 self._forks.append((sequence, child))
+                self.meter.forked(child)
             sequence.job.sequences[choice] = child
         return children
 
@@ -361,15 +361,16 @@ class Scheduler:
             rows[wanted.row].collect(found)
         for (row, _), values in zip(plan.scores, sampled.scores, strict=True):
             rows[row].job.scores = values
+            self.meter.scored(values)
         for sequence in flight.complete:
             job = sequence.job
             if sequence.rows_from is not None:
                 job.prompt_logprobs = sequence.prompt_logprobs or Logprobs()
             if not sequence.draws and not sequence.gone:
-                finish = "length" if job.request.sampling else "stop"
+                finish: Finish = "length" if job.request.sampling else "stop"
                 outputs.append(Output(sequence.id, finish=finish, weight_version=self.weight_version))
                 job.announce(outputs[-1])
-                self._end(sequence)
+                self._end(sequence, finish)
         return outputs
 
     def _start_first(self) -> Sequence | None:
@@ -384,9 +385,7 @@ class Scheduler:
         if job.cached_tokens is None:
             job.cached_tokens = sequence.computed
             self._waiting.discharge(job)
-            self.counts.started += 1
-            self.counts.prompt_tokens += sequence.prompt
-            self.counts.cached_tokens += sequence.computed
+            self.meter.started(sequence)
         return self._waiting.pop()
 
     def _start_urgent(self) -> None:
@@ -407,7 +406,7 @@ class Scheduler:
             self._preempt(last)
 
     def _preempt(self, sequence: Sequence) -> None:
-        self.counts.preemptions += 1
+        self.meter.preempted(sequence)
         self._running.leave(sequence)
         self._waiting.push(sequence)
         self._waiting.stuck = False
@@ -418,7 +417,7 @@ class Scheduler:
         self._waiting.stuck = False
         sequence.landed = True
 
-    def _end(self, sequence: Sequence) -> None:
+    def _end(self, sequence: Sequence, finish: Finish) -> None:
         """A choice, and what would have forked from it, is done with."""
         job = sequence.job
         if sequence.slot >= 0:
@@ -432,11 +431,12 @@ class Scheduler:
             del self._jobs[sequence.id]
             if job.cached_tokens is None:
                 self._waiting.discharge(job)
+        self.meter.ended(sequence, finish)
 
-    def _hand_over(self, sequence: Sequence) -> None:
+    def _hand_over(self, sequence: Sequence, finish: Finish) -> None:
         """Ends a choice; if others wait for its prompt to be computed, the first of them takes its place."""
         if not sequence.siblings:
-            self._end(sequence)
+            self._end(sequence, finish)
             return
         sequences = sequence.job.sequences
         del sequences[sequence.choice]
@@ -446,5 +446,5 @@ class Scheduler:
 
     def _fail(self, job: Job, error: EngineError) -> Output:
         for sequence in list(job.sequences.values()):
-            self._end(sequence)
+            self._end(sequence, "error")
         return Output(job.request.id, finish="error", error=error, weight_version=self.weight_version)

@@ -27,6 +27,11 @@ class Job:
     prompt_logprobs: Logprobs | None = None
     scores: list[float] | None = None
     announced: bool = False  # the first output is out, and these three with it
+    # For `meter`: moments (0: not yet), and what is told of it at its end.
+    started: float = 0.0
+    first_token: float = 0.0
+    preemptions: int = 0
+    longest: int = 0  # tokens of the longest choice that has ended
 
     @property
     def prompt(self) -> int:
@@ -98,6 +103,8 @@ class Sequence:
     prompt_logprobs: Logprobs | None = None
     gone: bool = False
     landed: bool = False  # nothing is left to compute; it has neither slot nor pages and does not wait
+    began: float = 0.0  # when its first token was told, and
+    told: float = 0.0  # when its last one was, as far as `meter` does not know it better
 
     @property
     def done(self) -> int:

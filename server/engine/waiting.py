@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from heapq import heapify, heappop, heappush
 
 from .request import EngineError, Request
@@ -35,10 +35,12 @@ class Waiting:
     since; whoever frees a slot or pages resets it.
     """
 
-    def __init__(self, max_requests: int, max_tokens: int) -> None:
+    def __init__(self, max_requests: int, max_tokens: int, on_refusal: Callable[[str], None]) -> None:
+        """`on_refusal` is told the bound that was hit."""
         self.stuck = False
         self._max_requests = max_requests
         self._max_tokens = max_tokens
+        self._on_refusal = on_refusal
         self._requests = 0
         self._tokens = 0
         self._heap: list[tuple[Rank, Sequence]] = []
@@ -58,6 +60,7 @@ class Waiting:
         )
         first = self.first()
         waited = now - first.job.arrived if first else 0.0  # the next one's fate, if nothing changes
+        self._on_refusal("max_waiting_requests" if requests >= self._max_requests else "max_waiting_tokens")
         return EngineError("overloaded", message, retry_after=float(min(60, max(1, math.ceil(waited)))))
 
     def enlist(self, job: Job) -> None:

@@ -71,6 +71,10 @@ class Text:
     def token_id(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
 
+    def token(self, token_id: int) -> str:
+        """The token as the vocabulary writes it; empty for an id that is no token."""
+        return self._tokenizer.id_to_token(token_id) or ""
+
     def encode(self, text: str, add_special_tokens: bool = True, param: str | None = None) -> list[int]:
         """Ids of a text, with the special tokens its tokenizer adds; BOS not again where the text starts with it."""
         if not isinstance(text, str):  # pyright: ignore[reportUnnecessaryIsInstance]

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import zmq
 
-from tandem.server.engine import link
-from tandem.server.engine.link import Abort, EngineClient, EngineServer, EngineUnavailable, Stream
+from tandem.server.engine import link, messages
+from tandem.server.engine.counts import Counts, ModelStats
+from tandem.server.engine.link import Abort, Ask, EngineClient, EngineServer, EngineUnavailable, Stream
 from tandem.server.engine.request import (
     Catalog,
     EngineError,
@@ -248,7 +249,7 @@ async def test_nothing_crosses_a_restart(tmp_path: Path, client: EngineClient, s
     assert asked == request_of(stream, asked)
     # A message of another epoch is not taken, even over the right socket.
     again._socket.send_multipart(
-        (b"3", again._encode(link.Step(1, [link._row(Output(stream.request_id, finish="stop"))], [])))
+        (b"3", again._encode(messages.Step(1, [messages.row_of(Output(stream.request_id, finish="stop"))], [])))
     )
     again.send(Outputs([Output(stream.request_id, token_ids=[4], finish="length")]))
     assert [output.token_ids for output in await read(stream)] == [[4]]
@@ -387,3 +388,25 @@ def test_merging_two_outputs_says_what_both_say() -> None:
 def test_the_socket_is_a_file_in_the_run_directory(tmp_path: Path, server: EngineServer) -> None:
     assert (tmp_path / "engine-1").is_socket()
     assert server._socket.getsockopt(zmq.TYPE) == zmq.ROUTER
+
+
+async def test_an_engine_says_how_its_models_do(tmp_path: Path, server: EngineServer) -> None:
+    client = EngineClient(tmp_path, 3)
+    client.engine_started(1)
+    await until(lambda: client.state == "ready", server)
+    told = [ModelStats("m", "policy", 4, 1, 2, False, 16, 64, 8, 3, Counts(started=5, finished={"stop": 2}))]
+    told[0].counts.score.observe(-0.5)
+    both = asyncio.gather(client.stats(5), client.stats(5))  # one question, whoever else wants to know
+    asked: list[Ask] = []
+    while not both.done():
+        for ask in [message for message in server.receive(0.001) if isinstance(message, Ask)]:
+            asked.append(ask)
+            server.tell(ask.worker, told)
+        await asyncio.sleep(0.001)
+    assert await both == [told, told] and [ask.worker for ask in asked] == [3]
+    assert await client.stats(0.05) is None  # it does not answer now
+    waiting = asyncio.create_task(client.stats(60))
+    await asyncio.sleep(0.01)
+    client.engine_lost("gone")
+    assert await waiting is None and await client.stats(60) is None
+    client.close()

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from tandem.server.engine import counts, plan, request, scheduler
+from tandem.server.engine import counts, meter, plan, request, scheduler
 
 MUTATED = ("pages", "prefixes", "sequence", "columns", "waiting", "running", "scheduler")  # in order of import
-SHARED = {"counts": counts, "plan": plan, "request": request}  # types alone; the tests use the same ones
+# Types alone, and what only watches; the tests use the same ones.
+SHARED = {"counts": counts, "meter": meter, "plan": plan, "request": request}
 SOURCES = Path(str(scheduler.__file__)).parent
 
 
