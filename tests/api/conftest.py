@@ -10,6 +10,7 @@ import openai
 import pytest
 from checkpoints import write_checkpoint
 from servers import Server
+from shapes import check_response
 
 from tandem.server.text.text import Text
 
@@ -51,13 +52,16 @@ def narrow_server(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 @pytest.fixture(scope="session")
 def http(server: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server, timeout=60) as client:
+    with httpx.Client(base_url=server, timeout=60, event_hooks={"response": [check_response]}) as client:
         yield client
 
 
 @pytest.fixture(scope="session")
 def client(server: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0, timeout=60) as client:
+    http_client = openai.DefaultHttpxClient(timeout=60, event_hooks={"response": [check_response]})
+    with openai.OpenAI(
+        base_url=f"{server}/v1", api_key="none", max_retries=0, timeout=60, http_client=http_client
+    ) as client:
         yield client
 
 
