@@ -8,6 +8,10 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import BaseModel, ValidationError
+
+from tandem.server.api import fields, openai_fields
+from tandem.server.api.protocol import ChatBody, CompletionBody, RewardBody
 
 NAN, INF = math.nan, math.inf
 HUGE = 2**63
@@ -44,6 +48,15 @@ SHARED: dict[str, ROW] = {
     "timeout": ([60, 1e9], [0, -1, NAN, "1"], {}, ""),
     "stream_options": ([None], [{"include_usage": True}], {}, "stream: true"),
     "ignore_eos": ([True, False, None], [1, "true"], {}, ""),
+    "include_stop_str_in_output": ([True, False], [1, "yes"], {}, ""),
+    "skip_special_tokens": ([True, False], [0, "yes"], {}, ""),
+    "add_special_tokens": ([True, False, None], [0, "yes"], {}, ""),
+    "return_token_ids": ([True, False], [1], {}, ""),
+    "return_tokens_as_token_ids": ([True, False], [1], {}, ""),
+    "stream": ([True, False], [1, "true"], {}, ""),
+    "length_penalty": ([1, 1.0], [0.9, 2], {}, "beam search"),
+    "spaces_between_special_tokens": ([True], [False], {}, "tokenizer"),
+    "request_id": (["x"], [], {}, ""),
     "model": ([None, "policy"], ["", 5], {}, ""),
     "use_beam_search": ([False], [True], {}, "beam search"),
     "structured_outputs": ([None], [{"regex": "a"}], {}, "not supported"),
@@ -63,6 +76,7 @@ CHAT: dict[str, ROW] = SHARED | {
     "response_format": ([{"type": "text"}], [{"type": "json_object"}, {"type": "xml"}, "text"], {}, ""),
     "chat_template_kwargs": ([{}, {"a": 1}], [[1], {"messages": []}], {}, ""),
     "continue_final_message": ([True], ["x"], {"messages": [{"role": "assistant", "content": "So"}]}, ""),
+    "add_generation_prompt": ([True, False, None], [1, "yes"], {}, ""),
     "modalities": ([["text"]], [["text", "audio"]], {}, "text only"),
     "best_of": ([None, 1], [2], {}, "not supported"),
     "echo": ([False], [True], {}, "not supported"),
@@ -72,7 +86,7 @@ CHAT: dict[str, ROW] = SHARED | {
 COMPLETIONS: dict[str, ROW] = SHARED | {
     "logprobs": ([0, 20, None], [-1, 21, True], {}, ""),
     "prompt": (
-        ["a", "", ["a", "b"], [5, 319], [[5], [6, 7]]],
+        ["a", "", ["a", "b"], [5, 319], [[5], [6, 7]], [[5]] * 1024],
         [[], [[]], [320], [-1], [5, "a"], [True], [["a"]], 5, ["a"] * 1025, [[5], []]],
         {},
         "",
@@ -81,6 +95,71 @@ COMPLETIONS: dict[str, ROW] = SHARED | {
     "echo": ([True, False, None], [1, "yes"], {}, ""),
     "best_of": ([None, 1, 128], [0, 129, 1.0, True], {}, ""),
 }
+
+
+def test_every_field_that_is_honoured_has_a_row() -> None:
+    """And every one that the SDK can send is in a row, ignored below, or refused whatever it holds."""
+    assert set(ChatBody.model_fields) <= set(CHAT)
+    assert set(CompletionBody.model_fields) <= set(COMPLETIONS)
+    for rows, sdk, known in (
+        (CHAT, openai_fields.CHAT, fields.CHAT),
+        (COMPLETIONS, openai_fields.COMPLETIONS, fields.COMPLETIONS),
+    ):
+        for name in set(sdk) - set(rows):
+            assert known[name].fate != "honoured", name
+
+
+@pytest.mark.parametrize(
+    ("body", "least", "field"),
+    [
+        (ChatBody, {"messages": [{"role": "user", "content": "a"}] * 4096}, "messages"),
+        (RewardBody, {"conversations": [[{"role": "user", "content": "a"}]] * 1024}, "conversations"),
+        (RewardBody, {"input": ["a"] * 1024}, "input"),
+        (CompletionBody, {"prompt": "a", "logit_bias": {str(i): 1 for i in range(65536)}}, "logit_bias"),
+    ],
+    ids=["messages", "conversations", "input", "logit_bias"],
+)
+def test_lists_too_long_to_be_worth_a_request(body: type[BaseModel], least: dict[str, Any], field: str) -> None:
+    """What a tiny model could not hold anyway, at the parser itself."""
+    body.model_validate(least)
+    more = least[field] | {"65536": 1} if field == "logit_bias" else least[field] + least[field][:1]
+    with pytest.raises(ValidationError, match=r"at most|1 to"):
+        body.model_validate(least | {field: more})
+
+
+REFUSED = [
+    (path, name, field)
+    for path, table in (("chat/completions", fields.CHAT), ("completions", fields.COMPLETIONS))
+    for name, field in table.items()
+    if field.fate == "refused"
+]
+
+
+@pytest.mark.parametrize(("path", "name", "field"), REFUSED, ids=lambda value: value if isinstance(value, str) else "")
+def test_what_is_refused_says_why(http: httpx.Client, path: str, name: str, field: fields.Field) -> None:
+    base = {"prompt": "hi"} if path == "completions" else {"messages": [{"role": "user", "content": "hi"}]}
+    answer = http.post(f"/v1/{path}", json={**base, "max_tokens": 1, name: {"any": "thing"}})
+    assert_refused(answer, name, None, field.reason)
+    for value in (None, *field.neutral):
+        assert http.post(f"/v1/{path}", json={**base, "max_tokens": 1, name: value}).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "completions"])
+def test_whatever_an_ignored_field_holds_it_changes_nothing(http: httpx.Client, path: str) -> None:
+    table = fields.CHAT if path == "chat/completions" else fields.COMPLETIONS
+    ignored = {name: {"any": ["thing"]} for name, field in table.items() if field.fate == "ignored"}
+    base = {"prompt": "hi"} if path == "completions" else {"messages": [{"role": "user", "content": "hi"}]}
+    asked = {**base, "max_tokens": 4, "seed": 1}
+    plain, more = (http.post(f"/v1/{path}", json=body).json() for body in (asked, {**asked, **ignored}))
+    assert ignored and plain["choices"] == more["choices"]
+
+
+def test_the_largest_body(http: httpx.Client) -> None:
+    head, tail = b'{"max_tokens": 1, "prompt": "hi"', b"}"
+    for size, status in ((8 * 2**20, 200), (8 * 2**20 + 1, 413)):
+        body = head + b" " * (size - len(head) - len(tail)) + tail
+        answer = http.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+        assert answer.status_code == status, answer.text
 
 
 def spread(table: dict[str, ROW], column: int) -> list[Any]:
