@@ -117,6 +117,23 @@ def test_bad_words_and_bias(client: openai.OpenAI) -> None:
     assert letter * 2 not in banned.choices[0].text
 
 
+def test_usage_while_streaming(client: openai.OpenAI) -> None:
+    asked = {
+        "model": "policy",
+        "prompt": "The cat",
+        "max_tokens": 5,
+        "stream": True,
+        "extra_body": {"ignore_eos": True},
+    }
+    at_end = list(client.completions.create(**asked, stream_options={"include_usage": True}))
+    assert [chunk.usage is None for chunk in at_end] == [True] * (len(at_end) - 1) + [False]
+    always = {"include_usage": True, "continuous_usage_stats": True, "include_obfuscation": True}
+    counted = [chunk.usage.completion_tokens for chunk in client.completions.create(**asked, stream_options=always)]
+    assert counted == sorted(counted) and counted[-1] == 5 == at_end[-1].usage.completion_tokens
+    assert counted[0] < 5
+    assert not any("usage" in chunk.model_fields_set for chunk in client.completions.create(**asked))
+
+
 def test_old_sdks_route(http: httpx.Client) -> None:
     answer = http.post("/v1/engines/org/alias/completions", json={"prompt": "a", "max_tokens": 1})
     assert answer.status_code == 200 and answer.json()["model"] == "policy"
