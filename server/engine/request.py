@@ -22,8 +22,8 @@ ErrorKind = Literal["invalid", "not_found", "overloaded", "deadline", "unavailab
 class Sampling:
     """How tokens are drawn. Bounds are checked at the edge (`api`); the engine takes them as they are.
 
-    Order: bias and allowed ids -> bad words -> repetition -> presence/frequency -> temperature -> top-k -> top-p ->
-    min-p.
+    Order: bias, grammar and allowed ids -> bad words -> repetition -> presence/frequency -> temperature -> top-k ->
+    top-p -> min-p.
     """
 
     max_tokens: int
@@ -41,6 +41,7 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()
     allowed_ids: tuple[int, ...] = ()  # empty: all
     bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that must not be completed
+    grammar: str = ""  # the answer's, as `text.grammar` makes it; empty: none
     logprobs: int | None = None  # None: none; k: of the drawn token and the k most likely
     logprobs_mode: LogprobsMode = "raw"
 

@@ -120,6 +120,7 @@ async def test_every_field_of_a_request_arrives(client: EngineClient, server: En
         logit_bias=((1, 2.5), (7, -100.0)),
         allowed_ids=(1, 2, 3),
         bad_words=((1, 2), (9,)),
+        grammar='start: "é"',
         logprobs=3,
         logprobs_mode="processed",
     )
