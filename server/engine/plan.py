@@ -72,7 +72,27 @@ class Plan:
     page_updates: list[tuple[int, int, int]] = field(default_factory=list[tuple[int, int, int]])  # (slot, index, page)
     copies: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])  # (source page, destination page)
     prefixes: list[tuple[int, int]] | None = None  # per decode (first row of its group, tokens that the group shares)
-    steady: bool = False  # rows and samples of the plan before, all decodes, starts one further; other slots may change
+    synchronous: int = 0  # so many of the decodes, the last of them, sat out until their last token was known
+    steady: bool = False  # all rows are decodes; those not synchronous are the plan before's, starts one further
+
+    def copy(self) -> Plan:
+        """One that rows can be added to. It carries no changes of slots."""
+        columns = [*self.slots], [*self.starts], [*self.counts], self.decodes, self.tokens, [*self.samples]
+        return Plan(*columns, prefixes=self.prefixes, synchronous=self.synchronous, steady=self.steady)
+
+    def add_row(self, slot: int, start: int, count: int) -> int:
+        """Gives its number."""
+        self.slots.append(slot)
+        self.starts.append(start)
+        self.counts.append(count)
+        self.tokens += count
+        return len(self.slots) - 1
+
+    def add_synchronous(self, slot: int, start: int) -> None:
+        """A decode behind all others."""
+        self.samples.append((self.add_row(slot, start, 1), slot))
+        self.decodes += 1
+        self.synchronous += 1
 
 
 @dataclass(slots=True)
@@ -80,13 +100,15 @@ class Sampled:
     """What the runner gives back, entry by entry of the plan's lists of the same name.
 
     `tokens[i]` was drawn for `plan.samples[i]`. `logprobs` is None where no sample wants any; else entry i is None or
-    one token's columns. `scores[i]` has one float per label.
+    one token's columns. `scores[i]` has one float per label. `failures[i]` says why `tokens[i]` is -1, where a grammar
+    is the reason.
     """
 
     tokens: list[int]
     logprobs: list[Logprobs | None] | None = None
     scores: list[list[float]] = field(default_factory=list[list[float]])
     prompt_logprobs: list[Logprobs] = field(default_factory=list[Logprobs])
+    failures: dict[int, str] = field(default_factory=dict[int, str])
 
 
 class Ticket(Protocol):

@@ -14,7 +14,8 @@ by_rank = attrgetter("rank")
 
 
 class Running:
-    """Sequences with a slot: `prefills`, whose known tokens are being computed, and `decodes`; both by rank.
+    """Sequences with a slot, by rank: `prefills`, whose known tokens are being computed; `decodes`; and `synchronous`,
+    decodes that sit out while their last token is on its way.
 
     Between two plans it collects the changes that the next plan carries to the runner.
     """
@@ -23,9 +24,10 @@ class Running:
         self.pages = pages
         self.prefills: list[Sequence] = []
         self.decodes: list[Sequence] = []
+        self.synchronous: list[Sequence] = []
         self.changed = True  # `decodes` has changed since somebody reset this
         self._prefix_caching = prefix_caching
-        self._turn: Rank = (0, 0, 0)  # whose turn it was last when a budget did not reach all decodes
+        self._turn: Rank = (0, 0, 0)  # of the last that had a row when there was not one for each
         self._slots = list(range(slots - 1, -1, -1))  # free ones
         self._left: list[int] = []
         self._entered: list[Entered] = []
@@ -33,24 +35,32 @@ class Running:
         self._copies: list[tuple[int, int]] = []
 
     def __len__(self) -> int:
-        return len(self.prefills) + len(self.decodes)
+        return len(self.prefills) + len(self.decodes) + len(self.synchronous)
 
     def all(self) -> list[Sequence]:
-        return [*self.prefills, *self.decodes]
+        return [*self.prefills, *self.decodes, *self.synchronous]
 
     def last(self) -> Sequence | None:
         """The one that is preempted first."""
-        return max((line[-1] for line in (self.prefills, self.decodes) if line), key=by_rank, default=None)
+        lines = (self.prefills, self.decodes, self.synchronous)
+        return max((line[-1] for line in lines if line), key=by_rank, default=None)
 
-    def in_turn(self, budget: int) -> list[Sequence]:
-        """The decodes by rank; where they are more than `budget`, so many of them whose turn it is."""
-        decodes = list(self.decodes)
-        if len(decodes) > budget:
-            first = bisect_right(decodes, self._turn, key=by_rank)
-            decodes = (decodes[first:] + decodes[:first])[:budget]
-            self._turn = decodes[-1].rank
-            decodes.sort(key=by_rank)
-        return decodes
+    def ready(self) -> list[Sequence]:
+        """The synchronous ones that may have a row."""
+        return [sequence for sequence in self.synchronous if sequence.known]
+
+    def in_turn(self, decodes: list[Sequence], count: int) -> list[Sequence]:
+        """`count` of them by rank, beginning behind those that it gave the last time."""
+        ordered = sorted(decodes, key=by_rank)
+        first = bisect_right(ordered, self._turn, key=by_rank)
+        chosen = (ordered[first:] + ordered[:first])[:count]
+        self._turn = chosen[-1].rank
+        return sorted(chosen, key=by_rank)
+
+    def beginning(self, decodes: list[Sequence]) -> list[Sequence]:
+        """Those whose next position may lie in a page that they do not have, or not for themselves."""
+        size = self.pages.page_size
+        return [one for one in decodes if one.forked or (len(one.token_ids) - 1) % size == 0]
 
     def pages_for(self, sequence: Sequence) -> int:
         return -(-len(sequence.token_ids) // self.pages.page_size)
@@ -102,8 +112,11 @@ class Running:
         elif parent.chain:
             sequence.chain = Chain(parent.chain.digest, parent.chain.pages)
         sequence.decoding = True
-        insort(self.decodes, sequence, key=by_rank)
-        self.changed = True
+        if sequence.synchronous:
+            insort(self.synchronous, sequence, key=by_rank)
+        else:
+            insort(self.decodes, sequence, key=by_rank)
+            self.changed = True
 
     def replace(self, sequence: Sequence) -> None:
         """The sequence has become another choice of its request; its slot and pages stay."""
@@ -147,7 +160,9 @@ class Running:
         self.publish(sequence)
         self.pages.release(sequence.table)
         slot = sequence.slot
-        if sequence.decoding:
+        if sequence.decoding and sequence.synchronous:
+            self.synchronous.remove(sequence)
+        elif sequence.decoding:
             self.decodes.remove(sequence)
             self.changed = True
         elif sequence in self.prefills:

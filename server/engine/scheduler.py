@@ -7,7 +7,7 @@ gives up its pages and waits, keeps its tokens, and is computed again later.
 
 The device may be one step ahead of the host: `advance` counts a launched plan's tokens in without knowing them, the
 next plan is made from that, and `resolve` brings them in later. A sequence that turns out to have ended by a stop token
-has one token too many in the step that was launched meanwhile; it is dropped.
+has one token too many in the step launched meanwhile; it is dropped. A sequence with a grammar sits out that step.
 
 Every admitted request is answered as long as steps are taken: the first running sequence is preempted only for one
 of a better priority; it moves in every step, or when its turn comes where the budget is too small for all decodes (then
@@ -26,7 +26,7 @@ from .pages import Pages
 from .plan import Plan, PromptRows, Sampled
 from .prefixes import groups_of
 from .request import EngineError, Finish, Logprobs, Output, Outputs, Request
-from .running import Running
+from .running import Running, by_rank
 from .sequence import UNKNOWN, Flight, Job, Sequence
 from .waiting import Deadlines, Waiting, too_long
 
@@ -37,7 +37,7 @@ class Scheduler:
     Either `plan`, run it, `commit` (or `fail`), and so on. Or one step ahead: `plan`, launch it, `resolve` the flight
     before it, `advance` the plan to a flight, and so on.
     `pages` pages make up its KV cache; a slot is a place in the runner's buffers that a sequence keeps while it runs.
-    `shared_tokens`: plans name groups of decodes that have so many tokens or more in common; None: they do not.
+    `ahead`: the runner runs ahead. `shared_tokens`: plans name groups of decodes that share so many tokens or more.
     `paused` freezes everything: nothing is planned; requests are still taken, aborted and expired.
     """
 
@@ -53,6 +53,7 @@ class Scheduler:
         max_waiting_requests: int = 4096,
         max_waiting_tokens: int = 1 << 22,
         prefix_caching: bool = True,
+        ahead: bool = False,
         shared_tokens: int | None = None,
         weight_version: int = 0,
         clock: Callable[[], float] = time.monotonic,
@@ -64,6 +65,7 @@ class Scheduler:
         self.counts = self.meter.counts
         self._max_tokens = max_batched_tokens
         self._shared_tokens = shared_tokens
+        self._ahead = ahead
         self._context, self._end_ids = context, frozenset(end_ids)
         self._jobs: dict[int, Job] = {}
         self._arrivals = 0
@@ -101,7 +103,7 @@ class Scheduler:
     @property
     def decoding(self) -> int:
         """Running sequences whose prompt is computed: each wants one token of every step."""
-        return len(self._running.decodes)
+        return len(self._running.decodes) + len(self._running.synchronous)
 
     def add(self, request: Request) -> EngineError | None:
         """Takes a request, or says why it cannot run: too long, or too many wait already."""
@@ -115,7 +117,7 @@ class Scheduler:
         job = self._jobs[request.id] = Job(request, now)
         self._arrivals += 1
         self._waiting.enlist(job)
-        self._waiting.push(job.first_sequence(self._arrivals, self._context, self._end_ids))
+        self._waiting.push(job.first_sequence(self._arrivals, self._context, self._end_ids, self._ahead))
         self._deadlines.add(job)
         return None
 
@@ -186,14 +188,14 @@ class Scheduler:
             return None
         self._forks = []
         self._start_urgent()
-        base = self._plan_decodes(tokens)
-        while self._running.decodes and not base.slots:  # whoever had its turn gave up its pages
-            base = self._plan_decodes(tokens)
-        plan = self._plan_prompts(base, tokens - base.decodes)
+        plan = self._plan_decodes(tokens)
+        while not plan.slots and (self._running.decodes or self._running.ready()):
+            plan = self._plan_decodes(tokens)  # whoever had its turn gave up its pages
+        plan = self._plan_prompts(plan, tokens - plan.decodes)
         if not plan.slots:
             assert self._flight, "no step although there is work"
             return None
-        self._pure = plan is self._base
+        self._pure = self._base is not None and plan.decodes == len(plan.slots)
         self._running.deliver(plan)
         self.meter.planned(plan)
         self._plan = plan
@@ -258,27 +260,35 @@ class Scheduler:
     def _plan_decodes(self, budget: int) -> Plan:
         """One row for each decode, or for `budget` of them in turn. May preempt."""
         size, running, base = self.pages.page_size, self._running, self._base
-        decodes = running.decodes
-        if base is not None and not running.changed and len(decodes) <= budget:
+        decodes, ready = running.decodes, running.ready() if running.synchronous else []
+        whole = len(decodes) + len(ready) <= budget
+        if base is not None and not running.changed and whole:
             needy = self._columns.further()
         else:
-            base, decodes = None, running.in_turn(budget)
-            starts = [len(sequence.token_ids) - 1 for sequence in decodes]
-            needy = [one for one, start in zip(decodes, starts, strict=True) if one.forked or start % size == 0]
+            base, decodes = None, list(decodes)
+            if not whole:
+                decodes, ready = running.in_turn([*decodes, *ready], budget), []
+            needy = running.beginning(decodes)
+        needy = sorted([*needy, *running.beginning(ready)], key=by_rank)
         for sequence in needy:  # by rank: whoever is preempted has not got anything from this plan yet
             while sequence.decoding and not running.grow(sequence):
                 last = running.last()
                 assert last is not None
                 self._preempt(last)
         if base is not None and not running.changed:
-            base = self._columns.plan(base.prefixes, self._pure)
+            base = self._columns.plan(base.prefixes, self._pure and bool(decodes))
         else:
             decodes = [sequence for sequence in decodes if sequence.decoding]
             self._columns, shared = Columns(decodes, size), self._shared_tokens
             base = self._columns.plan(None if shared is None else groups_of([s.table for s in decodes], size, shared))
-        self._base = base if base.decodes == len(running.decodes) else None
+        self._base = base if whole else None
         running.changed = False
         self._rows = self._sampling = self._columns.rows
+        if ready := [sequence for sequence in ready if sequence.decoding]:  # beside them the others' steps stay steady
+            base = base.copy()
+            self._rows = self._sampling = [*self._rows, *ready]
+            for sequence in ready:
+                base.add_synchronous(sequence.slot, len(sequence.token_ids) - 1)
         return base
 
     def _plan_prompts(self, base: Plan, budget: int) -> Plan:
@@ -287,8 +297,8 @@ class Scheduler:
         prefills = iter(list(self._running.prefills))
         while budget and (sequence := next(prefills, None) or self._start_first()):
             if plan is None:
-                columns = [*base.slots], [*base.starts], [*base.counts]
-                plan = Plan(*columns, base.decodes, base.tokens, [*base.samples], prefixes=base.prefixes)
+                plan = base.copy()
+                plan.steady = False
                 self._rows, self._sampling = [*self._rows], [*self._sampling]
             count = min(budget, len(sequence.token_ids) - sequence.computed)
             budget -= count
@@ -296,12 +306,9 @@ class Scheduler:
         return plan or base
 
     def _add_chunk(self, plan: Plan, sequence: Sequence, count: int) -> None:
-        row, start, job = len(plan.slots), sequence.computed, sequence.job
+        start, job = sequence.computed, sequence.job
+        row = plan.add_row(sequence.slot, start, count)
         self._rows.append(sequence)
-        plan.slots.append(sequence.slot)
-        plan.starts.append(start)
-        plan.counts.append(count)
-        plan.tokens += count
         if sequence.rows_from is not None:
             first, end = max(start, sequence.rows_from), min(start + count, sequence.prompt - 1)
             if first < end:

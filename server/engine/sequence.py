@@ -45,8 +45,11 @@ class Job:
             return 0
         return self.request.needed_row
 
-    def first_sequence(self, arrival: int, context: int, end_ids: frozenset[int]) -> Sequence:
-        """The one that computes the prompt; with n > 1 the other choices fork from it."""
+    def first_sequence(self, arrival: int, context: int, end_ids: frozenset[int], ahead: bool = False) -> Sequence:
+        """The one that computes the prompt; with n > 1 the other choices fork from it.
+
+        `ahead`: the device runs ahead of the host, which a grammar cannot do.
+        """
         request, sampling, prompt = self.request, self.request.sampling, self.prompt
         answer = sampling.max_tokens if sampling else 0
         stops = frozenset[int]() if sampling and sampling.ignore_eos else end_ids
@@ -62,6 +65,7 @@ class Job:
             stops=stops | frozenset(sampling.stop_ids) if sampling and sampling.stop_ids else stops,
             stops_from=prompt + (sampling.min_tokens if sampling else 0),
             siblings=list(range(1, request.n)) if answer else [],
+            synchronous=ahead and sampling is not None and bool(sampling.grammar),
         )
         return first
 
@@ -92,6 +96,7 @@ class Sequence:
     limit: int  # the most tokens it may reach, prompt included
     stops: frozenset[int]
     stops_from: int  # a stop counts once there are more tokens than this
+    synchronous: bool = False  # it has a row only once its last token is known, because its mask follows from that
     siblings: list[int] = field(default_factory=list[int])  # choices that fork from this one at the prompt's end
     slot: int = -1
     table: list[int] = field(default_factory=list[int])
@@ -105,6 +110,11 @@ class Sequence:
     landed: bool = False  # nothing is left to compute; it has neither slot nor pages and does not wait
     began: float = 0.0  # when its first token was told, and
     told: float = 0.0  # when its last one was, as far as `meter` does not know it better
+
+    @property
+    def known(self) -> bool:
+        """Whether its last token has come back."""
+        return self.token_ids[-1] != UNKNOWN
 
     @property
     def done(self) -> int:
@@ -132,6 +142,7 @@ class Sequence:
             limit=self.limit,
             stops=self.stops,
             stops_from=self.stops_from,
+            synchronous=self.synchronous,
         )
 
 

@@ -52,7 +52,10 @@ class Slot:
 
 
 class FakeRunner:
-    def __init__(self, pages: int, page_size: int, max_seqs: int, budget: int, shared_tokens: int = 1) -> None:
+    def __init__(
+        self, pages: int, page_size: int, max_seqs: int, budget: int, shared_tokens: int = 1, ahead: bool = False
+    ) -> None:
+        self.ahead = ahead  # results are told to the scheduler only after the next plan is made
         self.size = page_size
         self.max_seqs = max_seqs
         self.budget = budget
@@ -64,11 +67,13 @@ class FakeRunner:
         ]  # (hash, version)
         self.slots: dict[int, Slot] = {}
         self.previous: Plan | None = None
+        self.unknown: set[int] = set()  # slots whose last token the scheduler has not been told
 
     def execute(self, plan: Plan, budget: int | None = None) -> Sampled:
         self.check_rows(plan, budget)
         for slot in plan.left:
             self.slots.pop(slot, None)
+            self.unknown.discard(slot)
         for entry in plan.entered:
             assert 0 <= entry.slot < self.max_seqs
             before = self.slots.get(entry.slot)
@@ -95,6 +100,9 @@ class FakeRunner:
             for slot, start, count, (first, shared) in zip(plan.slots, plan.starts, plan.counts, groups, strict=False)
         ]
         self.check_writes(plan)
+        for slot in plan.slots:
+            sampling = self.slots[slot].request.sampling
+            assert not (sampling and sampling.grammar and slot in self.unknown), "no mask without its last token"
         sampled = Sampled([])
         last = [start + count for start, count in zip(plan.starts, plan.counts, strict=True)]
         for row, slot in plan.samples:
@@ -117,7 +125,14 @@ class FakeRunner:
                 Logprobs([float(known.tokens[position + 1]) for position in range(rows.first, rows.end)])
             )
         self.previous = plan
+        if self.ahead:
+            self.unknown |= {slot for _, slot in plan.samples}
         return sampled
+
+    def told(self, plan: Plan) -> None:
+        """The scheduler has been given what this plan, the last or the one before it, brought."""
+        later = self.previous if self.previous is not plan else None
+        self.unknown = {slot for _, slot in later.samples} if later else set()
 
     def compute(self, slot: int, start: int, count: int, prefix: dict[int, int], shared: int) -> int:
         """Attends to what the pages hold, writes the row's positions, gives the hash at its last one.
@@ -150,15 +165,16 @@ class FakeRunner:
         assert plan.samples[: plan.decodes] == list(enumerate(plan.slots[: plan.decodes]))
         if plan.steady:
             last = self.previous
-            assert last is not None and not plan.copies
-            assert (plan.slots, plan.counts, plan.samples) == (last.slots, last.counts, last.samples)
-            assert plan.starts == [start + 1 for start in last.starts] and plan.decodes == rows
+            own = rows - plan.synchronous
+            assert last is not None and last.decodes == len(last.slots) and last.decodes - last.synchronous == own
+            assert (plan.slots[:own], plan.samples[:own]) == (last.slots[:own], last.samples[:own])
+            assert plan.starts[:own] == [start + 1 for start in last.starts[:own]] and plan.decodes == rows
 
     def check_groups(self, plan: Plan) -> None:
         if plan.prefixes is None:
             return
         self.grouped += 1
-        assert len(plan.prefixes) == plan.decodes and any(shared for _, shared in plan.prefixes)
+        assert len(plan.prefixes) == plan.decodes - plan.synchronous and any(shared for _, shared in plan.prefixes)
         for row, (first, shared) in enumerate(plan.prefixes):
             assert first == row or (plan.prefixes[row - 1] == (first, shared) and first < row)
             assert shared % self.size == 0 and shared <= plan.starts[row]

@@ -33,6 +33,7 @@ def random_request(draw: random.Random, number: int, now: float) -> Request:
             min_tokens=draw.choice([0, 0, 3]),
             stop_ids=(draw.randrange(VOCABULARY),) if draw.random() < 0.3 else (),
             ignore_eos=draw.random() < 0.5,
+            grammar="any" if draw.random() < 0.25 else "",
         )
         if draw.random() < 0.1:
             want.add("score")
@@ -134,10 +135,11 @@ def scheduler_machine(scheduler_module: ModuleType) -> type[RuleBasedStateMachin
                 max_waiting_requests=self.bound,
                 max_waiting_tokens=40,
                 prefix_caching=caching,
+                ahead=ahead,
                 shared_tokens=shared,
                 clock=lambda: self.now,
             )
-            self.runner = FakeRunner(pages, size, seqs, budget, shared or 0)
+            self.runner = FakeRunner(pages, size, seqs, budget, shared or 0, ahead)
             self.ledger = Ledger(CONTEXT)
             self.capacity = pages * size
 
@@ -179,6 +181,7 @@ def scheduler_machine(scheduler_module: ModuleType) -> type[RuleBasedStateMachin
             if self.flight:
                 (flight, sampled), self.flight = self.flight, None
                 self.ledger.take(self.scheduler.resolve(flight, sampled))
+                self.runner.told(flight.plan)
 
         @precondition(lambda self: any(self.ledger.open.values()))
         @rule(which=st.integers(0, 20), choice=st.sampled_from([None, 0, 1, 2]), amid=st.booleans())
@@ -236,7 +239,7 @@ def scheduler_machine(scheduler_module: ModuleType) -> type[RuleBasedStateMachin
             assert len(running) <= self.runner.max_seqs
             slots = [sequence.slot for sequence in running.all()] + running._slots
             assert sorted(slots) == list(range(self.runner.max_seqs))
-            for line in (running.prefills, running.decodes):
+            for line in (running.prefills, running.decodes, running.synchronous):
                 assert line == sorted(line, key=lambda sequence: sequence.rank)
             known = sum(len(choices) for choices in self.ledger.open.values())
             held = [sequence for job in self.scheduler._jobs.values() for sequence in job.sequences.values()]
