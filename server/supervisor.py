@@ -23,7 +23,7 @@ from typing import Any
 from .engine.control import Drain, EngineLost, EngineStarted, Failed, Ready, StartEngine, Stop
 from .options import METRICS_DIRECTORY, ServeOptions, StartWorker
 
-ENGINE = "tandem.server.engine.process"
+ENGINE = "tandem.server.engine_process"
 WORKER = "tandem.server.worker"
 
 CRASHES = 5  # so many within CRASH_SECONDS, and the server gives up

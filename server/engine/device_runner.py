@@ -30,6 +30,7 @@ from ...model.kv_cache import KVCache
 from ...model.model import Model
 from .device_sampler import DeviceSampler
 from .graphs import Graphs, new_pool
+from .guides import Guides
 from .launched import Clock, Launched, logprobs_to_host, to_host
 from .options import AttentionBackend
 from .plan import Plan
@@ -62,8 +63,10 @@ class DeviceRunner:
         device: str = "cpu",
         attention: AttentionBackend = "triton",
         own_stream: bool = False,
+        guides: Guides | None = None,
     ) -> None:
         self.model, self._cache = model, cache
+        self._guides = guides
         self._page_size, self._context = cache.page_size, context
         self._chunks = decode_chunks(context)  # of a sequence at full length
         self._device = torch.device(device)
@@ -77,13 +80,15 @@ class DeviceRunner:
         self._requests: list[Request | None] = [None] * max_seqs
         self._sampler = DeviceSampler(self._history, model.config.vocab_size, end_ids, self._device)
         self._staging = Staging(self._device)
-        # Of the last pure decode, on the device: its slots, how many tokens each has, what was drawn.
+        # Of the last pure decode, on the device: its slots, how many tokens each has, what was drawn. Synchronous rows
+        # stand behind the others for one step alone.
         self._slots = torch.full((max_seqs,), self._nobody, dtype=torch.int64, device=self._device)
         self._lengths = torch.ones(max_seqs, dtype=torch.int64, device=self._device)
         self._drawn = torch.zeros(max_seqs, dtype=torch.int64, device=self._device)
         self._prefixes = torch.zeros(2, max_seqs, dtype=torch.int32, device=self._device)  # see ops.attention_work
         self._row_numbers = torch.arange(max_seqs + 1, dtype=torch.int32, device=self._device)
-        self._rows = 0  # of that decode; 0 where its slots no longer stand there
+        self._rows = 0  # of that decode, without synchronous ones; 0 where its slots no longer stand there
+        self._behind = 0  # synchronous ones
         self._uses, self._tops, self._grouped = 0, list[int | None](), False
         self._logits: Tensor | None = None  # [max_seqs, V] float32, where a decode leaves them for the sampler
         # By what their draws may use (None: without draws) and whether rows share prefixes.
@@ -137,11 +142,15 @@ class DeviceRunner:
         """What the host keeps of the slots."""
         for slot in plan.left:
             self._requests[slot] = None
+            if self._guides is not None:
+                self._guides.leave(slot)
         for entered in plan.entered:
             request = entered.request
             self._requests[entered.slot] = request
             if request.sampling is not None:
                 self._sampler.enter(entered.slot, request.sampling, entered.choice, len(request.token_ids))
+            if self._guides is not None:
+                self._guides.enter(entered.slot, request, entered.generated)
 
     def _send(self, plan: Plan, *arrays: Integers) -> list[Tensor]:
         """The arrays on the device, after what changed in the slots was applied there, and pages were copied."""
@@ -177,57 +186,60 @@ class DeviceRunner:
 
     def _decode(self, plan: Plan, step: Launched) -> None:
         rows = len(plan.slots)
-        if plan.steady and self._rows == rows:
-            graphs = self._graphs()
-            self._send(plan)
-        else:
-            self._uses, self._tops = self._wanted(plan.slots)
+        own = rows - plan.synchronous
+        if not (plan.steady and 0 < self._rows == own):
+            self._uses, self._tops = self._wanted(plan.slots[:own])
             self._grouped = plan.prefixes is not None
-            graphs = self._graphs()
-            slots = np.full(self._nobody, self._nobody, np.int64)
-            lengths = np.ones(self._nobody, np.int64)
-            slots[:rows], lengths[:rows] = plan.slots, plan.starts
-            lengths[:rows] += 1
-            sent = self._send(plan, slots, lengths, _prefixes(plan, self._nobody))
-            self._slots.copy_(sent[0])
-            self._lengths.copy_(sent[1])
-            if self._grouped:
-                self._prefixes.copy_(sent[2])
-            self._rows = rows
+        uses, tops = self._wanted(plan.slots[own:])
+        uses, tops = self._uses | uses, self._tops + tops
+        graphs = self._graphs(uses)
+        self._place(plan, own)
         room = self._room(rows)
         needed = sum(decode_chunks(start + 1) for start in plan.starts) if room < rows * self._chunks else 0
         if needed > room:
             logits = self._decode_logits(rows, needed, self._grouped)
         else:
             graphs.run(graphs.rows_for(rows))
-            if self._uses_recorded is not None:
+            if _recorded(uses) is not None:
                 step.tokens = to_host(self._drawn[:rows])
                 return
             assert self._logits is not None
             logits = self._logits[:rows]
-        self._draw(step, logits, self._slots[:rows], self._lengths[:rows], self._uses, self._tops)
+        self._draw(step, logits, self._slots[:rows], self._lengths[:rows], plan, uses, tops)
         self._lengths[:rows] += 1
 
-    def _graphs(self) -> Graphs:
+    def _place(self, plan: Plan, own: int) -> None:
+        """The plan's rows, of which `own` are not synchronous, stand on the device; of steady ones only what is behind
+        them in this step or was in the last is sent."""
+        steady = plan.steady and 0 < self._rows == own  # graphs that were just recorded have cleared the rows
+        first, end = (own, own + max(plan.synchronous, self._behind)) if steady else (0, self._nobody)
+        count = len(plan.slots) - first
+        slots, lengths = np.full(end - first, self._nobody, np.int64), np.ones(end - first, np.int64)
+        slots[:count], lengths[:count] = plan.slots[first:], plan.starts[first:]
+        lengths[:count] += 1
+        sent = self._send(plan, slots, lengths, NONE if steady else _prefixes(plan, self._nobody))
+        if end > first:
+            self._slots[first:end] = sent[0]
+            self._lengths[first:end] = sent[1]
+        if len(sent[2]):
+            self._prefixes.copy_(sent[2])
+        self._rows, self._behind = own, plan.synchronous
+
+    def _graphs(self, uses: int = 0) -> Graphs:
         """Those that draw as well, where that can be recorded for what the slots use, else those that leave logits."""
-        uses = self._uses_recorded
-        kind = uses, self._grouped
+        recorded = _recorded(uses)
+        kind = recorded, self._grouped
         if kind not in self._recorded:
-            if uses is None and self._logits is None:
+            if recorded is None and self._logits is None:
                 shape = (self._nobody, self.model.config.vocab_size)
                 self._logits = torch.empty(shape, dtype=torch.float32, device=self._device)
-            if uses is None:
+            if recorded is None:
                 work = partial(self._decode_only, self._grouped)
             else:
-                work = partial(self._decode_and_draw, self._grouped, uses)
+                work = partial(self._decode_and_draw, self._grouped, recorded)
             self._clear_rows()
             self._recorded[kind] = Graphs(work, self._nobody, self._device, self._pool)
         return self._recorded[kind]
-
-    @property
-    def _uses_recorded(self) -> int | None:
-        """What the draws of a recorded decode may use that fits these rows; None: only its logits can be recorded."""
-        return next((known for known in RECORDED if self._uses & ~known == 0), None)
 
     def _clear_rows(self) -> None:
         """Only rows of nobody, so that what is recorded now changes nothing."""
@@ -318,7 +330,7 @@ class DeviceRunner:
             logits = self.model.logits(hidden[rows])
             if len(needed) < len(drawing):  # several choices draw from one row
                 logits = logits[places]
-            self._draw(step, logits, drawers, histories, *self._wanted([slot for _, slot in plan.samples]))
+            self._draw(step, logits, drawers, histories, plan, *self._wanted([slot for _, slot in plan.samples]))
         if plan.scores:
             step.scores = to_host(self.model.scores(hidden[scored_rows]))
         if plan.prompt_logprobs:
@@ -357,14 +369,31 @@ class DeviceRunner:
         return self._sampler.uses_of(slots), self._sampler.tops_of(slots)
 
     def _draw(
-        self, step: Launched, logits: Tensor, slots: Tensor, lengths: Tensor, uses: int, tops: list[int | None]
+        self,
+        step: Launched,
+        logits: Tensor,
+        slots: Tensor,
+        lengths: Tensor,
+        plan: Plan,
+        uses: int,
+        tops: list[int | None],
     ) -> None:
-        """Draws the tokens [R] and writes them behind their sequences."""
+        """Draws the tokens [R] and writes them behind their sequences. While the device computes the logits, the host
+        waits for the masks of those that follow a grammar."""
+        if self._guides is not None and (guides := self._guides.of(slot for _, slot in plan.samples)):
+            masks = self._guides.words(guides)
+            self._sampler.restrict({plan.samples[place][1]: words for place, words in masks.items()})
+            step.advance = partial(self._guides.advance, guides)
         drawn = self._sampler.sample(logits, slots, lengths, uses, max((top or 0 for top in tops), default=0))
         self._history[slots, lengths] = drawn.tokens.int()
         step.tokens = to_host(drawn.tokens)
         if drawn.logprobs is not None:
             step.logprobs, step.tops = logprobs_to_host(drawn.logprobs), tops
+
+
+def _recorded(uses: int) -> int | None:
+    """What the draws of a recorded decode may use that fits such rows; None: only its logits can be recorded."""
+    return next((known for known in RECORDED if uses & ~known == 0), None)
 
 
 def _prefixes(plan: Plan, rows: int) -> Integers:

@@ -12,7 +12,7 @@ Letters: N slots, R rows of a step, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ...kernels import sampling as ops
 from ...kernels.ops import TokenLogprobs, token_logprobs
+from .guides import words_of
 from .request import Sampling
 from .sampler import MOST_PENALTY
 
@@ -65,6 +66,7 @@ class DeviceSampler:
         self._columns: dict[int, Words] = {}  # queued, by slot
         self._lists: dict[int, Words] = {}
         self._spans = _Spans(FIRST_LISTS)
+        self._masks: dict[int, int] = {}  # by slot with a grammar: where in the lists its allowed ids lie
 
     def enter(self, slot: int, sampling: Sampling, choice: int, prompt: int) -> None:
         """Slot `slot` now draws for choice `choice` of a request whose prompt has `prompt` tokens; from `flush` on."""
@@ -77,7 +79,7 @@ class DeviceSampler:
             | ops.RESTRICT * (drawn and filters)
             | ops.PENALTY * sampling.penalises
             | ops.BIAS * bool(sampling.logit_bias)
-            | ops.ALLOWED * bool(sampling.allowed_ids)
+            | ops.ALLOWED * bool(sampling.allowed_ids or sampling.grammar)
             | ops.BANS * bool(sampling.bad_words)
             | ops.FLOOR * bool(ends)
             | ops.LOGPROBS * wanted
@@ -100,18 +102,23 @@ class DeviceSampler:
         self._uses[slot], self._top[slot] = uses, sampling.logprobs or 0
         self._spans.free(slot)
         self._lists.pop(slot, None)
+        self._masks.pop(slot, None)
         if uses & ops.RULES:
             self._place(slot, columns, sampling, ends)
         self._columns[slot] = columns
 
     def _place(self, slot: int, columns: Words, sampling: Sampling, ends: tuple[int, ...]) -> None:
         """Queues the slot's lists and writes into its columns where they will lie."""
-        parts = (_biases(sampling), _bans(sampling, ends), _allowed(sampling, self._vocab_size))
+        some = sampling.allowed_ids or sampling.grammar
+        allowed = words_of(sampling.allowed_ids, self._vocab_size) if some else np.zeros(0, np.int32)
+        parts = (_biases(sampling), _bans(sampling, ends), allowed)
         at = self._spans.take(slot, sum(map(len, parts)))
         starts = at + np.cumsum([0, *map(len, parts)])
         columns[ops.BIAS_AT], columns[ops.BANS_AT], columns[ops.ALLOWED_AT] = starts[:3]
         columns[ops.BIASES] = len(parts[0]) // 2
         columns[ops.BANNED] = len(ends) + len(sampling.bad_words)
+        if sampling.grammar:
+            self._masks[slot] = int(starts[2])
         self._lists[slot] = np.concatenate(parts)
 
     def flush(self) -> None:
@@ -139,6 +146,19 @@ class DeviceSampler:
             self._state.lists.index_copy_(0, places.long(), values)
         self._columns.clear()
         self._lists.clear()
+
+    def restrict(self, masks: Mapping[int, Words]) -> None:
+        """By slot with a grammar, the ids that its next draw allows: [ceil(V / 32)]. Each draw of such a slot needs it.
+
+        `flush` has been called since the slots were entered. One copy to the device and one scatter.
+        """
+        rows = [np.array([self._masks[slot] for slot in masks], np.int32), *masks.values()]
+        staged = torch.empty(sum(map(len, rows)), dtype=torch.int32, pin_memory=self._device.type == "cuda")
+        np.concatenate(rows, out=staged.numpy())
+        sent = staged.to(self._device, non_blocking=True)
+        words = sent[len(masks) :].view(len(masks), -1)
+        places = sent[: len(masks), None] + torch.arange(words.shape[1], device=self._device)
+        self._state.lists.index_copy_(0, places.view(-1), words.view(-1))
 
     def _grow(self) -> None:
         missing = self._spans.size - len(self._state.lists)
@@ -219,12 +239,3 @@ def _bans(sampling: Sampling, ends: tuple[int, ...]) -> Words:
     places = 3 * len(lengths) + np.cumsum([0, *np.maximum(lengths, 0)], dtype=np.int32)[:-1]
     tokens = [*(word[-1] for word in words), *ends]
     return np.concatenate((np.array(tokens, np.int32), lengths, places, np.array(prefixes, np.int32))).astype(np.int32)
-
-
-def _allowed(sampling: Sampling, vocab_size: int) -> Words:
-    """A bit per token."""
-    if not sampling.allowed_ids:
-        return np.zeros(0, np.int32)
-    allowed = np.zeros(-(-vocab_size // 32) * 32, np.bool_)
-    allowed[list(sampling.allowed_ids)] = True
-    return np.packbits(allowed, bitorder="little").view(np.int32)

@@ -14,8 +14,10 @@ import torch
 from ...kernels.attention import CHUNK
 from ...model.kv_cache import KVCache
 from ...model.model import Model
+from .building import Building
 from .counts import ModelStats
 from .device_runner import DeviceRunner
+from .guides import Guides, LoadGrammars
 from .null_runner import NullModel, NullRunner
 from .options import EngineOptions
 from .plan import Executor, Plan, Sampled, Ticket
@@ -23,6 +25,8 @@ from .request import EngineError, Finish, ModelCard, Output, Outputs, Request
 from .runner import Runner
 from .scheduler import Scheduler
 from .sequence import Flight, Sequence
+
+BUILDING_SECONDS = 0.005
 
 log = logging.getLogger(__name__)
 
@@ -37,18 +41,30 @@ class Step:
 
 
 class Engine:
-    """`card.context` and `card.end_ids` hold; `pages` of the KV cache are taken at once.
+    """`card.context` and `card.end_ids` hold; `pages` of the KV cache are taken at once. Without `grammars` no request
+    may have one.
 
     `step` and everything else is called from one thread.
     """
 
-    def __init__(self, card: ModelCard, model: Model | NullModel, *, pages: int, options: EngineOptions) -> None:
+    def __init__(
+        self,
+        card: ModelCard,
+        model: Model | NullModel,
+        *,
+        pages: int,
+        options: EngineOptions,
+        grammars: LoadGrammars | None = None,
+    ) -> None:
         self.kv_pages, self.kv_tokens = pages, pages * options.page_size
         self.kv_bytes = pages * KVCache.bytes_per_page(model.config, options.page_size, model.dtype)
         self.weight_bytes, self.digest = model.weight_bytes, model.digest
         self.card = replace(card, max_request_tokens=min(card.context, self.kv_tokens))
         self.last_step = Step()
         self._flight: tuple[Flight, Ticket] | None = None
+        self._building = Building(options.max_waiting_requests)
+        follows = grammars is not None and self.card.generates and bool(card.end_ids)
+        self._guides = Guides(grammars(card), card.vocab_size, card.end_ids) if grammars and follows else None
         self.scheduler = Scheduler(
             pages=pages,
             page_size=options.page_size,
@@ -59,6 +75,7 @@ class Engine:
             max_waiting_requests=options.max_waiting_requests,
             max_waiting_tokens=options.max_waiting_tokens,
             prefix_caching=options.enable_prefix_caching,
+            ahead=options.runs_ahead,
             shared_tokens=CHUNK if options.groups_decodes else None,
             weight_version=card.weight_version,
         )
@@ -80,11 +97,17 @@ class Engine:
             end_ids=self.card.end_ids,
             device=options.device,
             attention=options.attention_backend,
+            guides=self._guides,
         )
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or self._flight is not None
+        return self.scheduler.has_work or self._flight is not None or len(self._building) > 0
+
+    @property
+    def waits(self) -> bool:
+        """Whether all its work is to wait for a grammar that another thread builds."""
+        return bool(self._building) and not (self.scheduler.has_work or self._flight or self._building.any_built)
 
     @property
     def decoding(self) -> int:
@@ -114,20 +137,47 @@ class Engine:
 
     def add(self, request: Request) -> EngineError | None:
         """Takes a request, or says why it cannot be answered."""
-        return self._refusal(request) or self.scheduler.add(request)
+        error = self._refusal(request)
+        if error is None and self._guides and request.sampling and request.sampling.grammar:
+            future = self._guides.build(request.sampling.grammar)
+            if future is not None:
+                return self._building.add(request, future)
+        return error or self.scheduler.add(request)
 
     def abort(self, request_id: int, choice: int | None = None, finish: Finish = "abort") -> list[Output]:
-        return self.scheduler.abort(request_id, choice, finish)
+        early = self._building.abort(request_id, choice, finish, self.scheduler.weight_version)
+        return early or self.scheduler.abort(request_id, choice, finish)
 
     def expire(self, now: float) -> list[Output]:
-        return self.scheduler.expire(now)
+        return self._building.expire(now, self.scheduler.weight_version) + self.scheduler.expire(now)
 
     def step(self, budget: int | None = None) -> Outputs:
         """Computes up to `budget` tokens and says what came of it; where the runner runs ahead, of the step before.
 
-        A step that fails ends its own requests alone.
+        A step that fails ends its own requests alone. One of an engine that `waits` does so for a moment.
         """
         self.last_step = Step()
+        if not self._building:
+            return self._step(budget)
+        if self.waits:
+            self._building.wait(BUILDING_SECONDS)
+        early = self._let_in()
+        outputs = self._step(budget)
+        outputs.others += early
+        return outputs
+
+    def _let_in(self) -> list[Output]:
+        """Hands the scheduler the requests whose grammars are built."""
+        outputs: list[Output] = []
+        for request, error, aborted in self._building.built():
+            error = error or self.scheduler.add(request)
+            if error is not None:
+                outputs.append(self._fail(request, error))
+            for choice in aborted:  # told already
+                self.scheduler.abort(request.id, choice)
+        return outputs
+
+    def _step(self, budget: int | None) -> Outputs:
         plan = self.scheduler.plan(budget)
         if plan is None:
             return self._settle()
@@ -194,6 +244,12 @@ class Engine:
             return EngineError("invalid", message, "prompt_logprobs")
         if request.n != 1 and (request.n < 1 or sampling is None or sampling.max_tokens < 1):
             return EngineError("invalid", f"n is {request.n}: at least 1, and 1 where no token is drawn", "n")
+        if sampling and sampling.grammar and self._guides is None:
+            reason = "none is loaded by this engine" if card.end_ids else "it has no end-of-text token"
+            return EngineError("invalid", f"model {card.name} cannot follow a grammar: {reason}", "structured_outputs")
+        if sampling and sampling.grammar and sampling.ignore_eos:
+            message = "ignore_eos is for answers without a grammar: these end with an end-of-text token"
+            return EngineError("invalid", message, "ignore_eos")
         return (
             self._outside("prompt", request.token_ids)
             or (sampling and self._outside("stop_token_ids", sampling.stop_ids))
@@ -222,10 +278,16 @@ class Engine:
             request, name = sequence.job.request, self.card.name
             sampling = request.sampling
             excludes = sampling and (
-                sampling.allowed_ids or sampling.bad_words or sampling.min_tokens or sampling.logit_bias
+                sampling.allowed_ids
+                or sampling.bad_words
+                or sampling.min_tokens
+                or sampling.logit_bias
+                or sampling.grammar
             )
             if what == "token" and excludes:
                 message = "allowed_token_ids, bad_words, logit_bias and min_tokens leave no token that may come next"
+                if sampling and sampling.grammar:
+                    message = f"the grammar, {message}"
                 failed[request.id] = (request, EngineError("invalid", message, "allowed_token_ids"))
             else:
                 failed[request.id] = (
@@ -234,8 +296,11 @@ class Engine:
                 )
 
         if sampled.tokens and min(sampled.tokens) < 0:
-            for sequence, token in zip(flight.sampling, sampled.tokens, strict=True):
-                if token < 0:
+            for place, (sequence, token) in enumerate(zip(flight.sampling, sampled.tokens, strict=True)):
+                if place in sampled.failures and not sequence.gone:
+                    request = sequence.job.request
+                    failed[request.id] = (request, EngineError("invalid", sampled.failures[place]))
+                elif token < 0:
                     note(sequence, "token")
         for (row, _), scores in zip(plan.scores, sampled.scores, strict=True):
             if not all(map(math.isfinite, scores)):

@@ -20,6 +20,7 @@ from ...model.load import load_model
 from ...model.model import Model
 from .device_memory import MIB, divide, kv_bytes, measure
 from .engine import Engine
+from .guides import LoadGrammars
 from .heap import keep_heap
 from .memory import available_memory, kv_cache_bytes, page_count, shares
 from .null_runner import NullModel
@@ -30,7 +31,10 @@ Progress = Callable[[str, int, int], None]  # model, bytes done, bytes in all
 
 
 def load_engines(
-    specs: Sequence[ModelSpec], options: EngineOptions, on_progress: Progress | None = None
+    specs: Sequence[ModelSpec],
+    options: EngineOptions,
+    on_progress: Progress | None = None,
+    grammars: LoadGrammars | None = None,
 ) -> tuple[list[Engine], str]:
     """The engines, and in one sentence how the memory was divided.
 
@@ -55,7 +59,7 @@ def load_engines(
     for spec, card, model, part in zip(specs, cards, models, parts, strict=True):
         page = KVCache.bytes_per_page(model.config, options.page_size, model.dtype)
         pages = page_count(spec.name, int(memory * part), page, options, card.context)
-        engines.append(Engine(card, model, pages=pages, options=options))
+        engines.append(Engine(card, model, pages=pages, options=options, grammars=grammars))
     taken = sum(engine.kv_bytes for engine in engines)
     return engines, f"KV caches take {taken / MIB:,.0f} of {memory / MIB:,.0f} MiB allowed; {terms}"
 

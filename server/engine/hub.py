@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from .counts import ModelStats
 from .engine import Engine
+from .guides import LoadGrammars
 from .hosting import Progress, load_engines
 from .options import EngineOptions, ModelSpec
 from .request import Catalog, EngineError, Finish, Output, Outputs, Request
@@ -80,10 +81,15 @@ class Hub:
 
     @staticmethod
     def load(
-        specs: Sequence[ModelSpec], options: EngineOptions, *, epoch: int = 0, on_progress: Progress | None = None
+        specs: Sequence[ModelSpec],
+        options: EngineOptions,
+        *,
+        epoch: int = 0,
+        on_progress: Progress | None = None,
+        grammars: LoadGrammars | None = None,
     ) -> Hub:
         """Reads the checkpoints and takes the memory. Raises CheckpointError and OptionsError, naming the model."""
-        engines, division = load_engines(specs, options, on_progress)
+        engines, division = load_engines(specs, options, on_progress, grammars)
         target = None if options.step_target_ms is None else options.step_target_ms / 1000
         weights = [spec.weight for spec in specs]
         return Hub(engines, weights=weights, epoch=epoch, step_target=target, division=division)
@@ -157,7 +163,8 @@ class Hub:
             if place.engine.has_work and not place.busy:
                 place.time = max(place.time, floor)
             place.busy = place.engine.has_work
-        return min(busy, key=lambda place: place.time)
+        able = [place for place in busy if not place.engine.waits]
+        return min(able or busy, key=lambda place: place.time)
 
     def _budget(self, place: _Place) -> int | None:
         """Tokens that the step may have; None: as many as the model's own limit."""

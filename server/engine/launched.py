@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,11 +64,14 @@ class Launched:
     scores: Tensor | None = None  # [rows, labels]
     prompt_logprobs: TokenLogprobs | None = None
     prompts: list[tuple[int, int, int]] = field(default_factory=list[tuple[int, int, int]])
+    advance: Callable[[list[int]], dict[int, str]] | None = None  # tells the guides what was drawn; gives failures
     seconds: float | None = None
 
     def wait(self) -> Sampled:
         self.seconds = self.clock.wait()
         result = Sampled([] if self.tokens is None else self.tokens.tolist())
+        if self.advance is not None:
+            result.failures = self.advance(result.tokens)
         if self.logprobs is not None:
             columns = [column.tolist() for column in self.logprobs]
             result.logprobs = [

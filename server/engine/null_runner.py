@@ -89,9 +89,9 @@ class NullRunner:
     def refusal(self, request: Request) -> EngineError | None:
         """What it cannot even pretend to do: to draw no other tokens than those that are allowed."""
         sampling = request.sampling
-        for param in ("allowed_ids", "bad_words", "logit_bias") if sampling else ():
+        for param in ("allowed_ids", "bad_words", "logit_bias", "grammar") if sampling else ():
             if getattr(sampling, param):
-                name = {"allowed_ids": "allowed_token_ids"}.get(param, param)
+                name = {"allowed_ids": "allowed_token_ids", "grammar": "structured_outputs"}.get(param, param)
                 return EngineError("invalid", f"the null model {request.model} draws by no weights: no {name}", name)
         return None
 

@@ -1,7 +1,7 @@
 """The engine process: a `Hub` stepped in a loop between what comes in over the link and what goes out.
 
-Started by the supervisor as `python -m tandem.server.engine.process DESCRIPTOR PARENT`. torch is imported once the
-start order is in and the link's socket is bound, so workers may come at any time.
+Started by `server/engine_process.py`. torch is imported once the start order is in and the link's socket is bound, so
+workers may come at any time.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import importlib
 import logging
-import sys
 import time
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
@@ -20,6 +19,7 @@ from .options import OptionsError
 from .request import EngineError, Output, Request
 
 if TYPE_CHECKING:
+    from .guides import LoadGrammars
     from .hub import Hub
 
 log = logging.getLogger(__name__)
@@ -29,15 +29,15 @@ class WeightsLost(Exception):
     """A restarted engine cannot serve what the one before it served."""
 
 
-def load(order: StartEngine) -> Hub:
+def load(order: StartEngine, grammars: LoadGrammars | None = None) -> Hub:
     """Raises what `Hub.load` raises; on a restart WeightsLost where the checkpoints are no longer the same."""
     from ...model.errors import CheckpointError
     from .hub import Hub
 
     if order.digests is None:
-        return Hub.load(order.models, order.options, epoch=order.epoch)
+        return Hub.load(order.models, order.options, epoch=order.epoch, grammars=grammars)
     try:
-        hub = Hub.load(order.models, order.options, epoch=order.epoch)
+        hub = Hub.load(order.models, order.options, epoch=order.epoch, grammars=grammars)
     except (CheckpointError, OSError) as error:
         raise WeightsLost(f"weights lost: {error}") from error
     for engine in hub.engines:
@@ -108,7 +108,7 @@ def explain(error: Exception) -> Failed:
     return Failed(text or type(error).__name__, lost=isinstance(error, WeightsLost))
 
 
-def main(descriptor: int, parent: int) -> int:
+def main(descriptor: int, parent: int, grammars: LoadGrammars) -> int:
     began = time.monotonic()
     control = enter("engine", descriptor, parent)
     order = control.recv()
@@ -119,7 +119,7 @@ def main(descriptor: int, parent: int) -> int:
     try:
         importlib.import_module("torch")  # by itself, because it is the longest part of a start
         imported = time.monotonic()
-        hub = load(order)
+        hub = load(order, grammars)
         gc.freeze()  # what stays for good is not walked over between steps
         gc.enable()
         seconds = {"import torch": imported - began, "load": time.monotonic() - imported}
@@ -135,7 +135,3 @@ def main(descriptor: int, parent: int) -> int:
         return 1
     server.close()
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))

@@ -24,6 +24,7 @@ from ...kernels.ops import Sequences
 from ...model.batch import Batch
 from ...model.kv_cache import KVCache
 from ...model.model import Model
+from .guides import Guides
 from .options import AttentionBackend
 from .plan import Plan, PromptRows, Sampled
 from .request import Logprobs, Request
@@ -60,8 +61,10 @@ class Runner:
         end_ids: tuple[int, ...],
         device: str = "cpu",
         attention: AttentionBackend = "triton",
+        guides: Guides | None = None,
     ) -> None:
         self.model, self._cache = model, cache
+        self._guides = guides
         self._page_size = cache.page_size
         self._context = context
         self._device = torch.device(device)
@@ -116,6 +119,8 @@ class Runner:
         """Takes over what changed in the slots; copies pages."""
         for slot in plan.left:
             self._requests[slot] = None
+            if self._guides is not None:
+                self._guides.leave(slot)
         for entered in plan.entered:
             slot, request = entered.slot, entered.request
             prompt, generated = len(request.token_ids), len(entered.generated)
@@ -125,6 +130,8 @@ class Runner:
             self._requests[slot] = request
             if request.sampling is not None:
                 self._sampler.enter(slot, request.sampling, entered.choice, prompt)
+            if self._guides is not None:
+                self._guides.enter(slot, request, entered.generated)
         if plan.page_updates:
             updates = np.array(plan.page_updates)
             self._table[updates[:, 0], updates[:, 1]] = updates[:, 2]
@@ -208,7 +215,9 @@ class Runner:
             logits = self.model.logits(hidden[self._tensor(ends[needed])])
             if len(needed) < len(rows):  # several choices draw from one row
                 logits = logits[self._tensor(copies)]
-        drawn, result.logprobs = self._sampler.sample(logits, slots, lengths)
+        guides = {} if self._guides is None else self._guides.of(slots.tolist())
+        masks = {} if self._guides is None else self._guides.words(guides)
+        drawn, result.logprobs = self._sampler.sample(logits, slots, lengths, masks)
         tokens = drawn.cpu().numpy()
         if int(lengths.max()) < self._context:
             self._history[slots, lengths] = tokens
@@ -216,6 +225,8 @@ class Runner:
             fits = lengths < self._context
             self._history[slots[fits], lengths[fits]] = tokens[fits]
         result.tokens = tokens.tolist()
+        if self._guides is not None and guides:
+            result.failures = self._guides.advance(guides, result.tokens)
 
     def _prompt_logprobs(self, plan: Plan, hidden: Tensor, ends: Integers) -> list[Logprobs]:
         """The columns of each entry of `plan.prompt_logprobs`; all entries go through the head together."""

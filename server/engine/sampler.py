@@ -9,6 +9,7 @@ pays only for what those rows use: rows that are all greedy and plain cost one a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from ...kernels import sampling as ops
 from ...kernels.ops import token_logprobs
+from .guides import Words, flags_of
 from .request import Logprobs, Sampling
 
 Integers = NDArray[np.int64]
@@ -86,7 +88,7 @@ class Sampler:
             | RESTRICT * (drawn and filters)
             | PENALTY * sampling.penalises
             | BIAS * bool(sampling.logit_bias)
-            | ALLOWED * bool(sampling.allowed_ids)
+            | ALLOWED * bool(sampling.allowed_ids or sampling.grammar)
             | BANS * bool(sampling.bad_words)
             | FLOOR * bool(ends)
             | LOGPROBS * (sampling.logprobs is not None)
@@ -105,9 +107,12 @@ class Sampler:
                 tuple(word for word in sampling.bad_words if len(word) > 1),
             )
 
-    def sample(self, logits: Tensor, slots: Integers, lengths: Integers) -> tuple[Tensor, list[Logprobs | None] | None]:
+    def sample(
+        self, logits: Tensor, slots: Integers, lengths: Integers, masks: Mapping[int, Words] | None = None
+    ) -> tuple[Tensor, list[Logprobs | None] | None]:
         """Draws one token per row: logits [R, V] float32 (overwritten), slots and history lengths [R] -> tokens [R].
 
+        `masks`: by row, what its grammar allows; a row whose slot has a grammar has one.
         The log-probabilities are None where no row wants any. A token is -1 where the row has no finite maximum: the
         model gave NaN or infinity, or the parameters leave no token.
         """
@@ -120,7 +125,7 @@ class Sampler:
             shown = np.flatnonzero(((uses & LOGPROBS) != 0) & ~self._processed[slots])
             raw = logits[torch.from_numpy(shown)]  # a copy: what follows changes logits
         if any_use & EDITS:
-            self._edit(logits, slots, lengths, uses, any_use)
+            self._edit(logits, slots, lengths, uses, any_use, masks or {})
         drawn = np.flatnonzero(uses & DRAW)
         if not len(drawn):
             tokens = ops.greedy(logits)
@@ -177,11 +182,22 @@ class Sampler:
             lowest[rows] = ops.thresholds(scaled[rows], *parameters)
         return lowest
 
-    def _edit(self, logits: Tensor, slots: Integers, lengths: Integers, uses: Flags, any_use: int) -> None:
+    def _edit(
+        self,
+        logits: Tensor,
+        slots: Integers,
+        lengths: Integers,
+        uses: Flags,
+        any_use: int,
+        masks: Mapping[int, Words],
+    ) -> None:
         if any_use & (BIAS | ALLOWED | BANS | FLOOR):
             for row in np.flatnonzero(uses & (BIAS | ALLOWED | BANS | FLOOR)).tolist():
                 slot, length = int(slots[row]), int(lengths[row])
                 self._mask(logits[row], slot, length)
+            for row, words in masks.items():
+                forbidden = ~flags_of(words, self._vocab_size)
+                logits[row].masked_fill_(torch.from_numpy(forbidden).to(logits.device), -torch.inf)
         if any_use & PENALTY:
             rows = np.flatnonzero(uses & PENALTY)
             some, length = slots[rows], lengths[rows]

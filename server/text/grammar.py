@@ -55,6 +55,8 @@ def of_schema(schema: object) -> str:
         raise GrammarError(f"a JSON schema must be an object, not {type(schema).__name__}")
     text = json.dumps(cast("dict[str, Any]", schema), ensure_ascii=False)
     _bound(text, "JSON schema")
+    if "x-guidance" in schema:  # llguidance's own options, white space among them
+        return LLMatcher.grammar_from_json_schema(text)
     return LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": WHITESPACE})
 
 

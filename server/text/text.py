@@ -68,6 +68,11 @@ class Text:
     def has_template(self) -> bool:
         return bool(self._templates)
 
+    @property
+    def special_ids(self) -> list[int]:
+        """Tokens that stand for no text, such as the end of a turn."""
+        return [number for number, token in self._tokenizer.get_added_tokens_decoder().items() if token.special]
+
     def token_id(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
 

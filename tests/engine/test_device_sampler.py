@@ -12,6 +12,7 @@ from torch import Tensor
 from tandem.kernels import sampling as ops
 from tandem.server.engine import device_sampler
 from tandem.server.engine.device_sampler import DeviceSampler
+from tandem.server.engine.guides import Words, words_of
 from tandem.server.engine.launched import Clock, Launched
 from tandem.server.engine.request import Logprobs, Sampling
 from tandem.server.engine.sampler import Sampler
@@ -46,6 +47,7 @@ def random_sampling(generator: np.random.Generator) -> Sampling:
         bad_words=maybe(tuple((*prefix,) for prefix in (ids(1), ids(2), (5, *ids(1)), (4, 5, 7))), ()),
         logprobs=maybe(int(generator.integers(0, 6)), None, 0.4),
         logprobs_mode=maybe("processed", "raw", 0.5),
+        grammar=maybe("some", "", 0.2),
     )
 
 
@@ -58,15 +60,31 @@ class Both:
         history[::2, PROMPT + 4 : PROMPT + 6] = 4, 5  # so that bad words of several tokens come up
         self.host = Sampler(history, VOCAB, END)
         self.device = DeviceSampler(torch.from_numpy(history), VOCAB, END, "cpu")
+        self.entered: dict[int, Sampling] = {}
 
     def enter(self, slot: int, sampling: Sampling, choice: int = 0) -> None:
         self.host.enter(slot, sampling, choice, PROMPT)
         self.device.enter(slot, sampling, choice, PROMPT)
+        self.entered[slot] = sampling
+
+    def masks(self, slots: list[int]) -> dict[int, Words]:
+        """By slot with a grammar, half of the ids that its request allows."""
+        found: dict[int, Words] = {}
+        for slot in slots:
+            sampling = self.entered[slot]
+            if sampling.grammar:
+                ids = sampling.allowed_ids or range(VOCAB)
+                found[slot] = words_of([token for token in ids if self.generator.random() < 0.5], VOCAB)
+        return found
 
     def sample(self, logits: Tensor, slots: list[int], lengths: list[int]) -> None:
         rows, length = np.array(slots), np.array(lengths)
-        expected, columns = self.host.sample(logits.clone(), rows, length)
+        masks = self.masks(slots)
+        by_row = {row: masks[slot] for row, slot in enumerate(slots) if slot in masks}
+        expected, columns = self.host.sample(logits.clone(), rows, length, by_row)
         self.device.flush()
+        if masks:
+            self.device.restrict(masks)
         before = logits.clone()
         uses, tops = self.device.uses_of(slots), self.device.tops_of(slots)
         top = max(wanted or 0 for wanted in tops)

@@ -178,6 +178,8 @@ def test_end_ids_are_those_of_config_and_tokenizer(checkpoints: Path, tmp_path: 
 class FakeEngine:
     """Takes `fixed + per_token * tokens` seconds a step; wants `prompt` tokens, then decodes `rows` for ever."""
 
+    waits = False
+
     def __init__(self, name: str, clock: list[float], *, rows: int = 0, prompt: int = 0, limit: int = 1000) -> None:
         self.card = ModelCard(name, "policy", "", "", "", 1, 1, (), 0, 0, 0)
         self.clock, self.rows, self.prompt, self.limit = clock, rows, prompt, limit

@@ -14,16 +14,18 @@ from tandem.server.engine.engine import Engine
 from tandem.server.engine.hub import Hub
 from tandem.server.engine.options import EngineOptions, ModelSpec
 from tandem.server.engine.request import EngineError, Logprobs, Output, Request, Sampling
+from tandem.server.text.matching import load_grammars
 
 
 def make_hub(*paths: Path, pages: int | None = None, **options: Any) -> Hub:
     """The checkpoints in one hub, named as their directories. `pages` overrides how many each KV cache has."""
     given: dict[str, Any] = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 16, "max_num_batched_tokens": 256}
-    hub = Hub.load([ModelSpec(path.name, str(path)) for path in paths], EngineOptions(**(given | options)))
+    specs = [ModelSpec(path.name, str(path)) for path in paths]
+    hub = Hub.load(specs, EngineOptions(**(given | options)), grammars=load_grammars)
     if pages is None:
         return hub
     small = EngineOptions(**(given | options))
-    engines = [Engine(e.card, e.runner.model, pages=pages, options=small) for e in hub.engines]
+    engines = [Engine(e.card, e.runner.model, pages=pages, options=small, grammars=load_grammars) for e in hub.engines]
     return Hub(engines)
 
 
