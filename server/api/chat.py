@@ -22,6 +22,7 @@ from .protocol import ChatBody
 from .sampling import Length, requests_of
 from .service import Service, check_ids, in_thread_if
 from .streaming import JsonAnswer, Tails, quoted, stream, to_json, whole
+from .structured import grammar_of
 
 router = APIRouter()
 
@@ -33,6 +34,7 @@ async def create(request: Request) -> Response:
     card = service.card(body.model, generates=True)
     text = service.texts(card)
     check(body)
+    grammar = await grammar_of(service, body)
     ids = await render(body, card, text)
     requests = requests_of(
         service,
@@ -45,6 +47,7 @@ async def create(request: Request) -> Response:
         if body.max_completion_tokens is None
         else Length("max_completion_tokens", body.max_completion_tokens),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        grammar=grammar,
     )
     generation = generate(service.client, body, text, requests, request.state.request_id)
     shape = Chat(body, card, text, generation)
@@ -61,11 +64,6 @@ def check(body: ChatBody) -> None:
         raise invalid("tools are not supported yet, but with tool_choice 'none'", "tools", "unsupported")
     if body.tool_choice not in (None, "none", "auto"):
         raise invalid("tools are not supported yet; tool_choice may be 'none' or 'auto'", "tool_choice", "unsupported")
-    kind = (body.response_format or {"type": "text"}).get("type")
-    if kind != "text":
-        known = kind in ("json_object", "json_schema")
-        reason = "is not supported yet" if known else "is none of text, json_object, json_schema"
-        raise invalid(f"response_format.type {str(kind)[:80]!r} {reason}", "response_format", "unsupported")
 
 
 async def render(body: ChatBody, card: ModelCard, text: Text) -> list[int]:

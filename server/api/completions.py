@@ -23,6 +23,7 @@ from .protocol import CompletionBody
 from .sampling import COMPLETION_TOKENS, Length, requests_of
 from .service import LONG_TEXT, Service, encode, in_thread_if
 from .streaming import JsonAnswer, Tails, quoted, stream, to_json, whole
+from .structured import grammar_of
 
 router = APIRouter()
 
@@ -48,6 +49,7 @@ async def complete(
     text = service.texts(card)
     check(body)
     special = body.add_special_tokens is not False
+    grammar = await grammar_of(service, body)
     prompts = await encode(text, body.prompt, special, card, "prompt")
     requests = requests_of(
         service,
@@ -60,6 +62,7 @@ async def complete(
         body.logprobs,
         drawn=body.best_of,
         prompt_logprobs=body.logprobs if body.echo else None,
+        grammar=grammar,
     )
     echoes: list[Echo] = []
     if body.echo:

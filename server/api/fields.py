@@ -36,7 +36,7 @@ def honoured(*names: str) -> dict[str, Field]:
 
 LATER = "this server does not do it yet"
 ACCOUNT = ignored("bookkeeping of OpenAI's accounts")
-STRUCTURED = refused("structured output is not supported yet")
+STRUCTURED = refused("structured_outputs replaces it")
 
 _GENERATION = {  # chat and completions
     **honoured("model", "n", "stream", "stream_options", "stop", "seed", "max_tokens", "min_tokens"),
@@ -44,10 +44,9 @@ _GENERATION = {  # chat and completions
     **honoured("presence_penalty", "frequency_penalty", "repetition_penalty", "allowed_token_ids", "bad_words"),
     **honoured("stop_token_ids", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens"),
     **honoured("return_token_ids", "return_tokens_as_token_ids", "truncate_prompt_tokens", "add_special_tokens"),
-    **honoured("priority", "cache_salt", "timeout"),
+    **honoured("priority", "cache_salt", "timeout", "response_format", "structured_outputs"),
     "user": ACCOUNT,
     "request_id": ignored("the x-request-id header names a request"),
-    "structured_outputs": STRUCTURED,
     "guided_json": STRUCTURED,
     "guided_regex": STRUCTURED,
     "guided_choice": STRUCTURED,
@@ -63,7 +62,7 @@ CHAT: dict[str, Field] = {
     **_GENERATION,
     "best_of": refused(LATER, 1),
     "echo": refused("a chat's answer is the new message alone; continue_final_message writes on from one", False),
-    **honoured("messages", "max_completion_tokens", "top_logprobs", "response_format", "tools", "tool_choice"),
+    **honoured("messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice"),
     **honoured("add_generation_prompt", "continue_final_message", "chat_template_kwargs"),
     "metadata": ACCOUNT,
     "store": ACCOUNT,

@@ -9,7 +9,7 @@ before. The defaults here are the ones in force.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -132,6 +132,44 @@ class StreamOptions(Body):
         return {name: item for name, item in value.items() if item is not None} if isinstance(value, dict) else value
 
 
+class JsonSchema(Body):
+    """`strict` changes nothing: an answer always keeps to the schema."""
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    description: str | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_a_schema(self) -> ResponseFormat:
+        if self.type == "json_schema" and (self.json_schema is None or self.json_schema.schema_ is None):
+            refuse("type json_schema needs json_schema with name and schema")
+        if self.type != "json_schema" and self.json_schema is not None:
+            refuse(f"type {self.type} takes no json_schema")
+        return self
+
+
+class StructuredOutputs(Body):
+    """Exactly one of them."""
+
+    json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+
+    @model_validator(mode="after")
+    def _is_one(self) -> StructuredOutputs:
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            refuse(f"it must hold one of json, regex, choice and grammar, not {len(given)}")
+        return self
+
+
 class Common(Body):
     """What every route that asks an engine takes."""
 
@@ -171,6 +209,8 @@ class GenerationBody(Common):
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=INT64)] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
 
 
 class ChatBody(GenerationBody):
@@ -180,7 +220,6 @@ class ChatBody(GenerationBody):
     max_completion_tokens: Tokens | None = None
     logprobs: bool = False
     top_logprobs: Tokens | None = None
-    response_format: dict[str, Any] | None = None
     tools: list[dict[str, Any]] = []
     tool_choice: str | dict[str, Any] | None = None
     add_generation_prompt: bool | None = None

@@ -39,11 +39,12 @@ def requests_of(
     *,
     drawn: int | None = None,
     prompt_logprobs: int | None = None,
+    grammar: str = "",
 ) -> list[Request]:
     """One request per prompt. `param` names the field the prompts came from.
 
     `drawn`: choices that are drawn for each, of which `body.n` are shown; None: as many. `prompt_logprobs`: wanted
-    beside each prompt token besides what the body's field of that name asks for.
+    beside each prompt token besides what the body's field of that name asks for. `grammar` is checked already.
     """
     check(body, service.options, length, logprobs)
     n, param_n = (body.n, "n") if drawn is None else (drawn, "best_of")
@@ -53,6 +54,7 @@ def requests_of(
     beside = max((k for k in (body.prompt_logprobs, prompt_logprobs) if k is not None), default=None)
     ranked = drawn is not None and drawn > body.n  # by log-probability, shown or not
     sampling = sampling_of(body, card, text, service.options, 0 if ranked and logprobs is None else logprobs)
+    sampling = replace(sampling, grammar=grammar)
     deadline = service.deadline(body)
     want: set[Want] = {"tokens"}
     if sampling.logprobs is not None:

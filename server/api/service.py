@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from fastapi import Request as HttpRequest
 
 from ..engine.link import EngineClient
 from ..engine.request import Catalog, ModelCard
+from ..text.grammar import GrammarChecker
 from ..text.text import Text, TextError
 from .errors import invalid, no_such_model, unavailable
 from .options import ApiOptions
@@ -30,6 +31,7 @@ class Service:
     options: ApiOptions
     traffic: Traffic
     settings: Mapping[str, object]  # what the server was told at its start, keys left out
+    grammars: GrammarChecker = field(default_factory=GrammarChecker)
 
     @classmethod
     def of(cls, request: HttpRequest) -> Service:

@@ -59,7 +59,32 @@ SHARED: dict[str, ROW] = {
     "request_id": (["x"], [], {}, ""),
     "model": ([None, "policy"], ["", 5], {}, ""),
     "use_beam_search": ([False], [True], {}, "beam search"),
-    "structured_outputs": ([None], [{"regex": "a"}], {}, "not supported"),
+    "structured_outputs": (
+        [None, {"regex": "a+"}, {"choice": ["a", "b"]}, {"json": {"type": "null"}}, {"grammar": 'start: "a"'}],
+        [
+            *({}, {"regex": "a", "choice": ["a"]}, {"regex": 5}, {"regex": ""}, {"regex": "(?=a)"}, {"regexp": "a"}),
+            *({"choice": []}, {"choice": [""]}, {"choice": ["a"] * 4097}, {"choice": "a"}, {"grammar": "start: x"}),
+            *({"json": []}, {"json": "{"}, {"json": {"not": {}}}, {"json": {"type": "x" * 65_537}}, "a"),
+        ],
+        {},
+        "",
+    ),
+    "response_format": (
+        [
+            {"type": "text"},
+            {"type": "json_object"},
+            {"type": "json_schema", "json_schema": {"name": "n", "schema": {}}},
+        ],
+        [
+            *({"type": "xml"}, "text", {}, {"type": "json_schema"}, {"type": "text", "json_schema": {"name": "n"}}),
+            *({"type": "json_schema", "json_schema": schema} for schema in ({"schema": {}}, {"name": "n"}, 5)),
+            {"type": "json_schema", "json_schema": {"name": "n" * 65, "schema": {}}},
+            {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "wat"}}},
+        ],
+        {},
+        "",
+    ),
+    "guided_json": ([None], [{"type": "object"}], {}, "structured_outputs replaces it"),
 }
 CHAT: dict[str, ROW] = SHARED | {
     "top_logprobs": ([0, 20], [-1, 21, True], {"logprobs": True}, ""),
@@ -73,7 +98,6 @@ CHAT: dict[str, ROW] = SHARED | {
     ),
     "tools": ([[], None], [[{"type": "function", "function": {"name": "f"}}], "f"], {}, ""),
     "tool_choice": (["none", "auto", None], ["required", {"type": "function"}], {}, "not supported"),
-    "response_format": ([{"type": "text"}], [{"type": "json_object"}, {"type": "xml"}, "text"], {}, ""),
     "chat_template_kwargs": ([{}, {"a": 1}], [[1], {"messages": []}], {}, ""),
     "continue_final_message": ([True], ["x"], {"messages": [{"role": "assistant", "content": "So"}]}, ""),
     "add_generation_prompt": ([True, False, None], [1, "yes"], {}, ""),
