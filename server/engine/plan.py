@@ -88,11 +88,14 @@ class Plan:
         self.tokens += count
         return len(self.slots) - 1
 
-    def add_synchronous(self, slot: int, start: int) -> None:
-        """A decode behind all others."""
-        self.samples.append((self.add_row(slot, start, 1), slot))
-        self.decodes += 1
-        self.synchronous += 1
+    def with_synchronous(self, decodes: list[tuple[int, int]]) -> Plan:
+        """A copy with these (slot, start) behind all other decodes."""
+        plan = self.copy()
+        for slot, start in decodes:
+            plan.samples.append((plan.add_row(slot, start, 1), slot))
+        plan.decodes += len(decodes)
+        plan.synchronous += len(decodes)
+        return plan
 
 
 @dataclass(slots=True)

@@ -59,16 +59,12 @@ class Scheduler:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.pages = Pages(pages, page_size)
-        self.weight_version = weight_version
-        self.paused = False
+        self.weight_version, self.paused = weight_version, False
         self.meter, self._clock = Meter(clock), clock
         self.counts = self.meter.counts
-        self._max_tokens = max_batched_tokens
-        self._shared_tokens = shared_tokens
-        self._ahead = ahead
+        self._max_tokens, self._shared_tokens, self._ahead = max_batched_tokens, shared_tokens, ahead
         self._context, self._end_ids = context, frozenset(end_ids)
-        self._jobs: dict[int, Job] = {}
-        self._arrivals = 0
+        self._jobs, self._arrivals = dict[int, Job](), 0
         self._deadlines = Deadlines()
         self._waiting = Waiting(max_waiting_requests, max_waiting_tokens, self.meter.refused)
         self._running = Running(self.pages, max_seqs, prefix_caching)
@@ -265,30 +261,27 @@ class Scheduler:
         if base is not None and not running.changed and whole:
             needy = self._columns.further()
         else:
-            base, decodes = None, list(decodes)
-            if not whole:
-                decodes, ready = running.in_turn([*decodes, *ready], budget), []
+            turn = None if whole else running.in_turn([*decodes, *ready], budget)
+            base, decodes, ready = (None, list(decodes), ready) if turn is None else (None, turn, [])
             needy = running.beginning(decodes)
         needy = sorted([*needy, *running.beginning(ready)], key=by_rank)
         for sequence in needy:  # by rank: whoever is preempted has not got anything from this plan yet
             while sequence.decoding and not running.grow(sequence):
-                last = running.last()
-                assert last is not None
-                self._preempt(last)
+                self._preempt(running.last() or sequence)
         if base is not None and not running.changed:
             base = self._columns.plan(base.prefixes, self._pure and bool(decodes))
         else:
             decodes = [sequence for sequence in decodes if sequence.decoding]
             self._columns, shared = Columns(decodes, size), self._shared_tokens
             base = self._columns.plan(None if shared is None else groups_of([s.table for s in decodes], size, shared))
-        self._base = base if whole else None
-        running.changed = False
+        self._base, running.changed = base if whole else None, False
         self._rows = self._sampling = self._columns.rows
         if ready := [sequence for sequence in ready if sequence.decoding]:  # beside them the others' steps stay steady
-            base = base.copy()
-            self._rows = self._sampling = [*self._rows, *ready]
-            for sequence in ready:
-                base.add_synchronous(sequence.slot, len(sequence.token_ids) - 1)
+            base, self._rows = (
+                base.with_synchronous([(one.slot, len(one.token_ids) - 1) for one in ready]),
+                [*self._rows, *ready],
+            )
+            self._sampling = self._rows
         return base
 
     def _plan_prompts(self, base: Plan, budget: int) -> Plan:
