@@ -110,7 +110,9 @@ def op(body: Callable[Args, Result]) -> Callable[Args, Result]:
 
 @op
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
-    """x / sqrt(mean(x²) + eps), rounded to x's dtype, times weight, over the last dimension. x [..., D], weight [D].
+    """x / sqrt(mean(x²) + eps), rounded to weight's dtype, times weight, over the last dimension. x [..., D], weight [D].
+
+    The result has x's dtype. weight has it, too, or is float32, and then only the result is rounded.
 
     With `residual` (x's shape and dtype) it is the sum that is normalised, and `residual` becomes that sum, in place.
     """
@@ -118,7 +120,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
         x = residual.add_(x)
     wide = x.float()
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))
-    return (wide * scale).to(x.dtype).mul_(weight)
+    return (wide * scale).to(weight.dtype).mul_(weight).to(x.dtype)
 
 
 @op

@@ -29,14 +29,32 @@ class ModelConfig:
     end_ids: tuple[int, ...]  # of config.json and generation_config.json
     tied: bool  # the language model's head is the embedding
     activation: str
+    gated: bool = False  # the MLP has three matrices: activation(gate) · up, then down
     rope: Rope | None = None
+    local_rope: Rope | None = None  # Gemma 3: of the layers with a window
     windows: tuple[int | None, ...] = ()  # sliding window of each layer in tokens
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
     attention_scales: tuple[float, ...] = ()  # of each layer, where it is not head_size ** -0.5
+    attention_softcap: float | None = None  # see ops.paged_attention
+    logit_softcap: float | None = None
+    head_bias: bool = False  # of the language model's head
+    fused: bool = False  # Phi-3: the checkpoint has q, k and v in one matrix, and gate and up
+    embedding_size: int | None = None  # OPT: of an embedding and of what the head reads, where not hidden_size
+    norm_affine: bool = True  # the norms have weights
+    norm_first: bool = True  # OPT: norms stand before attention and MLP, not behind
+    final_norm: bool = True
     residual_after_norm: bool = False  # BLOOM: residuals start from the normalised states
+    parallel: bool = False  # attention and MLP read the same residual
+    parallel_norms: int = 1  # Falcon: of a parallel layer; with 2 attention and MLP have one each
+    alibi: bool = False  # Falcon: instead of rotation
+
+    @property
+    def output_size(self) -> int:
+        """What the head reads of a row."""
+        return self.embedding_size or self.hidden_size
 
 
 def read_config(path: str | Path) -> ModelConfig:

@@ -8,6 +8,8 @@ from typing import Any, cast
 
 from .errors import CheckpointError
 
+TANH = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")  # what configs call `ops.gelu_tanh`
+
 
 class Fields:
     """The fields of one JSON object. A value that is not as it must be raises CheckpointError with field and value.
@@ -48,6 +50,18 @@ class Fields:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.error(name, "a number")
         return float(value)
+
+    def number_or_none(self, name: str, default: float | None) -> float | None:
+        """For fields of which null says that there is none, which is not what leaving them out says."""
+        null = name in self.values and self.values[name] is None
+        return None if null or (default is None and name not in self.values) else self.number(name, default)
+
+    def numbers(self, name: str, count: int) -> tuple[float, ...]:
+        value = self.get(name)
+        items = cast(list[Any], value) if isinstance(value, list) else []
+        if len(items) != count or any(isinstance(one, bool) or not isinstance(one, int | float) for one in items):
+            raise self.error(name, f"a list of {count} numbers")
+        return tuple(float(one) for one in items)
 
     def flag(self, name: str, default: bool) -> bool:
         value = self.get(name, default)

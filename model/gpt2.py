@@ -11,13 +11,11 @@ from ..kernels import ops
 from ..kernels.ops import KVLayer
 from .batch import Batch
 from .config import ModelConfig, read_dtype, read_end_ids
-from .fields import Fields
+from .fields import TANH, Fields
 from .kv_cache import KVCache
 from .linear import Embedding, Linear
 from .norms import LayerNorm
 from .slots import Place
-
-TANH = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")  # names of the same function
 
 
 def configure(fields: Fields, architecture: str, labels: int) -> ModelConfig:

@@ -13,14 +13,45 @@ from .slots import Place, Slot
 
 
 class LMHead(nn.Module):
-    """hidden [R, D] -> logits [R, V] float32. Tied: `embedding` is the matrix, and the checkpoint may leave it out."""
+    """hidden [R, D] -> logits [R, V] float32. Tied: `embedding` is the matrix, and the checkpoint may leave it out.
 
-    def __init__(self, vocab_size: int, hidden_size: int, place: Place, embedding: Tensor | None = None) -> None:
+    `softcap`: a logit l becomes softcap · tanh(l / softcap). `older`: another name under which the checkpoint may have
+    the matrix.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        place: Place,
+        embedding: Tensor | None = None,
+        *,
+        bias: bool = False,
+        softcap: float | None = None,
+        older: str | None = None,
+    ) -> None:
         super().__init__()
-        self.lm_head = Linear(("lm_head",), hidden_size, (vocab_size,), place, split="vocab", weight=embedding)
+        self.deterministic, self.softcap, self.older = place.deterministic, softcap, older
+        self.lm_head = Linear(
+            ("lm_head",), hidden_size, (vocab_size,), place, split="vocab", weight=embedding, bias=bias
+        )
+
+    @property
+    def plain(self) -> bool:
+        """Whether the logits are hidden · weightᵀ and nothing more."""
+        return self.lm_head.bias is None and self.softcap is None
+
+    def slots(self, path: str) -> Iterator[Slot]:
+        if self.older is not None:
+            yield Slot(f"{self.older}.weight", self.lm_head.weight)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.lm_head(hidden).float()
+        logits = self.lm_head(hidden).float()
+        if self.softcap is None:
+            return logits
+        if self.deterministic:  # as in `ops.activate`: elements behind the last whole vector are rounded otherwise
+            return torch.stack([row.div(self.softcap).tanh_().mul_(self.softcap) for row in logits])
+        return logits.div_(self.softcap).tanh_().mul_(self.softcap)
 
 
 class ScoreHead(nn.Module):

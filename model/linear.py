@@ -11,7 +11,7 @@ Once filled, a matrix is kept in the order that its device computes in (`ops.pac
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch.nn.functional as F
@@ -28,13 +28,15 @@ class Linear(nn.Module):
     """y = activation(x Wᵀ + b), where W [sum(outs), ins] holds several matrices of the checkpoint, one below the other.
 
     `names` and `outs` go together: the checkpoint has `names[i]`, with `outs[i]` outputs, where this module stands.
-    `stored_transposed`: the checkpoint keeps [ins, outs]. `weight`: storage to share instead of an own one (tied
-    embeddings). `split`: how the matrix is divided over devices; on one it changes nothing.
+    `stored_transposed`: the checkpoint keeps [ins, outs]. `order` [outs]: row i here is row order[i] of the checkpoint's
+    matrix, and of its bias. `weight`: storage to share instead of an own one (tied embeddings). `split`: how the matrix
+    is divided over devices; on one it changes nothing.
     """
 
     plain: Tensor | None  # [sum(outs), ins]
     packed: Packed | None = None  # the same in the device's own order
     activation: Activation | None
+    reordered: Callable[[Tensor], Tensor] | None
 
     def __init__(
         self,
@@ -46,12 +48,15 @@ class Linear(nn.Module):
         split: Split,
         bias: bool = False,
         stored_transposed: bool = False,
+        order: Tensor | None = None,
         weight: Tensor | None = None,
         activation: Activation | None = None,
     ) -> None:
         super().__init__()
         self.activation, self.deterministic, self.dtype = activation, place.deterministic, place.dtype
         self.names, self.ins, self.outs, self.split, self.stored_transposed = names, ins, outs, split, stored_transposed
+        assert order is None or len(names) == 1
+        self.reordered = None if order is None else lambda stored: stored[order]
         self.plain = nn.Buffer(place.empty(sum(outs), ins) if weight is None else weight)
         self.bias = nn.Buffer(place.empty(sum(outs))) if bias else None
 
@@ -72,9 +77,9 @@ class Linear(nn.Module):
         inside = path.rpartition(".")[0]
         for index, (name, weight) in enumerate(zip(self.names, self.weight.split_with_sizes(self.outs), strict=True)):
             full = f"{inside}.{name}" if inside else name
-            yield Slot(f"{full}.weight", weight, transposed=self.stored_transposed)
+            yield Slot(f"{full}.weight", weight, transposed=self.stored_transposed, change=self.reordered)
             if self.bias is not None:
-                yield Slot(f"{full}.bias", self.bias.split_with_sizes(self.outs)[index])
+                yield Slot(f"{full}.bias", self.bias.split_with_sizes(self.outs)[index], change=self.reordered)
 
     def pack(self) -> None:
         """Change to the device's own order, if it has one."""

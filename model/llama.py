@@ -52,6 +52,7 @@ def configure(fields: Fields, architecture: str, labels: int) -> ModelConfig:
         end_ids=read_end_ids(fields),
         tied=fields.flag("tie_word_embeddings", False),
         activation="silu",
+        gated=True,
         rope=rope,
         windows=_windows(fields, layers, mistral, qwen2 or qwen3),
         qkv_bias=qwen2 or attention_bias,

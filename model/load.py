@@ -77,9 +77,18 @@ def _unfilled(config: ModelConfig, place: Place) -> tuple[Decoder, LMHead | Scor
     entry = ARCHITECTURES[config.architecture]
     decoder = entry.family.decoder(config, place)
     if entry.head == "score":
-        return decoder, ScoreHead(config.labels, config.hidden_size, place)
+        return decoder, ScoreHead(config.labels, config.output_size, place)
     tied = decoder.embedding if config.tied else None
-    return decoder, LMHead(config.vocab_size, config.hidden_size, place, tied)
+    head = LMHead(
+        config.vocab_size,
+        config.output_size,
+        place,
+        tied,
+        bias=config.head_bias,
+        softcap=config.logit_softcap,
+        older=entry.family.older_head,
+    )
+    return decoder, head
 
 
 def _pack(decoder: Decoder, head: LMHead | ScoreHead) -> None:

@@ -60,7 +60,6 @@ class Model:
         On CPUs and in deterministic mode these are the bits that `logits` gives. Language models only.
         """
         assert isinstance(self.head, LMHead), self.config.architecture
-        head = self.head.lm_head
-        if hidden.device.type != "cpu" and not self.deterministic:
-            return ops.logprobs_of(hidden, head.weight, targets, top)
-        return ops.logprobs_in_rounds(head, hidden, targets, top, self.config.vocab_size)
+        if hidden.device.type != "cpu" and not self.deterministic and self.head.plain:
+            return ops.logprobs_of(hidden, self.head.lm_head.weight, targets, top)
+        return ops.logprobs_in_rounds(self.head, hidden, targets, top, self.config.vocab_size)

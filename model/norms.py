@@ -25,13 +25,19 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """`ops.layer_norm` with weight and bias. With a residual, that becomes the sum which is normalised."""
+    """`ops.layer_norm` with weight and bias. With a residual, that becomes the sum which is normalised.
 
-    def __init__(self, size: int, eps: float, place: Place) -> None:
+    Not `affine`: the checkpoint has neither weight nor bias, and they are 1 and 0.
+    """
+
+    def __init__(self, size: int, eps: float, place: Place, affine: bool = True) -> None:
         super().__init__()
-        self.weight, self.bias, self.eps = nn.Buffer(place.empty(size)), nn.Buffer(place.empty(size)), eps
+        self.weight, self.bias = nn.Buffer(place.zeros(size) + 1), nn.Buffer(place.zeros(size))
+        self.eps, self.affine = eps, affine
 
     def slots(self, path: str) -> Iterator[Slot]:
+        if not self.affine:
+            return
         yield Slot(f"{path}.weight", self.weight)
         yield Slot(f"{path}.bias", self.bias)
 

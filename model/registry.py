@@ -6,20 +6,31 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
-from . import bloom, gpt2, llama
+from . import bloom, gpt2, gpt_neox, gptj, llama, opt
 from .config import ModelConfig
 from .fields import Fields
 from .slots import Place
 
-Decoder = bloom.BloomDecoder | gpt2.GPT2Decoder | llama.LlamaDecoder
+Decoder = (
+    bloom.BloomDecoder
+    | gpt2.GPT2Decoder
+    | gpt_neox.GPTNeoXDecoder
+    | gptj.GPTJDecoder
+    | llama.LlamaDecoder
+    | opt.OPTDecoder
+)
 Head = Literal["lm", "score"]
 
 
 class Family(NamedTuple):
-    """`configure(fields, architecture, labels)` reads config.json; `decoder(config, place)` has unfilled weights."""
+    """`configure(fields, architecture, labels)` reads config.json; `decoder(config, place)` has unfilled weights.
+
+    `older_head`: what checkpoints may call `lm_head`.
+    """
 
     configure: Callable[[Fields, str, int], ModelConfig]
     decoder: Callable[[ModelConfig, Place], Decoder]
+    older_head: str | None = None
 
 
 class Architecture(NamedTuple):
@@ -32,6 +43,9 @@ class Architecture(NamedTuple):
 GPT2 = Family(gpt2.configure, gpt2.GPT2Decoder)
 LLAMA = Family(llama.configure, llama.LlamaDecoder)
 BLOOM = Family(bloom.configure, bloom.BloomDecoder)
+GPT_NEOX = Family(gpt_neox.configure, gpt_neox.GPTNeoXDecoder, older_head="embed_out")
+OPT = Family(opt.configure, opt.OPTDecoder)
+GPTJ = Family(gptj.configure, gptj.GPTJDecoder)
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
@@ -47,6 +61,12 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "Qwen3ForSequenceClassification": Architecture(LLAMA, "score"),
         "BloomForCausalLM": Architecture(BLOOM, "lm"),
         "BloomForSequenceClassification": Architecture(BLOOM, "score"),
+        "GPTNeoXForCausalLM": Architecture(GPT_NEOX, "lm"),
+        "GPTNeoXForSequenceClassification": Architecture(GPT_NEOX, "score"),
+        "OPTForCausalLM": Architecture(OPT, "lm"),
+        "OPTForSequenceClassification": Architecture(OPT, "score"),
+        "GPTJForCausalLM": Architecture(GPTJ, "lm"),
+        "GPTJForSequenceClassification": Architecture(GPTJ, "score"),
     }
 )
 

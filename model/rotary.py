@@ -8,6 +8,11 @@ rotated with the frequencies for length max(p + 1, max_position_embeddings): the
 and a function of the position alone, so that pages can be shared, recomputed and filled in chunks. Only a prompt that
 by itself is longer than `max_position_embeddings` is rotated differently (transformers then uses the whole prompt's
 length for every row).
+
+LongRoPE has two sets of frequencies. transformers takes the long one for a whole sequence once that is longer than
+`original_max_position_embeddings`, and computes everything before it again. Here, as in other servers, all sequences of
+a model have the same set: the long one if the model is served with a context beyond the original one, which equals
+transformers for every sequence beyond it; else (`--max-model-len`) the short one, which equals transformers always.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ from torch import Tensor, nn
 
 from .fields import Fields
 
-RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn"]
+RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
 
 # What each type reads from the config beside rope_type (formerly type), rope_theta and partial_rotary_factor.
@@ -31,6 +36,7 @@ READS: dict[str, frozenset[str]] = {
     "dynamic": frozenset({"factor"}),
     "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor"}),
     "yarn": frozenset({"factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"}),
+    "longrope": frozenset({"factor", "long_factor", "short_factor", "attention_factor"}),
 }
 COMMON = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"})
 
@@ -43,13 +49,15 @@ class Rope:
     theta: float = 10000.0
     rotary_size: int = 0  # R, the rotated part of a head
     factor: float = 1.0
-    original_context: int = 0  # what the model was trained on: llama3, yarn, dynamic
+    original_context: int = 0  # what the model was trained on: llama3, yarn, dynamic, longrope
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0
-    attention_factor: float = 1.0
+    attention_factor: float = 1.0  # yarn, longrope
     truncate: bool = True
+    short_factors: tuple[float, ...] = ()  # longrope: of each pair
+    long_factors: tuple[float, ...] = ()
 
 
 def tables(rope: Rope, context: int) -> tuple[Tensor, Tensor]:
@@ -58,12 +66,12 @@ def tables(rope: Rope, context: int) -> tuple[Tensor, Tensor]:
     if rope.type == "dynamic":
         angles = positions.unsqueeze(-1) * _dynamic(rope, context)
     else:
-        angles = torch.outer(positions, inverse_frequencies(rope))
+        angles = torch.outer(positions, inverse_frequencies(rope, context))
     return angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
 
 
-def inverse_frequencies(rope: Rope) -> Tensor:
-    """w [R / 2] float32 of every type whose frequencies do not depend on the position."""
+def inverse_frequencies(rope: Rope, context: int = 0) -> Tensor:
+    """w [R / 2] float32 of every type whose frequencies do not depend on the position. longrope asks for `context`."""
     plain = 1.0 / rope.theta ** _exponents(rope)
     if rope.type == "linear":
         return plain / rope.factor
@@ -71,6 +79,8 @@ def inverse_frequencies(rope: Rope) -> Tensor:
         return _llama3(rope, plain)
     if rope.type == "yarn":
         return _yarn(rope, plain)
+    if rope.type == "longrope":
+        return plain / torch.tensor(rope.long_factors if context > rope.original_context else rope.short_factors)
     return plain
 
 
@@ -112,27 +122,43 @@ def _yarn(rope: Rope, plain: Tensor) -> Tensor:
     return plain / rope.factor * ramp + plain * (1 - ramp)
 
 
-def read_rope(fields: Fields, head_size: int, context: int) -> tuple[Rope, int]:
+def read_rope(
+    fields: Fields,
+    head_size: int,
+    context: int,
+    *,
+    given: Fields | None = None,
+    theta: float | None = None,
+    share: float | None = None,
+) -> tuple[Rope, int]:
     """The rotary embedding of a config whose max_position_embeddings is `context`, and the context it reaches.
 
-    Reads `rope_parameters` or its older form, `rope_scaling` beside `rope_theta`. Types that say by what factor they
-    stretch the context have it stretched here; for llama3, max_position_embeddings is the stretched one already.
+    Reads `given`, by default `rope_parameters` or its older form, `rope_scaling`, whose `rope_theta` and
+    `partial_rotary_factor` count before `theta` and `share`: by default the config's `rope_theta` and a whole head,
+    the only one then allowed. Types that say by what factor they stretch the context have it stretched here; for llama3
+    and longrope, max_position_embeddings is the stretched one already.
     """
-    given = fields.object("rope_parameters", "rope_scaling")
-    type_name = "rope_type" if given.get("rope_type") is not None else "type"
-    kind = given.choice(type_name, allowed=tuple(READS), default="default")
+    given = fields.object("rope_parameters", "rope_scaling") if given is None else given
+    kind = rope_type(given)
     for name in given.values:
         if name not in READS[kind] | COMMON:
             raise given.error(name, f"leaving it out (rope_type {kind!r} does not read it)")
-    given.only("partial_rotary_factor", 1.0)
-    fields.only("partial_rotary_factor", 1.0)
-    theta = given.number("rope_theta", fields.number("rope_theta", 10000.0))
+    if share is None:
+        given.only("partial_rotary_factor", 1.0)
+        fields.only("partial_rotary_factor", 1.0)
+    share = given.number("partial_rotary_factor", 1.0 if share is None else share)
+    size = int(head_size * share)
+    if not 0 < share <= 1 or size % 2 or not size:
+        raise given.error("partial_rotary_factor", f"a share of a head of {head_size} that gives an even number")
+    theta = given.number("rope_theta", fields.number("rope_theta", 10000.0) if theta is None else theta)
     if kind == "default":
-        return Rope("default", theta, head_size), context
+        return Rope("default", theta, size), context
     outside = fields if fields.get("original_max_position_embeddings") is not None else given
     original = outside.integer("original_max_position_embeddings", default=context)
+    if kind == "longrope":
+        return _longrope(given, theta, size, original, context), context
     factor = given.number("factor")
-    rope = Rope(kind, theta, head_size, factor, original)  # pyright: ignore[reportArgumentType]  (checked by choice)
+    rope = Rope(kind, theta, size, factor, original)
     if kind == "llama3":
         low, high = given.number("low_freq_factor"), given.number("high_freq_factor")
         return replace(rope, low_freq_factor=low, high_freq_factor=high), context
@@ -148,6 +174,29 @@ def read_rope(fields: Fields, head_size: int, context: int) -> tuple[Rope, int]:
     if kind == "dynamic":
         rope = replace(rope, original_context=context)
     return rope, int(context * factor)
+
+
+def rope_type(given: Fields) -> RopeType:
+    """What `rope_type`, formerly `type`, says; "su" is what Phi-3 called LongRoPE at first."""
+    name = "rope_type" if given.get("rope_type") is not None else "type"
+    kind = given.choice(name, allowed=(*READS, "su"), default="default")
+    return "longrope" if kind == "su" else kind  # pyright: ignore[reportReturnType]  (checked by choice)
+
+
+def _longrope(given: Fields, theta: float, size: int, original: int, context: int) -> Rope:
+    """cos and sin are scaled by `attention_factor`, by default √(1 + ln(factor) / ln(original))."""
+    factor = given.number("factor", context / original)
+    scale = 1.0 if factor <= 1 or original < 2 else math.sqrt(1 + math.log(factor) / math.log(original))
+    return Rope(
+        "longrope",
+        theta,
+        size,
+        factor,
+        original,
+        attention_factor=given.number("attention_factor", scale),
+        short_factors=given.numbers("short_factor", size // 2),
+        long_factors=given.numbers("long_factor", size // 2),
+    )
 
 
 def _yarn_attention_factor(given: Fields, factor: float) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -31,13 +31,21 @@ class Slot(NamedTuple):
 
     `name` is the tensor's name in the checkpoint, without the family's prefix; `into` is a weight or one part of a
     fused one. `transposed`: the checkpoint stores it [ins, outs] (GPT-2's Conv1D). `optional`: what `into` already
-    holds stands where the checkpoint has no such tensor. Slots with the same storage are tied: one of them is enough.
+    holds stands where the checkpoint has no such tensor. `change`: what is kept of the tensor, in its shape, where that
+    is not the tensor itself (an order of rows, Gemma's 1 + weight). Slots with the same storage are tied: one of them is
+    enough.
     """
 
     name: str
     into: Tensor
     transposed: bool = False
     optional: bool = False
+    change: Callable[[Tensor], Tensor] | None = None
+
+    def kept(self, stored: Tensor) -> Tensor:
+        """What `into` holds of the checkpoint's tensor, in the tensor's dtype or a wider one."""
+        stored = stored.T if self.transposed else stored
+        return stored if self.change is None else self.change(stored)
 
     @property
     def shape(self) -> tuple[int, ...]:

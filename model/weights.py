@@ -162,8 +162,7 @@ def _copy(pairs: list[tuple[Slot, Stored]], on_progress: Progress) -> None:
     total = sum(slot.into.nbytes for slot, _ in pairs)
     done, filled = 0, dict[tuple[int, int], str]()
     for slot, stored in pairs:
-        tensor = stored.read()
-        tensor = tensor.T if slot.transposed else tensor
+        tensor = slot.kept(stored.read())
         if (first := filled.get(_storage(slot.into))) is not None:  # tied and given twice
             if not torch.equal(slot.into, tensor.to(slot.into)):
                 message = f"{stored.file}: {slot.name} differs from {first}, to which config.json ties it"

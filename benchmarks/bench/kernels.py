@@ -105,7 +105,7 @@ def heads_of(config: ModelConfig) -> Heads:
 def matrices(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """Outs and ins of a layer's matrices, and the head's."""
     queries, keys = config.heads * config.head_size, config.kv_heads * config.head_size
-    gated = 2 if config.activation == "silu" else 1
+    gated = 2 if config.gated else 1
     head = config.labels or config.vocab_size
     shapes = (
         (queries + 2 * keys, config.hidden_size),
@@ -134,7 +134,7 @@ def streams(setting: OfModel, config: ModelConfig, rows: int) -> Iterator[tuple[
     device, dtype, size = setting.device, setting.own, config.hidden_size
     x, residual = (torch.randn(rows, size, device=device).to(dtype) for _ in range(2))
     weight = torch.ones(size, device=device, dtype=dtype)
-    gated = config.activation == "silu"
+    gated = config.gated
     if config.rope is not None:
         yield "rms_norm + residual", lambda: ops.rms_norm(x, weight, EPS, residual), 4 * x.nbytes, "rms_norm"
     else:

@@ -152,7 +152,7 @@ def matrix_elements(config: ModelConfig) -> int:
     """Elements of the matrices that every token is multiplied with, the head's not counted."""
     queries, keys = config.heads * config.head_size, config.kv_heads * config.head_size
     attention = config.hidden_size * (2 * queries + 2 * keys)
-    matrices = 3 if config.activation == "silu" else 2  # gated or not
+    matrices = 3 if config.gated else 2  # gated or not
     return config.layers * (attention + matrices * config.hidden_size * config.intermediate_size)
 
 

@@ -1,6 +1,6 @@
 """RMS norm and layer norm of rows, with the residual sum in the same pass.
 
-rms_norm    y = round(x / sqrt(mean(x²) + eps)) · weight
+rms_norm    y = round(x / sqrt(mean(x²) + eps)) · weight, unrounded where the weight is float32
 layer_norm  y = (x - mean(x)) / sqrt(var(x) + eps) · weight + bias
 
 With a residual r: r = round(x + r), in place, takes x's place. One program per row, which it keeps in registers: x (and
@@ -32,9 +32,9 @@ def _rms_norm_kernel(x, residual, weight, out, x_stride, residual_stride, width,
         tl.store(place, value, mask=inside)
     wide = value.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)
-    normal = (wide * scale).to(value.dtype).to(tl.float32)
-    factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * width + column, (normal * factor).to(value.dtype), mask=inside)
+    factor = tl.load(weight + column, mask=inside, other=0.0)
+    normal = (wide * scale).to(factor.dtype).to(tl.float32)
+    tl.store(out + row * width + column, (normal * factor.to(tl.float32)).to(value.dtype), mask=inside)
 
 
 @triton.jit

@@ -65,6 +65,30 @@ BLOOM = {
     "bos_token_id": BOS_ID,
     "eos_token_id": EOS_ID,
 }
+NEOX = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "rotary_pct": 0.25,
+    "bos_token_id": BOS_ID,
+    "eos_token_id": EOS_ID,
+}
+OPT = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "ffn_dim": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "bos_token_id": BOS_ID,
+    "eos_token_id": EOS_ID,
+    "pad_token_id": None,
+}
+OPT_POST = {"do_layer_norm_before": False, "num_hidden_layers": 1}  # with more layers greedy text repeats itself
+GPTJ = GPT2 | {"rotary_dim": 8}
 
 
 def _rope(**parameters: Any) -> dict[str, Any]:
@@ -105,6 +129,22 @@ LANGUAGE_MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("BloomForCausalLM", BLOOM),
     "bloom-6": ("BloomForCausalLM", BLOOM | {"n_head": 6, "hidden_size": 72}),
     "bloom-post": ("BloomForCausalLM", BLOOM | {"apply_residual_connection_post_layernorm": True}),
+    "neox": ("GPTNeoXForCausalLM", NEOX),
+    "neox-serial": (
+        "GPTNeoXForCausalLM",
+        NEOX | {"use_parallel_residual": False, "rotary_pct": 1.0, "attention_bias": False, "hidden_act": "gelu_new"},
+    ),
+    "opt": ("OPTForCausalLM", OPT),
+    "opt-post": (
+        "OPTForCausalLM",
+        OPT | OPT_POST | {"word_embed_proj_dim": 24, "tie_word_embeddings": False, "num_attention_heads": 2},
+    ),
+    "opt-plain": (
+        "OPTForCausalLM",
+        OPT | {"enable_bias": False, "layer_norm_elementwise_affine": False, "activation_function": "gelu"},
+    ),
+    "gptj": ("GPTJForCausalLM", GPTJ),
+    "gptj-tied": ("GPTJForCausalLM", GPTJ | {"tie_word_embeddings": True, "n_inner": 80}),
 }
 REWARD_MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "gpt2-reward": ("GPT2ForSequenceClassification", GPT2 | {"num_labels": 1}),
@@ -113,6 +153,9 @@ REWARD_MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "qwen2-reward": ("Qwen2ForSequenceClassification", LLAMA | {"num_labels": 3}),
     "qwen3-reward": ("Qwen3ForSequenceClassification", QWEN3 | {"num_labels": 1}),
     "bloom-reward": ("BloomForSequenceClassification", BLOOM | {"num_labels": 2}),
+    "neox-reward": ("GPTNeoXForSequenceClassification", NEOX | {"num_labels": 1}),
+    "opt-reward": ("OPTForSequenceClassification", OPT | {"num_labels": 2, "word_embed_proj_dim": 48, "do_layer_norm_before": False}),
+    "gptj-reward": ("GPTJForSequenceClassification", GPTJ | {"num_labels": 1}),
 }
 VARIANTS = [*LANGUAGE_MODELS, *REWARD_MODELS]
 
