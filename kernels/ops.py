@@ -110,7 +110,7 @@ def op(body: Callable[Args, Result]) -> Callable[Args, Result]:
 
 @op
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
-    """x / sqrt(mean(x²) + eps), rounded to weight's dtype, times weight, over the last dimension. x [..., D], weight [D].
+    """x / sqrt(mean(x²) + eps), rounded to weight's dtype, times weight [D], over the last dimension of x [..., D].
 
     The result has x's dtype. weight has it, too, or is float32, and then only the result is rounded.
 

@@ -57,7 +57,7 @@ def configure(fields: Fields, architecture: str, labels: int) -> ModelConfig:
 
 
 def by_kind(groups: int, queries: int, size: int) -> Tensor:
-    """[groups (queries + 2) size]: rows that stand as (`queries` q heads, k, v) per group, read as all q, all k, all v."""
+    """[groups (queries + 2) size]: where rows stand that lie as (`queries` q heads, k, v) group by group: all q, k, v."""
     heads = torch.arange(groups * (queries + 2) * size).view(groups, queries + 2, size)
     return torch.cat((heads[:, :queries].flatten(), heads[:, queries].flatten(), heads[:, queries + 1].flatten()))
 

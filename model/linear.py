@@ -28,8 +28,8 @@ class Linear(nn.Module):
     """y = activation(x Wᵀ + b), where W [sum(outs), ins] holds several matrices of the checkpoint, one below the other.
 
     `names` and `outs` go together: the checkpoint has `names[i]`, with `outs[i]` outputs, where this module stands.
-    `stored_transposed`: the checkpoint keeps [ins, outs]. `order` [outs]: row i here is row order[i] of the checkpoint's
-    matrix, and of its bias. `weight`: storage to share instead of an own one (tied embeddings). `split`: how the matrix
+    `stored_transposed`: the checkpoint keeps [ins, outs]. `order` [outs]: row i here is row order[i] of the
+    checkpoint's matrix, and of its bias. `weight`: storage to share instead of an own one (tied embeddings). `split`: how the matrix
     is divided over devices; on one it changes nothing.
     """
 

@@ -1,4 +1,4 @@
-"""The LLaMA family: LLaMA, Mistral, Qwen2 and Qwen3, which differ in their configs only.
+"""The LLaMA family: LLaMA, Mistral, Qwen2 and Qwen3, which differ in their configs only, and Phi-3's decoder.
 
 Letters: T tokens of the step, D model size, N query heads, K kv heads, H head size, V vocabulary.
 """
@@ -88,9 +88,9 @@ class LlamaAttention(nn.Module):
         queries, keys = config.heads * config.head_size, config.kv_heads * config.head_size
         self.window, self.scale, self.eps = window, config.head_size**-0.5, config.norm_eps
         self.qkv_proj = Linear(
-            ("q_proj", "k_proj", "v_proj"),
+            ("qkv_proj",) if config.fused else ("q_proj", "k_proj", "v_proj"),
             config.hidden_size,
-            (queries, keys, keys),
+            (queries + 2 * keys,) if config.fused else (queries, keys, keys),
             place,
             split="column",
             bias=config.qkv_bias,
@@ -121,9 +121,9 @@ class LlamaMLP(nn.Module):
         super().__init__()
         inner, outer = config.intermediate_size, config.hidden_size
         self.gate_up_proj = Linear(
-            ("gate_proj", "up_proj"),
+            ("gate_up_proj",) if config.fused else ("gate_proj", "up_proj"),
             outer,
-            (inner, inner),
+            (2 * inner,) if config.fused else (inner, inner),
             place,
             split="column",
             bias=config.mlp_bias,

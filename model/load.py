@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -25,16 +26,19 @@ def load_model(
     dtype: DType = "auto",
     device: torch.device | str = "cpu",
     deterministic: bool = False,
+    context: int | None = None,
     on_progress: Progress | None = None,
 ) -> Model:
     """The model of a Hugging Face checkpoint directory, on `device`.
 
     `dtype`: see `choose_dtype`. `deterministic`: a row's results have the same bits whatever rows are computed with it
-    (for attention `Sequences.deterministic` says so). `on_progress(done, total)` is called with bytes. Raises
-    CheckpointError that names what is wrong.
+    (for attention `Sequences.deterministic` says so). `context`: no sequence will be longer (see `Rope.within`).
+    `on_progress(done, total)` is called with bytes. Raises CheckpointError that names what is wrong.
     """
     directory, device = Path(path), torch.device(device)
     config = read_config(directory)
+    if context is not None and config.rope is not None:
+        config = replace(config, rope=config.rope.within(context))
     files = find_files(directory)
     place = Place(choose_dtype(dtype, config, device), device, deterministic)
     decoder, head = _unfilled(config, place)

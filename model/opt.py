@@ -78,9 +78,7 @@ class OPTLayer(nn.Module):
         activation: Activation | None = None if self.relu else "gelu_tanh" if config.activation in TANH else "gelu"
         self.self_attn = OPTAttention(config, place)
         self.self_attn_layer_norm = LayerNorm(outer, config.norm_eps, place, config.norm_affine)
-        self.fc1 = Linear(
-            ("fc1",), outer, (inner,), place, split="column", bias=config.mlp_bias, activation=activation
-        )
+        self.fc1 = Linear(("fc1",), outer, (inner,), place, split="column", bias=config.mlp_bias, activation=activation)
         self.fc2 = Linear(("fc2",), inner, (outer,), place, split="row", bias=config.mlp_bias)
         self.final_layer_norm = LayerNorm(outer, config.norm_eps, place, config.norm_affine)
 

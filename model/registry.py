@@ -6,13 +6,15 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
-from . import bloom, gpt2, gpt_neox, gptj, llama, opt
+from . import bloom, falcon, gemma, gpt2, gpt_neox, gptj, llama, opt, phi3
 from .config import ModelConfig
 from .fields import Fields
 from .slots import Place
 
 Decoder = (
     bloom.BloomDecoder
+    | falcon.FalconDecoder
+    | gemma.GemmaDecoder
     | gpt2.GPT2Decoder
     | gpt_neox.GPTNeoXDecoder
     | gptj.GPTJDecoder
@@ -46,6 +48,9 @@ BLOOM = Family(bloom.configure, bloom.BloomDecoder)
 GPT_NEOX = Family(gpt_neox.configure, gpt_neox.GPTNeoXDecoder, older_head="embed_out")
 OPT = Family(opt.configure, opt.OPTDecoder)
 GPTJ = Family(gptj.configure, gptj.GPTJDecoder)
+GEMMA = Family(gemma.configure, gemma.GemmaDecoder)
+PHI3 = Family(phi3.configure, llama.LlamaDecoder)
+FALCON = Family(falcon.configure, falcon.FalconDecoder)
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
@@ -67,6 +72,14 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "OPTForSequenceClassification": Architecture(OPT, "score"),
         "GPTJForCausalLM": Architecture(GPTJ, "lm"),
         "GPTJForSequenceClassification": Architecture(GPTJ, "score"),
+        "Gemma2ForCausalLM": Architecture(GEMMA, "lm"),
+        "Gemma2ForSequenceClassification": Architecture(GEMMA, "score"),
+        "Gemma3ForCausalLM": Architecture(GEMMA, "lm"),
+        "Gemma3TextForSequenceClassification": Architecture(GEMMA, "score"),
+        "Phi3ForCausalLM": Architecture(PHI3, "lm"),
+        "Phi3ForSequenceClassification": Architecture(PHI3, "score"),
+        "FalconForCausalLM": Architecture(FALCON, "lm"),
+        "FalconForSequenceClassification": Architecture(FALCON, "score"),
     }
 )
 

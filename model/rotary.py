@@ -56,8 +56,13 @@ class Rope:
     beta_slow: float = 1.0
     attention_factor: float = 1.0  # yarn, longrope
     truncate: bool = True
-    short_factors: tuple[float, ...] = ()  # longrope: of each pair
-    long_factors: tuple[float, ...] = ()
+    factors: tuple[float, ...] = ()  # longrope: of each pair
+    short_factors: tuple[float, ...] = ()  # those for sequences up to original_context
+
+    def within(self, context: int) -> Rope:
+        """The rotation of a model that is given sequences of at most `context` tokens."""
+        short = self.type == "longrope" and context <= self.original_context
+        return replace(self, factors=self.short_factors) if short else self
 
 
 def tables(rope: Rope, context: int) -> tuple[Tensor, Tensor]:
@@ -66,12 +71,12 @@ def tables(rope: Rope, context: int) -> tuple[Tensor, Tensor]:
     if rope.type == "dynamic":
         angles = positions.unsqueeze(-1) * _dynamic(rope, context)
     else:
-        angles = torch.outer(positions, inverse_frequencies(rope, context))
+        angles = torch.outer(positions, inverse_frequencies(rope))
     return angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
 
 
-def inverse_frequencies(rope: Rope, context: int = 0) -> Tensor:
-    """w [R / 2] float32 of every type whose frequencies do not depend on the position. longrope asks for `context`."""
+def inverse_frequencies(rope: Rope) -> Tensor:
+    """w [R / 2] float32 of every type whose frequencies do not depend on the position."""
     plain = 1.0 / rope.theta ** _exponents(rope)
     if rope.type == "linear":
         return plain / rope.factor
@@ -80,7 +85,7 @@ def inverse_frequencies(rope: Rope, context: int = 0) -> Tensor:
     if rope.type == "yarn":
         return _yarn(rope, plain)
     if rope.type == "longrope":
-        return plain / torch.tensor(rope.long_factors if context > rope.original_context else rope.short_factors)
+        return plain / torch.tensor(rope.factors)
     return plain
 
 
@@ -187,16 +192,17 @@ def _longrope(given: Fields, theta: float, size: int, original: int, context: in
     """cos and sin are scaled by `attention_factor`, by default √(1 + ln(factor) / ln(original))."""
     factor = given.number("factor", context / original)
     scale = 1.0 if factor <= 1 or original < 2 else math.sqrt(1 + math.log(factor) / math.log(original))
-    return Rope(
+    rope = Rope(
         "longrope",
         theta,
         size,
         factor,
         original,
         attention_factor=given.number("attention_factor", scale),
+        factors=given.numbers("long_factor", size // 2),
         short_factors=given.numbers("short_factor", size // 2),
-        long_factors=given.numbers("long_factor", size // 2),
     )
+    return rope.within(context)
 
 
 def _yarn_attention_factor(given: Fields, factor: float) -> float:

@@ -32,8 +32,8 @@ class Slot(NamedTuple):
     `name` is the tensor's name in the checkpoint, without the family's prefix; `into` is a weight or one part of a
     fused one. `transposed`: the checkpoint stores it [ins, outs] (GPT-2's Conv1D). `optional`: what `into` already
     holds stands where the checkpoint has no such tensor. `change`: what is kept of the tensor, in its shape, where that
-    is not the tensor itself (an order of rows, Gemma's 1 + weight). Slots with the same storage are tied: one of them is
-    enough.
+    is not the tensor itself (an order of rows, Gemma's 1 + weight). Slots with the same storage are tied: one of them
+    is enough.
     """
 
     name: str

@@ -108,6 +108,7 @@ def _load(spec: ModelSpec, options: EngineOptions, on_progress: Progress | None)
             dtype=spec.dtype,
             device=options.device,
             deterministic=options.deterministic,
+            context=spec.max_model_len or options.max_model_len,
             on_progress=progress,
         )
     except CheckpointError as error:

@@ -17,6 +17,10 @@ from tandem.model.model import Model
 
 LENGTHS = [1, 7, 8, 9, 61, 90]  # around a page of 8, and beyond the sliding windows
 TOLERANCE = 1e-4
+HALF = [
+    *("gpt2", "llama-gqa", "llama-yarn", "mistral", "qwen2", "qwen3", "bloom-6", "neox", "opt", "gptj"),
+    *("gemma3-linear", "phi3-long", "falcon-new", "falcon-rw"),
+]
 
 
 def prompts() -> list[list[int]]:
@@ -108,7 +112,7 @@ def greedy(reference: PreTrainedModel, prompt: list[int], count: int) -> list[in
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("variant", ["gpt2", "llama-gqa", "llama-yarn", "mistral", "qwen2", "qwen3", "bloom-6"])
+@pytest.mark.parametrize("variant", HALF)
 def test_half_precision_within_rounding(variant: str, dtype: str, tmp_path: Path) -> None:
     """Our logits in half precision are as near to the float32 ones as those of transformers in the same precision."""
     reference = make_model(variant)

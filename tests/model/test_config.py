@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import BLOOM, GPT2, LLAMA
+from checkpoints import BLOOM, FALCON, GEMMA, GPT2, GPTJ, LLAMA, NEOX, OPT, PHI3
 
 from tandem.model.bloom import alibi_slopes
 from tandem.model.config import ModelConfig, read_config
@@ -21,6 +21,13 @@ from tandem.model.rotary import Rope, tables
 LLAMA_FIELDS = {"architectures": ["LlamaForCausalLM"], **LLAMA}
 GPT2_FIELDS = {"architectures": ["GPT2LMHeadModel"], **GPT2}
 BLOOM_FIELDS = {"architectures": ["BloomForCausalLM"], **BLOOM}
+FALCON_FIELDS = {"architectures": ["FalconForCausalLM"], **FALCON}
+GPTJ_FIELDS = {"architectures": ["GPTJForCausalLM"], **GPTJ}
+NEOX_FIELDS = {"architectures": ["GPTNeoXForCausalLM"], **NEOX}
+OPT_FIELDS = {"architectures": ["OPTForCausalLM"], **OPT}
+PHI3_FIELDS = {"architectures": ["Phi3ForCausalLM"], **PHI3}
+GEMMA2_FIELDS = {"architectures": ["Gemma2ForCausalLM"], **GEMMA}
+GEMMA3_FIELDS = {"architectures": ["Gemma3ForCausalLM"], **GEMMA}
 MISTRAL, QWEN2, QWEN3 = ({"architectures": [f"{name}ForCausalLM"]} for name in ("Mistral", "Qwen2", "Qwen3"))
 
 
@@ -32,7 +39,7 @@ def read(path: Path, fields: dict[str, Any], **more: Any) -> ModelConfig:
 @pytest.mark.parametrize(
     ("fields", "change", "message"),
     [
-        (LLAMA_FIELDS, {"architectures": ["FalconForCausalLM"]}, 'is ["FalconForCausalLM"]; supported: one of'),
+        (LLAMA_FIELDS, {"architectures": ["MambaForCausalLM"]}, 'is ["MambaForCausalLM"]; supported: one of'),
         (LLAMA_FIELDS, {"architectures": None}, "architectures is null"),
         (LLAMA_FIELDS, {"architectures": "LlamaForCausalLM"}, "a list of strings"),
         (LLAMA_FIELDS, {"hidden_act": "relu"}, "hidden_act is \"relu\"; supported: 'silu' or 'swish'"),
@@ -54,7 +61,8 @@ def read(path: Path, fields: dict[str, Any], **more: Any) -> ModelConfig:
         (LLAMA_FIELDS, {"eos_token_id": "</s>"}, 'eos_token_id is "</s>"'),
         (LLAMA_FIELDS, {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         (LLAMA_FIELDS, {"layer_types": ["sliding_attention"] * 2}, "layer_types is"),
-        (LLAMA_FIELDS, {"rope_scaling": {"type": "longrope", "factor": 2}}, 'rope_scaling.type is "longrope"'),
+        (LLAMA_FIELDS, {"rope_scaling": {"type": "longrope", "factor": 2}}, "rope_scaling.long_factor is missing"),
+        (LLAMA_FIELDS, {"rope_scaling": {"type": "proportional"}}, 'rope_scaling.type is "proportional"'),
         (LLAMA_FIELDS, {"rope_scaling": [2]}, "rope_scaling is [2]; supported: an object"),
         (LLAMA_FIELDS, {"rope_parameters": {"rope_type": "linear"}}, "rope_parameters.factor is missing"),
         (LLAMA_FIELDS, {"rope_parameters": {"rope_type": "llama3", "factor": 8}}, "rs.low_freq_factor is missing"),
@@ -72,6 +80,28 @@ def read(path: Path, fields: dict[str, Any], **more: Any) -> ModelConfig:
         (GPT2_FIELDS, {"n_embd": None}, "n_embd is null"),
         (BLOOM_FIELDS, {"slow_but_exact": True, "pretraining_tp": 2}, "slow_but_exact is true"),
         (BLOOM_FIELDS, {"n_head": 7}, "n_head is 7"),
+        (NEOX_FIELDS, {"hidden_act": "relu"}, 'hidden_act is "relu"'),
+        (NEOX_FIELDS, {"num_attention_heads": 5}, "num_attention_heads is 5"),
+        (NEOX_FIELDS, {"rotary_pct": 1.5}, "a share of a head of 16"),
+        (NEOX_FIELDS, {"rope_parameters": {"partial_rotary_factor": 0.2}}, "rs.partial_rotary_factor is 0.2"),
+        (GPTJ_FIELDS, {"rotary_dim": None}, "rotary_dim is null; supported: an even number up to a head's size 16"),
+        (GPTJ_FIELDS, {"rotary_dim": 18}, "rotary_dim is 18"),
+        (OPT_FIELDS, {"activation_function": "silu"}, 'activation_function is "silu"'),
+        (GEMMA2_FIELDS, {"hidden_activation": "gelu"}, 'hidden_activation is "gelu"'),
+        (GEMMA2_FIELDS, {"use_bidirectional_attention": True}, "use_bidirectional_attention is true"),
+        (GEMMA2_FIELDS, {"layer_types": ["full_attention"]}, "3 of full_attention or sliding_attention"),
+        (GEMMA2_FIELDS, {"final_logit_softcapping": "30"}, 'final_logit_softcapping is "30"'),
+        (GEMMA3_FIELDS, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
+        (GEMMA3_FIELDS, {"rope_parameters": {"rope_theta": 1e6}}, "rope_parameters.rope_theta is 1000000.0"),
+        (GEMMA3_FIELDS, {"rope_scaling": {"rope_type": "yarn", "factor": 2}}, 'rope_scaling.rope_type is "yarn"'),
+        (PHI3_FIELDS, {"rope_parameters": {"rope_type": "linear", "factor": 2}}, 'rs.rope_type is "linear"'),
+        (PHI3_FIELDS, {"rope_scaling": {"type": "su"}, "rope_parameters": None}, "rope_scaling.long_factor is missing"),
+        (PHI3_FIELDS, {"hidden_act": "gelu"}, 'hidden_act is "gelu"'),
+        (FALCON_FIELDS, {"activation": "relu"}, 'activation is "relu"'),
+        (FALCON_FIELDS, {"multi_query": False, "num_kv_heads": 2}, "num_kv_heads is 2"),
+        (FALCON_FIELDS, {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn is 2; supported: 1"),
+        (FALCON_FIELDS, {"new_decoder_architecture": True, "parallel_attn": False}, "parallel_attn is false"),
+        (FALCON_FIELDS, {"new_decoder_architecture": True, "num_kv_heads": 3}, "num_kv_heads is 3"),
     ],
 )  # fmt: skip
 def test_refusals_name_field_and_value(
@@ -97,7 +127,7 @@ def test_generation_config_is_named_too(tmp_path: Path) -> None:
 
 
 def test_every_architecture_is_read(tmp_path: Path) -> None:
-    sizes = LLAMA_FIELDS | GPT2_FIELDS | BLOOM_FIELDS
+    sizes = LLAMA_FIELDS | GPT2_FIELDS | BLOOM_FIELDS | OPT | GPTJ | FALCON
     for name in ARCHITECTURES:
         config = read(tmp_path, sizes, architectures=[name], num_labels=3)
         assert config.architecture == name
@@ -123,6 +153,65 @@ def test_defaults_are_those_of_the_architecture(tmp_path: Path) -> None:
     assert read(tmp_path, gpt2, max_position_embeddings=99).context == 99
     assert read(tmp_path, GPT2_FIELDS).tied
     assert read(tmp_path, GPT2_FIELDS, scale_attn_weights=False).attention_scales == (1.0, 1.0)
+
+
+def test_defaults_of_the_later_families(tmp_path: Path) -> None:
+    def bare(fields: dict[str, Any], *names: str, **more: Any) -> ModelConfig:
+        return read(tmp_path, {name: value for name, value in fields.items() if name not in names}, **more)
+
+    neox = bare(NEOX_FIELDS, "rotary_pct", "max_position_embeddings")
+    assert (neox.rope, neox.context, neox.tied, neox.parallel) == (Rope(rotary_size=4), 2048, False, True)
+    assert bare(NEOX_FIELDS, rotary_emb_base=7, rotary_pct=0.5).rope == Rope("default", 7.0, 8)
+    given = {"rope_type": "default", "rope_theta": 7.0, "partial_rotary_factor": 0.5}
+    assert bare(NEOX_FIELDS, "rotary_pct", rope_parameters=given).rope == Rope("default", 7.0, 8)
+
+    opt = bare(OPT_FIELDS, "max_position_embeddings")
+    assert (opt.context, opt.tied, opt.activation, opt.final_norm, opt.output_size) == (2048, True, "relu", True, 64)
+    assert not bare(OPT_FIELDS, do_layer_norm_before=False).final_norm
+
+    gemma2 = bare(GEMMA2_FIELDS, "head_dim", "num_key_value_heads", "query_pre_attn_scalar", "sliding_window")
+    assert (gemma2.head_size, gemma2.kv_heads, gemma2.attention_scales) == (256, 4, (1 / 16,) * 3)
+    assert (gemma2.attention_softcap, gemma2.logit_softcap, gemma2.windows) == (50.0, 30.0, (4096, None, 4096))
+    assert bare(GEMMA2_FIELDS, "tie_word_embeddings").tied  # transformers leaves out what its base class has
+    null = bare(GEMMA2_FIELDS, attn_logit_softcapping=None, final_logit_softcapping=None)
+    assert (null.attention_softcap, null.logit_softcap) == (None, None)
+
+    falcon = bare(FALCON_FIELDS, "max_position_embeddings", "ffn_hidden_size")
+    assert (falcon.kv_heads, falcon.context, falcon.intermediate_size, falcon.tied) == (1, 2048, 256, True)
+    assert bare(FALCON_FIELDS, multi_query=False).kv_heads == 4
+    new = bare(FALCON_FIELDS, new_decoder_architecture=True, num_kv_heads=2)
+    assert (new.kv_heads, new.parallel_norms) == (2, 2)
+    assert bare(FALCON_FIELDS, alibi=True).rope is None
+
+
+def test_rotation_of_gemma3_in_old_and_new_form(tmp_path: Path) -> None:
+    old = {"rope_theta": 5e5, "rope_local_base_freq": 9.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    kinds = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 9.0},
+    }
+    for given in (old, {"rope_parameters": kinds}):
+        config = read(tmp_path, GEMMA3_FIELDS, **given)
+        assert config.rope == Rope("linear", 5e5, 24, 8.0, 512)
+        assert config.local_rope == Rope("default", 9.0, 24)
+        assert config.context == 512  # is the stretched one
+    plain = read(tmp_path, GEMMA3_FIELDS)
+    assert (plain.rope, plain.local_rope) == (Rope("default", 1e6, 24), Rope("default", 1e4, 24))
+    assert read(tmp_path, GEMMA3_FIELDS, num_hidden_layers=7).windows == (24, 24, 24, 24, 24, None, 24)
+
+
+@pytest.mark.parametrize("name", ["longrope", "su", "yarn"])
+def test_longrope_of_phi3(tmp_path: Path, name: str) -> None:
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    given = {"rope_parameters": None, "rope_scaling": {"type": name, **factors}}
+    config = read(tmp_path, PHI3_FIELDS, **given, original_max_position_embeddings=128)
+    assert config.rope is not None and config.context == 512
+    assert config.rope.attention_factor == pytest.approx(math.sqrt(1 + math.log(4) / math.log(128)))
+    assert config.rope.factors == (2.0,) * 8
+    assert config.rope.within(129) is config.rope
+    assert config.rope.within(128).factors == (1.0,) * 8
+    unstretched = read(tmp_path, PHI3_FIELDS, **given, original_max_position_embeddings=512).rope
+    assert unstretched is not None and (unstretched.factors, unstretched.attention_factor) == ((1.0,) * 8, 1.0)
 
 
 def test_old_names_of_bloom(tmp_path: Path) -> None:

@@ -120,7 +120,9 @@ def run(model: Model, cuts: list[int], sequences: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("variant", ["llama-gqa", "qwen3", "mistral", "gpt2", "gpt2-scaled", "bloom-6"])
+@pytest.mark.parametrize(
+    "variant", ["llama-gqa", "qwen3", "mistral", "gpt2", "gpt2-scaled", "bloom-6", "gptj", "opt", "gemma2"]
+)
 def test_models(variant: str, dtype: str, tmp_path: Path) -> None:
     """Prefilled at once, in chunks, token by token; alone, with 2 and 63 others; written and scored."""
     make_model(variant).save_pretrained(tmp_path)

@@ -158,6 +158,40 @@ def test_fused_weights_lie_below_one_another(llama: Path) -> None:
     assert torch.equal(attention.qkv_proj.weight, torch.cat(parts))
 
 
+@pytest.mark.parametrize("name", ["embed_out", "lm_head"])
+def test_either_name_of_a_head(name: str, tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, "neox", tokenizer=False)
+    (saved,) = [name for name in load_file(path / "model.safetensors") if not name.startswith("gpt_neox")]
+    rewrite(path, lambda tensors: tensors.update({f"{name}.weight": tensors.pop(saved)}))
+    expected = load_file(path / "model.safetensors")[f"{name}.weight"]
+    assert torch.equal(weights_of(load_model(path))["lm_head.weight"], expected)
+
+
+def test_rows_of_a_fused_matrix_are_put_in_order(tmp_path: Path) -> None:
+    """The checkpoint has q, k and v head by head, with their bias."""
+    path = write_checkpoint(tmp_path, "neox", tokenizer=False)
+    place = "layers.0.attention.query_key_value"
+    stored, loaded = load_file(path / "model.safetensors"), weights_of(load_model(path))
+    for kind in ("weight", "bias"):
+        heads = stored[f"gpt_neox.{place}.{kind}"].unflatten(0, (4, 3, 16))
+        assert torch.equal(loaded[f"{place}.{kind}"], heads.transpose(0, 1).flatten(0, 2))
+
+
+def test_norm_weights_that_are_stored_less_one(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, "gemma2", tokenizer=False)
+    stored = load_file(path / "model.safetensors")["model.norm.weight"]
+    weight = weights_of(load_model(path, dtype="bfloat16"))["norm.weight"]
+    assert weight.dtype == torch.float32 and torch.equal(weight, 1 + stored)
+
+
+def test_a_served_context_within_the_original_one_takes_the_short_factors(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, "phi3-long", tokenizer=False, original_max_position_embeddings=64)
+    long, short = load_model(path, context=65).decoder.rotary.cos, load_model(path, context=64).decoder.rotary.cos
+    reference = write_checkpoint(tmp_path / "short", "phi3-long", tokenizer=False, original_max_position_embeddings=512)
+    assert torch.equal(short, load_model(reference).decoder.rotary.cos)
+    assert not torch.equal(short, long)
+
+
 def test_score_head_with_bias(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path, "llama-reward", tokenizer=False)
     hidden = torch.randn(3, 64)

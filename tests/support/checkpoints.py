@@ -89,6 +89,36 @@ OPT = {
 }
 OPT_POST = {"do_layer_norm_before": False, "num_hidden_layers": 1}  # with more layers greedy text repeats itself
 GPTJ = GPT2 | {"rotary_dim": 8}
+GEMMA = QWEN3 | {
+    "num_hidden_layers": 3,
+    "query_pre_attn_scalar": 20,
+    "sliding_window": 24,
+    "tie_word_embeddings": True,
+}
+GEMMA2 = GEMMA | {"num_hidden_layers": 4, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}
+# Heads of 16, rotated in part; a model that is longer than one token is always beyond the original context.
+PHI3 = LLAMA | {
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "partial_rotary_factor": 0.75,
+        "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+        "long_factor": [1.0, 1.5, 2.0, 3.0, 5.0, 8.0],
+        "attention_factor": 1.2,
+    },
+    "original_max_position_embeddings": 1,
+}
+FALCON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "ffn_hidden_size": 96,
+    "max_position_embeddings": 512,
+    "bos_token_id": BOS_ID,
+    "eos_token_id": EOS_ID,
+}
+FALCON_NEW = FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}
+FALCON_RW = FALCON | {"alibi": True, "bias": True, "parallel_attn": False, "multi_query": False}
 
 
 def _rope(**parameters: Any) -> dict[str, Any]:
@@ -145,6 +175,28 @@ LANGUAGE_MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
     ),
     "gptj": ("GPTJForCausalLM", GPTJ),
     "gptj-tied": ("GPTJForCausalLM", GPTJ | {"tie_word_embeddings": True, "n_inner": 80}),
+    "gemma2": ("Gemma2ForCausalLM", GEMMA2),
+    "gemma3": ("Gemma3ForCausalLM", GEMMA | {"sliding_window_pattern": 3}),
+    "gemma3-linear": (
+        "Gemma3ForCausalLM",
+        GEMMA
+        | {
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5000.0}},
+            "final_logit_softcapping": 3.0,
+            "attention_bias": True,
+        },
+    ),
+    "phi3": ("Phi3ForCausalLM", LLAMA | {"sliding_window": 24}),
+    "phi3-long": ("Phi3ForCausalLM", PHI3),
+    "phi3-short": ("Phi3ForCausalLM", PHI3 | {"original_max_position_embeddings": 512, "tie_word_embeddings": True}),
+    "falcon": ("FalconForCausalLM", FALCON),
+    "falcon-new": ("FalconForCausalLM", FALCON_NEW),
+    "falcon-11": (
+        "FalconForCausalLM",
+        FALCON_NEW | {"num_ln_in_parallel_attn": 1, "bias": True, "tie_word_embeddings": False},
+    ),
+    "falcon-rw": ("FalconForCausalLM", FALCON_RW | {"num_attention_heads": 8}),
 }
 REWARD_MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "gpt2-reward": ("GPT2ForSequenceClassification", GPT2 | {"num_labels": 1}),
@@ -154,8 +206,16 @@ REWARD_MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "qwen3-reward": ("Qwen3ForSequenceClassification", QWEN3 | {"num_labels": 1}),
     "bloom-reward": ("BloomForSequenceClassification", BLOOM | {"num_labels": 2}),
     "neox-reward": ("GPTNeoXForSequenceClassification", NEOX | {"num_labels": 1}),
-    "opt-reward": ("OPTForSequenceClassification", OPT | {"num_labels": 2, "word_embed_proj_dim": 48, "do_layer_norm_before": False}),
+    "opt-reward": (
+        "OPTForSequenceClassification",
+        OPT | {"num_labels": 2, "word_embed_proj_dim": 48, "do_layer_norm_before": False},
+    ),
     "gptj-reward": ("GPTJForSequenceClassification", GPTJ | {"num_labels": 1}),
+    "gemma2-reward": ("Gemma2ForSequenceClassification", GEMMA2 | {"num_labels": 1}),
+    "gemma3-reward": ("Gemma3TextForSequenceClassification", GEMMA | {"num_labels": 1}),
+    "phi3-reward": ("Phi3ForSequenceClassification", PHI3 | {"num_labels": 1}),
+    "falcon-reward": ("FalconForSequenceClassification", FALCON | {"num_labels": 2}),
+    "falcon-rw-reward": ("FalconForSequenceClassification", FALCON_RW | {"num_labels": 1}),
 }
 VARIANTS = [*LANGUAGE_MODELS, *REWARD_MODELS]
 

@@ -54,6 +54,14 @@ def test_the_normal_value_is_rounded_before_the_weight(dtype: torch.dtype) -> No
     assert same.float().mean() > 0.99
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_a_float32_weight_multiplies_the_unrounded_value(dtype: torch.dtype) -> None:
+    x, weight = noise(8, 1000, dtype=dtype), 1 + noise(1000, seed=1) / 100
+    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    out = rms_norm(x, weight, 1e-5)
+    assert out.dtype == dtype and (out == exact.to(dtype)).float().mean() > 0.99
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_leading_dimensions(dtype: torch.dtype) -> None:
     x, weight = noise(2, 3, 5, 33, dtype=dtype), noise(33, dtype=dtype, seed=1)
