@@ -57,7 +57,7 @@ def configure(fields: Fields, architecture: str, labels: int) -> ModelConfig:
 
 
 def by_kind(groups: int, queries: int, size: int) -> Tensor:
-    """[groups (queries + 2) size]: where rows stand that lie as (`queries` q heads, k, v) group by group: all q, k, v."""
+    """The rows of all q, of all k, of all v, where they lie as (`queries` q heads, k, v) group by group."""
     heads = torch.arange(groups * (queries + 2) * size).view(groups, queries + 2, size)
     return torch.cat((heads[:, :queries].flatten(), heads[:, queries].flatten(), heads[:, queries + 1].flatten()))
 

@@ -29,8 +29,8 @@ class Linear(nn.Module):
 
     `names` and `outs` go together: the checkpoint has `names[i]`, with `outs[i]` outputs, where this module stands.
     `stored_transposed`: the checkpoint keeps [ins, outs]. `order` [outs]: row i here is row order[i] of the
-    checkpoint's matrix, and of its bias. `weight`: storage to share instead of an own one (tied embeddings). `split`: how the matrix
-    is divided over devices; on one it changes nothing.
+    checkpoint's matrix, and of its bias. `weight`: storage to share instead of an own one (tied embeddings). `split`:
+    how the matrix is divided over devices; on one it changes nothing.
     """
 
     plain: Tensor | None  # [sum(outs), ins]

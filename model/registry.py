@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
-from . import bloom, falcon, gemma, gpt2, gpt_neox, gptj, llama, opt, phi3
+from . import bloom, falcon, gemma, gpt2, gpt_neox, gptj, llama, olmo2, opt, phi3, starcoder2
 from .config import ModelConfig
 from .fields import Fields
 from .slots import Place
@@ -19,7 +19,9 @@ Decoder = (
     | gpt_neox.GPTNeoXDecoder
     | gptj.GPTJDecoder
     | llama.LlamaDecoder
+    | olmo2.Olmo2Decoder
     | opt.OPTDecoder
+    | starcoder2.Starcoder2Decoder
 )
 Head = Literal["lm", "score"]
 
@@ -51,6 +53,8 @@ GPTJ = Family(gptj.configure, gptj.GPTJDecoder)
 GEMMA = Family(gemma.configure, gemma.GemmaDecoder)
 PHI3 = Family(phi3.configure, llama.LlamaDecoder)
 FALCON = Family(falcon.configure, falcon.FalconDecoder)
+OLMO2 = Family(olmo2.configure, olmo2.Olmo2Decoder)
+STARCODER2 = Family(starcoder2.configure, starcoder2.Starcoder2Decoder)
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
@@ -80,6 +84,10 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "Phi3ForSequenceClassification": Architecture(PHI3, "score"),
         "FalconForCausalLM": Architecture(FALCON, "lm"),
         "FalconForSequenceClassification": Architecture(FALCON, "score"),
+        "Olmo2ForCausalLM": Architecture(OLMO2, "lm"),
+        "Olmo2ForSequenceClassification": Architecture(OLMO2, "score"),
+        "Starcoder2ForCausalLM": Architecture(STARCODER2, "lm"),
+        "Starcoder2ForSequenceClassification": Architecture(STARCODER2, "score"),
     }
 )
 

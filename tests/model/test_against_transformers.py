@@ -19,7 +19,7 @@ LENGTHS = [1, 7, 8, 9, 61, 90]  # around a page of 8, and beyond the sliding win
 TOLERANCE = 1e-4
 HALF = [
     *("gpt2", "llama-gqa", "llama-yarn", "mistral", "qwen2", "qwen3", "bloom-6", "neox", "opt", "gptj"),
-    *("gemma3-linear", "phi3-long", "falcon-new", "falcon-rw"),
+    *("gemma3-linear", "phi3-long", "falcon-new", "falcon-rw", "olmo2"),
 ]
 
 

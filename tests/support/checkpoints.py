@@ -197,6 +197,8 @@ LANGUAGE_MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
         FALCON_NEW | {"num_ln_in_parallel_attn": 1, "bias": True, "tie_word_embeddings": False},
     ),
     "falcon-rw": ("FalconForCausalLM", FALCON_RW | {"num_attention_heads": 8}),
+    "olmo2": ("Olmo2ForCausalLM", LLAMA),
+    "starcoder2": ("Starcoder2ForCausalLM", LLAMA | {"sliding_window": 24}),
 }
 REWARD_MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "gpt2-reward": ("GPT2ForSequenceClassification", GPT2 | {"num_labels": 1}),
@@ -214,6 +216,8 @@ REWARD_MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "gemma2-reward": ("Gemma2ForSequenceClassification", GEMMA2 | {"num_labels": 1}),
     "gemma3-reward": ("Gemma3TextForSequenceClassification", GEMMA | {"num_labels": 1}),
     "phi3-reward": ("Phi3ForSequenceClassification", PHI3 | {"num_labels": 1}),
+    "olmo2-reward": ("Olmo2ForSequenceClassification", LLAMA | {"num_labels": 1, "attention_bias": True}),
+    "starcoder2-reward": ("Starcoder2ForSequenceClassification", LLAMA | {"num_labels": 1}),
     "falcon-reward": ("FalconForSequenceClassification", FALCON | {"num_labels": 2}),
     "falcon-rw-reward": ("FalconForSequenceClassification", FALCON_RW | {"num_labels": 1}),
 }
