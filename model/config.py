@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .errors import CheckpointError
 from .fields import Fields
+from .pooling import Pooling, PoolingMode, read_pooling
 from .rotary import Rope
 
 
@@ -25,11 +26,12 @@ class ModelConfig:
     context: int  # most tokens of one sequence
     norm_eps: float
     dtype: str  # "float32" | "bfloat16" | "float16": what the checkpoint says of itself
-    labels: int  # outputs of the reward head; 0: a language model
+    labels: int  # outputs of the reward head; 0: a language model or an embedding model
     end_ids: tuple[int, ...]  # of config.json and generation_config.json
     tied: bool  # the language model's head is the embedding
     activation: str
     gated: bool = False  # the MLP has three matrices: activation(gate) · up, then down
+    pooling: Pooling | None = None  # of an embedding model
     rope: Rope | None = None
     local_rope: Rope | None = None  # Gemma 3: of the layers with a window
     windows: tuple[int | None, ...] = ()  # sliding window of each layer in tokens
@@ -52,13 +54,21 @@ class ModelConfig:
     alibi: bool = False  # Falcon: instead of rotation
 
     @property
+    def generates(self) -> bool:
+        """Whether it has a language model's head."""
+        return not self.labels and self.pooling is None
+
+    @property
     def output_size(self) -> int:
         """What the head reads of a row."""
         return self.embedding_size or self.hidden_size
 
 
-def read_config(path: str | Path) -> ModelConfig:
+def read_config(path: str | Path, *, embedding: bool = False, pooling: PoolingMode | None = None) -> ModelConfig:
     """The decoder that the checkpoint in directory `path` describes.
+
+    It embeds if its architecture has no head, or, with `embedding`, has a language model's, which is then left out;
+    `pooling` says how, instead of the checkpoint.
 
     Raises CheckpointError that names what is missing or, with its value, the field that is not supported.
     """
@@ -68,8 +78,12 @@ def read_config(path: str | Path) -> ModelConfig:
     fields.only("quantization_config")
     fields.only("is_encoder_decoder", False)
     fields.only("add_cross_attention", False)
+    fields.only("is_causal", True)
     name, entry = read_architecture(fields)
-    return entry.family.configure(fields, name, read_labels(fields) if entry.head == "score" else 0)
+    config = entry.family.configure(fields, name, read_labels(fields) if entry.head == "score" else 0)
+    if entry.head == "none" or (embedding and entry.head == "lm"):
+        return replace(config, pooling=read_pooling(Path(path), pooling))
+    return config
 
 
 def checkpoint_file(directory: Path, name: str) -> Path:

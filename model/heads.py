@@ -1,4 +1,4 @@
-"""What a model's last hidden states become: logits of a language model, scores of a reward model."""
+"""What a model's last hidden states become: logits, scores, or an embedding."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..kernels import ops
 from .linear import Linear
+from .pooling import PoolingMode
 from .slots import Place, Slot
 
 
@@ -52,6 +53,27 @@ class LMHead(nn.Module):
         if self.deterministic:  # as in `ops.activate`: elements behind the last whole vector are rounded otherwise
             return torch.stack([row.div(self.softcap).tanh_().mul_(self.softcap) for row in logits])
         return logits.div_(self.softcap).tanh_().mul_(self.softcap)
+
+
+class EmbedHead(nn.Module):
+    """The hidden states of a text, chunk by chunk -> its embedding [D] float32, not normalised. It has no weights."""
+
+    def __init__(self, mode: PoolingMode) -> None:
+        super().__init__()
+        self.mode = mode
+
+    def carry(self, rows: Tensor, before: Tensor | None) -> Tensor:
+        """rows [n, D] of a chunk, `before`: what was carried so far, None at the text's start -> [D] float64."""
+        if self.mode == "mean":
+            total = rows.double().sum(0)
+            return total if before is None else before + total
+        if self.mode == "cls":
+            return rows[0].double() if before is None else before
+        return rows[-1].double()
+
+    def embedding(self, carried: Tensor, count: int) -> Tensor:
+        """Of a text of `count` tokens."""
+        return (carried / count if self.mode == "mean" else carried).float()
 
 
 class ScoreHead(nn.Module):

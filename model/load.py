@@ -10,14 +10,18 @@ import torch
 
 from ..kernels.cpu.native import native
 from .config import ModelConfig, read_config
-from .heads import LMHead, ScoreHead
+from .heads import EmbedHead, LMHead, ScoreHead
 from .linear import linears
 from .model import Model
+from .pooling import PoolingMode
 from .registry import ARCHITECTURES, Decoder
 from .slots import Place
 from .weights import Progress, digest, fill, find_files, slots_of
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+AnyHead = LMHead | ScoreHead | EmbedHead
+
+LANGUAGE_HEAD = r"lm_head\.(weight|bias)|embed_out\.weight"  # what an embedding model leaves out of a checkpoint
 
 
 def load_model(
@@ -27,22 +31,26 @@ def load_model(
     device: torch.device | str = "cpu",
     deterministic: bool = False,
     context: int | None = None,
+    embedding: bool = False,
+    pooling: PoolingMode | None = None,
     on_progress: Progress | None = None,
 ) -> Model:
     """The model of a Hugging Face checkpoint directory, on `device`.
 
     `dtype`: see `choose_dtype`. `deterministic`: a row's results have the same bits whatever rows are computed with it
     (for attention `Sequences.deterministic` says so). `context`: no sequence will be longer (see `Rope.within`).
-    `on_progress(done, total)` is called with bytes. Raises CheckpointError that names what is wrong.
+    `embedding`, `pooling`: see `read_config`. `on_progress(done, total)` is called with bytes. Raises CheckpointError
+    that names what is wrong.
     """
     directory, device = Path(path), torch.device(device)
-    config = read_config(directory)
+    config = read_config(directory, embedding=embedding, pooling=pooling)
     if context is not None and config.rope is not None:
         config = replace(config, rope=config.rope.within(context))
     files = find_files(directory)
     place = Place(choose_dtype(dtype, config, device), device, deterministic)
     decoder, head = _unfilled(config, place)
-    fill(decoder, head, decoder.PREFIX, decoder.IGNORED, files, on_progress or (lambda done, total: None))
+    ignored = decoder.IGNORED if config.pooling is None else f"{decoder.IGNORED}|{LANGUAGE_HEAD}"
+    fill(decoder, head, decoder.PREFIX, ignored, files, on_progress or (lambda done, total: None))
     _pack(decoder, head)
     return Model(config, decoder, head, place, digest([directory / "config.json", *files]))
 
@@ -76,10 +84,12 @@ def random_model(
     return Model(config, decoder, head, place, f"random {seed}")
 
 
-def _unfilled(config: ModelConfig, place: Place) -> tuple[Decoder, LMHead | ScoreHead]:
+def _unfilled(config: ModelConfig, place: Place) -> tuple[Decoder, AnyHead]:
     """Decoder and head as the config describes them, their weights not yet written."""
     entry = ARCHITECTURES[config.architecture]
     decoder = entry.family.decoder(config, place)
+    if config.pooling is not None:
+        return decoder, EmbedHead(config.pooling.mode)
     if entry.head == "score":
         return decoder, ScoreHead(config.labels, config.output_size, place)
     tied = decoder.embedding if config.tied else None
@@ -95,7 +105,7 @@ def _unfilled(config: ModelConfig, place: Place) -> tuple[Decoder, LMHead | Scor
     return decoder, head
 
 
-def _pack(decoder: Decoder, head: LMHead | ScoreHead) -> None:
+def _pack(decoder: Decoder, head: AnyHead) -> None:
     """Brings the filled matrices into the device's own order."""
     for part in (decoder, head):
         for _, linear in linears(part):

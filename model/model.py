@@ -12,7 +12,7 @@ from ..kernels import ops
 from ..kernels.ops import TokenLogprobs
 from .batch import Batch
 from .config import ModelConfig
-from .heads import LMHead, ScoreHead
+from .heads import EmbedHead, LMHead, ScoreHead
 from .kv_cache import KVCache
 from .linear import linears
 from .registry import Decoder
@@ -27,7 +27,7 @@ class Model:
     """
 
     def __init__(
-        self, config: ModelConfig, decoder: Decoder, head: LMHead | ScoreHead, place: Place, digest: str
+        self, config: ModelConfig, decoder: Decoder, head: LMHead | ScoreHead | EmbedHead, place: Place, digest: str
     ) -> None:
         self.config, self.decoder, self.head = config, decoder, head
         self.dtype, self.deterministic = place.dtype, place.deterministic

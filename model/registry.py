@@ -23,7 +23,7 @@ Decoder = (
     | opt.OPTDecoder
     | starcoder2.Starcoder2Decoder
 )
-Head = Literal["lm", "score"]
+Head = Literal["lm", "score", "none"]  # none: an embedding model
 
 
 class Family(NamedTuple):
@@ -56,38 +56,41 @@ FALCON = Family(falcon.configure, falcon.FalconDecoder)
 OLMO2 = Family(olmo2.configure, olmo2.Olmo2Decoder)
 STARCODER2 = Family(starcoder2.configure, starcoder2.Starcoder2Decoder)
 
+FAMILIES: Mapping[str, Family] = MappingProxyType(  # by the first part of an architecture's name
+    {
+        "GPT2": GPT2,
+        "Llama": LLAMA,
+        "Mistral": LLAMA,
+        "Qwen2": LLAMA,
+        "Qwen3": LLAMA,
+        "Bloom": BLOOM,
+        "GPTNeoX": GPT_NEOX,
+        "OPT": OPT,
+        "GPTJ": GPTJ,
+        "Gemma2": GEMMA,
+        "Gemma3": GEMMA,
+        "Phi3": PHI3,
+        "Falcon": FALCON,
+        "Olmo2": OLMO2,
+        "Starcoder2": STARCODER2,
+    }
+)
+# The rest of the name, where it is not ForCausalLM, ForSequenceClassification or Model.
+OTHERS: Mapping[tuple[str, Head], str] = MappingProxyType(
+    {
+        ("GPT2", "lm"): "LMHeadModel",
+        ("Gemma3", "score"): "TextForSequenceClassification",
+        ("Gemma3", "none"): "TextModel",
+    }
+)
+ENDINGS: Mapping[Head, str] = MappingProxyType(
+    {"lm": "ForCausalLM", "score": "ForSequenceClassification", "none": "Model"}
+)
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
-        "GPT2LMHeadModel": Architecture(GPT2, "lm"),
-        "GPT2ForSequenceClassification": Architecture(GPT2, "score"),
-        "LlamaForCausalLM": Architecture(LLAMA, "lm"),
-        "LlamaForSequenceClassification": Architecture(LLAMA, "score"),
-        "MistralForCausalLM": Architecture(LLAMA, "lm"),
-        "MistralForSequenceClassification": Architecture(LLAMA, "score"),
-        "Qwen2ForCausalLM": Architecture(LLAMA, "lm"),
-        "Qwen2ForSequenceClassification": Architecture(LLAMA, "score"),
-        "Qwen3ForCausalLM": Architecture(LLAMA, "lm"),
-        "Qwen3ForSequenceClassification": Architecture(LLAMA, "score"),
-        "BloomForCausalLM": Architecture(BLOOM, "lm"),
-        "BloomForSequenceClassification": Architecture(BLOOM, "score"),
-        "GPTNeoXForCausalLM": Architecture(GPT_NEOX, "lm"),
-        "GPTNeoXForSequenceClassification": Architecture(GPT_NEOX, "score"),
-        "OPTForCausalLM": Architecture(OPT, "lm"),
-        "OPTForSequenceClassification": Architecture(OPT, "score"),
-        "GPTJForCausalLM": Architecture(GPTJ, "lm"),
-        "GPTJForSequenceClassification": Architecture(GPTJ, "score"),
-        "Gemma2ForCausalLM": Architecture(GEMMA, "lm"),
-        "Gemma2ForSequenceClassification": Architecture(GEMMA, "score"),
-        "Gemma3ForCausalLM": Architecture(GEMMA, "lm"),
-        "Gemma3TextForSequenceClassification": Architecture(GEMMA, "score"),
-        "Phi3ForCausalLM": Architecture(PHI3, "lm"),
-        "Phi3ForSequenceClassification": Architecture(PHI3, "score"),
-        "FalconForCausalLM": Architecture(FALCON, "lm"),
-        "FalconForSequenceClassification": Architecture(FALCON, "score"),
-        "Olmo2ForCausalLM": Architecture(OLMO2, "lm"),
-        "Olmo2ForSequenceClassification": Architecture(OLMO2, "score"),
-        "Starcoder2ForCausalLM": Architecture(STARCODER2, "lm"),
-        "Starcoder2ForSequenceClassification": Architecture(STARCODER2, "score"),
+        name + OTHERS.get((name, head), ending): Architecture(family, head)
+        for name, family in FAMILIES.items()
+        for head, ending in ENDINGS.items()
     }
 )
 

@@ -11,7 +11,7 @@ import typer
 from .api.options import ApiOptions
 from .engine.control import Ready, as_flags, log_to_stderr
 from .engine.options import AttentionBackend, Dtype, EngineOptions, ModelSpec, OptionsError
-from .engine.request import LogprobsMode
+from .engine.request import LogprobsMode, PoolingMode
 from .options import LogLevel, ServeOptions, bundled_models, has_gpu, parse_model, parse_quantity, read_config_file
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def serve(
     models: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[[NAME=]PATH[,role=…,dtype=…,kv=…%,alias=a|b,chat_template=…,max_model_len=…,weight=…]]…",
+            metavar="[[NAME=]PATH[,role=…,dtype=…,kv=…%,alias=a|b,chat_template=…,max_model_len=…,weight=…,pooling=…]]…",
             help="Directories of Hugging Face checkpoints. None: the bundled demo policy and reward model.",
             show_default=False,
         ),
@@ -134,6 +134,9 @@ def serve(
     enable_prefix_caching: Annotated[
         bool, typer.Option("--enable-prefix-caching/--no-enable-prefix-caching")
     ] = ENGINE.enable_prefix_caching,
+    pooling: Annotated[
+        str | None, typer.Option(help="Of embedding models: last, mean or cls. None: as the checkpoint says, or last.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the engine.")] = None,
     step_target_ms: Annotated[
         float | None, typer.Option(min=0.001, help="Longest step of one model while another one writes.")
@@ -189,6 +192,7 @@ def serve(
                 enable_prefix_caching=enable_prefix_caching,
                 max_waiting_requests=max_waiting_requests,
                 max_waiting_tokens=parse_quantity(max_waiting_tokens, "--max-waiting-tokens"),
+                pooling=_one_of("--pooling", pooling, get_args(PoolingMode)),
                 step_target_ms=step_target_ms,
             ),
             api=ApiOptions(

@@ -10,11 +10,11 @@ from typing import Any, Literal, get_args
 
 from .api.options import ApiOptions
 from .engine.options import DEMO, NULL, Dtype, EngineOptions, ModelSpec, OptionsError
-from .engine.request import Role
+from .engine.request import PoolingMode, Role
 
 METRICS_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"  # prometheus-client's name; the supervisor sets it for its workers
 LogLevel = Literal["debug", "info", "warning", "error"]
-SPEC_KEYS = ("role", "dtype", "kv", "alias", "chat_template", "max_model_len", "weight")
+SPEC_KEYS = ("role", "dtype", "kv", "alias", "chat_template", "max_model_len", "weight", "pooling")
 LATER_KEYS = ("quantization", "kv_dtype", "revision")
 UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -97,6 +97,7 @@ def parse_model(text: str) -> ModelSpec:
         weight=_weight(name, given["weight"]) if "weight" in given else 1.0,
         max_model_len=None if limit is None else parse_quantity(limit, f"model {name}: max_model_len="),
         chat_template=given.get("chat_template"),
+        pooling=_choice(name, "pooling", given.get("pooling"), get_args(PoolingMode)),
     )
     assert spec.step_seconds >= 0  # or it has said what is wrong with it
     return spec

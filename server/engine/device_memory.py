@@ -69,7 +69,7 @@ def partials_bytes(config: ModelConfig, options: EngineOptions, context: int) ->
 def step_bytes(config: ModelConfig, itemsize: int, options: EngineOptions, context: int) -> int:
     """The most that a step of one model takes beside weights and KV cache."""
     rows = options.max_num_batched_tokens * row_bytes(config, itemsize)
-    if config.labels:
+    if not config.generates:
         return rows + partials_bytes(config, options, context)
     scoring = ops.DEVICE_LOGIT_ELEMENTS * (itemsize + 4)  # log-probabilities of a prompt, in rounds of rows
     drawing = logits_bytes(config, itemsize, options.max_num_seqs) + workspace(options.max_num_seqs, config.vocab_size)
@@ -78,7 +78,7 @@ def step_bytes(config: ModelConfig, itemsize: int, options: EngineOptions, conte
 
 def graph_bytes(config: ModelConfig, itemsize: int, options: EngineOptions, context: int) -> int:
     """What the decode graphs of one model share: the largest one's tensors."""
-    if config.labels or not options.runs_ahead:
+    if not config.generates or not options.runs_ahead:
         return 0
     rows = options.max_num_seqs * row_bytes(config, itemsize) + partials_bytes(config, options, context)
     return rows + 2 * logits_bytes(config, itemsize, options.max_num_seqs)

@@ -34,6 +34,7 @@ from .guides import Guides
 from .launched import Clock, Launched, logprobs_to_host, to_host
 from .options import AttentionBackend
 from .plan import Plan
+from .pooled import Pooled
 from .request import Request
 from .staging import Staging
 
@@ -86,6 +87,7 @@ class DeviceRunner:
         self._lengths = torch.ones(max_seqs, dtype=torch.int64, device=self._device)
         self._drawn = torch.zeros(max_seqs, dtype=torch.int64, device=self._device)
         self._prefixes = torch.zeros(2, max_seqs, dtype=torch.int32, device=self._device)  # see ops.attention_work
+        self._pooled = None if model.config.pooling is None else Pooled(model, max_seqs, self._device)
         self._row_numbers = torch.arange(max_seqs + 1, dtype=torch.int32, device=self._device)
         self._rows = 0  # of that decode, without synchronous ones; 0 where its slots no longer stand there
         self._behind = 0  # synchronous ones
@@ -107,7 +109,7 @@ class DeviceRunner:
         """Records the largest decode. Before the first step, because it sets how much memory graphs take."""
         if self._stream is not None:  # weights and buffers were filled on the common one
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        if self.model.config.labels == 0:
+        if self.model.config.generates:
             with self._on_stream():
                 self._graphs()
 
@@ -333,6 +335,10 @@ class DeviceRunner:
             self._draw(step, logits, drawers, histories, plan, *self._wanted([slot for _, slot in plan.samples]))
         if plan.scores:
             step.scores = to_host(self.model.scores(hidden[scored_rows]))
+        if plan.embeddings:
+            assert self._pooled is not None
+            found = self._pooled.take(plan, hidden, ends.tolist())
+            step.embeddings = None if found is None else to_host(found)
         if plan.prompt_logprobs:
             wanted = [self.request(plan.slots[rows.row]).prompt_logprobs or 0 for rows in plan.prompt_logprobs]
             ids = self._history.view(-1)[target_places].long()

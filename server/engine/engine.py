@@ -21,7 +21,7 @@ from .guides import Guides, LoadGrammars
 from .null_runner import NullModel, NullRunner
 from .options import EngineOptions
 from .plan import Executor, Plan, Sampled, Ticket
-from .request import EngineError, Finish, ModelCard, Output, Outputs, Request
+from .request import EngineError, Finish, ModelCard, Output, Outputs, Request, Want
 from .runner import Runner
 from .scheduler import Scheduler
 from .sequence import Flight, Sequence
@@ -137,6 +137,8 @@ class Engine:
 
     def add(self, request: Request) -> EngineError | None:
         """Takes a request, or says why it cannot be answered."""
+        if "embedding" in request.want and self.card.pooling != "last":  # earlier rows count: none may come from cache
+            request = replace(request, first_needed_row=0)
         error = self._refusal(request)
         if error is None and self._guides and request.sampling and request.sampling.grammar:
             future = self._guides.build(request.sampling.grammar)
@@ -228,13 +230,16 @@ class Engine:
             return error
         if request.adapter:
             return EngineError("not_found", f"model {card.name} has no adapter {request.adapter!r}", "model")
-        if want & {"values", "embedding"}:
-            asked = ", ".join(sorted(want & {"values", "embedding"}))
-            return EngineError("invalid", f"model {card.name} ({card.role}) gives no {asked}", "model")
-        if card.generates and "score" in want:
-            return EngineError("invalid", f"model {card.name} is a language model: it gives no scores", "model")
-        if not card.generates and (want - {"score"} or sampling is not None or request.prompt_logprobs is not None):
-            return EngineError("invalid", f"model {card.name} is a reward model: it gives scores, no tokens", "model")
+        if "values" in want:
+            return EngineError("invalid", f"model {card.name} ({card.role}) gives no values", "model")
+        if card.gives == "text" and want & {"score", "embedding"}:
+            asked = "scores" if "score" in want else "embeddings"
+            return EngineError("invalid", f"model {card.name} is a language model: it gives no {asked}", "model")
+        only: frozenset[Want] = frozenset({"score"} if card.gives == "scores" else {"embedding"})
+        if card.gives != "text" and (want != only or sampling is not None or request.prompt_logprobs is not None):
+            kind = "a reward" if card.gives == "scores" else "an embedding"
+            message = f"model {card.name} is {kind} model: it gives {card.gives}, nothing else"
+            return EngineError("invalid", message, "model")
         if "tokens" in want and sampling is None:
             return EngineError("invalid", "tokens are wanted, but no sampling parameters are given", "sampling")
         if "logprobs" in want and (sampling is None or sampling.logprobs is None):
@@ -305,6 +310,10 @@ class Engine:
         for (row, _), scores in zip(plan.scores, sampled.scores, strict=True):
             if not all(map(math.isfinite, scores)):
                 note(flight.rows[row], "score")
+        last = [row for row, complete in plan.embeddings if complete]
+        for row, embedding in zip(last, sampled.embeddings, strict=True):
+            if not all(map(math.isfinite, embedding)):
+                note(flight.rows[row], "embedding")
         for rows, logprobs in zip(plan.prompt_logprobs, sampled.prompt_logprobs, strict=True):
             if any(map(math.isnan, logprobs.values)):
                 note(flight.rows[rows.row], "log-probability")

@@ -13,11 +13,12 @@ import torch
 
 from ...kernels import flash
 from ...kernels.cpu.native import described
-from ...model.config import read_config
+from ...model.config import ModelConfig, read_config
 from ...model.errors import CheckpointError
 from ...model.kv_cache import KVCache
 from ...model.load import load_model
 from ...model.model import Model
+from ...model.pooling import is_embedding_model
 from .device_memory import MIB, divide, kv_bytes, measure
 from .engine import Engine
 from .guides import LoadGrammars
@@ -100,15 +101,20 @@ def _load(spec: ModelSpec, options: EngineOptions, on_progress: Progress | None)
 
     try:
         if spec.is_null:
-            _check_role(spec, labels=0)
-            return NullModel(spec.text_path, spec.step_seconds)
-        _check_role(spec, read_config(spec.path).labels)
+            null = NullModel(spec.text_path, spec.step_seconds)
+            _check_role(spec, null.config)
+            return null
+        embedding = spec.role == "embedding" or (spec.role is None and is_embedding_model(Path(spec.path)))
+        pooling = spec.pooling or options.pooling
+        _check_role(spec, read_config(spec.path, embedding=embedding, pooling=pooling))
         return load_model(
             spec.path,
             dtype=spec.dtype,
             device=options.device,
             deterministic=options.deterministic,
             context=spec.max_model_len or options.max_model_len,
+            embedding=embedding,
+            pooling=pooling,
             on_progress=progress,
         )
     except CheckpointError as error:
@@ -123,20 +129,25 @@ def _check_attention(spec: ModelSpec, model: Model | NullModel, options: EngineO
             raise OptionsError(f"model {spec.name}: attention_backend is flash: {error}") from error
 
 
-def _check_role(spec: ModelSpec, labels: int) -> Role:
+def _check_role(spec: ModelSpec, config: ModelConfig) -> Role:
     """The role a model was given, or the one its head says."""
-    if spec.role in ("value", "embedding"):
-        raise OptionsError(f"model {spec.name}: role {spec.role} is not supported; policy, reference and reward are")
-    if spec.role is None:
-        return "reward" if labels else "policy"
-    if (spec.role == "reward") != (labels > 0):
-        head = f"a score head with {labels} outputs" if labels else "a language model head"
-        raise OptionsError(f"model {spec.name}: its checkpoint has {head}, so its role cannot be {spec.role}")
-    return spec.role
+    if spec.role == "value":
+        raise OptionsError(
+            f"model {spec.name}: role value is not supported; policy, reference, reward and embedding are"
+        )
+    labels, embeds = config.labels, config.pooling is not None
+    found: Role = "embedding" if embeds else "reward" if labels else "policy"
+    role: Role = found if spec.role is None else spec.role
+    if spec.pooling is not None and not embeds:
+        raise OptionsError(f"model {spec.name}: pooling={spec.pooling} is for role embedding, not {role}")
+    if role != found and (found, role) != ("policy", "reference"):
+        head = "no head" if embeds else f"a score head with {labels} outputs" if labels else "a language model head"
+        raise OptionsError(f"model {spec.name}: its checkpoint has {head}, so its role cannot be {role}")
+    return role
 
 
 def _card(spec: ModelSpec, model: Model | NullModel, options: EngineOptions) -> ModelCard:
-    config = model.config
+    config, pooling = model.config, model.config.pooling
     wanted = spec.max_model_len or options.max_model_len
     if spec.max_model_len is not None and spec.max_model_len > config.context:
         raise OptionsError(
@@ -144,7 +155,7 @@ def _card(spec: ModelSpec, model: Model | NullModel, options: EngineOptions) -> 
         )
     return ModelCard(
         name=spec.name,
-        role=_check_role(spec, config.labels),
+        role=_check_role(spec, config),
         path=spec.text_path,
         architecture=config.architecture,
         dtype=str(model.dtype).removeprefix("torch."),
@@ -155,6 +166,9 @@ def _card(spec: ModelSpec, model: Model | NullModel, options: EngineOptions) -> 
         weight_version=0,
         created=int(time.time()),
         aliases=spec.aliases,
+        embedding_size=0 if pooling is None else config.output_size,
+        pooling="" if pooling is None else pooling.mode,
+        normalized=pooling is None or pooling.normalized,
     )
 
 

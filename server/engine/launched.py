@@ -62,6 +62,7 @@ class Launched:
     logprobs: TokenLogprobs | None = None  # of the drawn tokens
     tops: list[int | None] = field(default_factory=list[int | None])
     scores: Tensor | None = None  # [rows, labels]
+    embeddings: Tensor | None = None  # [texts, D] float32
     prompt_logprobs: TokenLogprobs | None = None
     prompts: list[tuple[int, int, int]] = field(default_factory=list[tuple[int, int, int]])
     advance: Callable[[list[int]], dict[int, str]] | None = None  # tells the guides what was drawn; gives failures
@@ -79,6 +80,8 @@ class Launched:
             ]
         if self.scores is not None:
             result.scores = self.scores.tolist()
+        if self.embeddings is not None:
+            result.embeddings = self.embeddings.tolist()
         if self.prompt_logprobs is not None:
             columns = [column.tolist() for column in self.prompt_logprobs]
             result.prompt_logprobs = [_cut(columns, first, end, top) for first, end, top in self.prompts]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from .request import Role
+from .request import PoolingMode, Role
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 AttentionBackend = Literal["triton", "flash", "torch"]
@@ -33,6 +33,7 @@ class ModelSpec:
     weight: float = 1.0  # share of the device's time beside the other models while all are busy
     max_model_len: int | None = None  # None: the engine's
     chat_template: str | None = None  # file or built-in name; read by the workers
+    pooling: PoolingMode | None = None  # of an embedding model; None: the engine's
 
     @property
     def is_null(self) -> bool:
@@ -73,6 +74,7 @@ class EngineOptions:
     enable_prefix_caching: bool = True
     max_waiting_requests: int = 4096  # of one model
     max_waiting_tokens: int = 1 << 22
+    pooling: PoolingMode | None = None  # of embedding models; None: as each checkpoint says, or the last token
     step_target_ms: float | None = None  # longest step while another model decodes; None: one step of that model
 
     @property

@@ -1,8 +1,8 @@
 """What goes into the engine and what comes out of it: integers, floats and names, no text and no tensors.
 
 Plain dataclasses, so that the engine runs where only torch is installed; `link.py` knows how they travel.
-A `Request` asks one hosted model for up to `n` sampled continuations of one prompt, or for a score of it. The
-engine answers with a stream of `Output`s, one per choice and step in which something happened to that choice.
+A `Request` asks one hosted model for up to `n` sampled continuations of one prompt, or for a score or an embedding of
+it. The engine answers with a stream of `Output`s, one per choice and step in which something happened to that choice.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Literal
 Role = Literal["policy", "reference", "reward", "value", "embedding"]
 Want = Literal["tokens", "logprobs", "prompt_logprobs", "score", "values", "embedding"]
 LogprobsMode = Literal["raw", "processed"]
+Gives = Literal["text", "scores", "embeddings"]
+PoolingMode = Literal["last", "mean", "cls"]
 Finish = Literal["stop", "length", "abort", "error"]
 ErrorKind = Literal["invalid", "not_found", "overloaded", "deadline", "unavailable", "internal"]
 
@@ -114,6 +116,7 @@ class Output:
     scores: list[float] | None = None  # one per label
     weight_version: int = 0
     error: EngineError | None = None
+    embedding: list[float] | None = None  # pooled, not normalised
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,15 +170,18 @@ class ModelCard:
     context: int  # tokens, prompt and continuation together
     vocab_size: int
     end_ids: tuple[int, ...]
-    labels: int  # outputs of the head; 0 for a language model head
+    labels: int  # outputs of a score head
     weight_version: int
     created: int  # seconds since the epoch
     aliases: tuple[str, ...] = ()
     max_request_tokens: int = 0  # the most tokens that fit its KV cache at once; a longer request cannot run
+    embedding_size: int = 0  # of an embedding model's answers; 0 for all others
+    pooling: str = ""
+    normalized: bool = True  # embeddings are meant to be divided by their length
 
     @property
-    def generates(self) -> bool:
-        return self.labels == 0
+    def gives(self) -> Gives:
+        return "embeddings" if self.embedding_size else "scores" if self.labels else "text"
 
 
 @dataclass(frozen=True, slots=True)

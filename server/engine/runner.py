@@ -27,6 +27,7 @@ from ...model.model import Model
 from .guides import Guides
 from .options import AttentionBackend
 from .plan import Plan, PromptRows, Sampled
+from .pooled import Pooled
 from .request import Logprobs, Request
 from .sampler import Sampler
 
@@ -48,7 +49,7 @@ class Runner:
     """`context` is the most tokens of one sequence; slots go from 0 to `max_seqs` - 1.
 
     What a Sampled holds for a failed computation is visible as such: token -1, NaN or infinite scores and
-    log-probabilities. The engine turns them into errors.
+    log-probabilities, embeddings. The engine turns them into errors.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Runner:
         self._table = np.zeros((max_seqs, -(-context // cache.page_size)), np.int32)
         self._requests: list[Request | None] = [None] * max_seqs
         self._sampler = Sampler(self._history, model.config.vocab_size, end_ids)
+        self._pooled = None if model.config.pooling is None else Pooled(model, max_seqs, self._device)
         self._row_numbers = np.arange(max_seqs + 1, dtype=np.int32)
         # Of the last pure decode: slots, positions, and the page table while it still holds.
         self._slots = self._starts = np.zeros(0, np.int64)
@@ -113,6 +115,10 @@ class Runner:
         if plan.prompt_logprobs:
             assert ends is not None
             result.prompt_logprobs = self._prompt_logprobs(plan, hidden, ends)
+        if plan.embeddings:
+            assert ends is not None and self._pooled is not None
+            found = self._pooled.take(plan, hidden, ends.tolist())
+            result.embeddings = [] if found is None else found.tolist()
         return result
 
     def _apply(self, plan: Plan) -> None:

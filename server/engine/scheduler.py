@@ -306,7 +306,10 @@ class Scheduler:
             first, end = max(start, sequence.rows_from), min(start + count, sequence.prompt - 1)
             if first < end:
                 plan.prompt_logprobs.append(PromptRows(row, first, end))
-        if start + count < len(sequence.token_ids):
+        complete = start + count == len(sequence.token_ids)
+        if "embedding" in job.request.want:
+            plan.embeddings.append((row, complete))
+        if not complete:
             return
         if "score" in job.request.want and not job.announced:
             plan.scores.append((row, sequence.slot))
@@ -355,12 +358,9 @@ class Scheduler:
 
     def _resolve_prompts(self, flight: Flight, sampled: Sampled) -> list[Output]:
         """Outputs of the sequences that end with their prompt."""
-        plan, rows = flight.plan, flight.rows
         outputs: list[Output] = []
-        for wanted, found in zip(plan.prompt_logprobs, sampled.prompt_logprobs, strict=True):
-            rows[wanted.row].collect(found)
-        for (row, _), values in zip(plan.scores, sampled.scores, strict=True):
-            rows[row].job.scores = values
+        flight.keep(sampled)
+        for values in sampled.scores:
             self.meter.scored(values)
         for sequence in flight.complete:
             job = sequence.job

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from .pages import Chain
-from .plan import Plan
+from .plan import Plan, Sampled
 from .request import Logprobs, Output, Request
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ class Job:
     cached_tokens: int | None = None  # None until it runs for the first time
     prompt_logprobs: Logprobs | None = None
     scores: list[float] | None = None
-    announced: bool = False  # the first output is out, and these three with it
+    embedding: list[float] | None = None
+    announced: bool = False  # the first output is out, and these four with it
     # For `meter`: moments (0: not yet), and what is told of it at its end.
     started: float = 0.0
     first_token: float = 0.0
@@ -76,6 +77,7 @@ class Job:
             output.cached_tokens = self.cached_tokens
             output.prompt_logprobs = self.prompt_logprobs
             output.scores = self.scores
+            output.embedding = self.embedding
 
 
 @dataclass(slots=True, eq=False)
@@ -155,6 +157,17 @@ class Flight:
     sampling: list[Sequence]  # one per entry of its `samples`
     columns: Columns  # of its decodes, its first rows
     complete: list[Sequence] = field(default_factory=list[Sequence])  # whose prompt it completes
+
+    def keep(self, sampled: Sampled) -> None:
+        """Hands what came of prompts to those who asked for it."""
+        plan = self.plan
+        for wanted, found in zip(plan.prompt_logprobs, sampled.prompt_logprobs, strict=True):
+            self.rows[wanted.row].collect(found)
+        for (row, _), scores in zip(plan.scores, sampled.scores, strict=True):
+            self.rows[row].job.scores = scores
+        last = [row for row, complete in plan.embeddings if complete]
+        for row, embedding in zip(last, sampled.embeddings, strict=True):
+            self.rows[row].job.embedding = embedding
 
     def holds(self, sequence: Sequence) -> bool:
         """Whether something of the sequence is still to come."""

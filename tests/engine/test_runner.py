@@ -23,7 +23,7 @@ class FakeModel:
     """Remembers its batches. A row's most likely token is (token + position) % VOCAB, so a wrong row shows."""
 
     def __init__(self) -> None:
-        self.config, self.deterministic = SimpleNamespace(vocab_size=VOCAB), False
+        self.config, self.deterministic = SimpleNamespace(vocab_size=VOCAB, pooling=None), False
         self.batches: list[Batch] = []
         self.log: list[str] = []
 

@@ -54,6 +54,7 @@ class Answer:
     stop_id: int | None = None
     error: EngineError | None = None
     scores: list[float] | None = None
+    embedding: list[float] | None = None
     cached_tokens: int | None = None
     prompt_logprobs: Logprobs | None = None
 
@@ -68,6 +69,7 @@ def collect(outputs: Iterable[Output]) -> dict[int, Answer]:
         answer.finish = output.finish
         answer.stop_id, answer.error = output.stop_id, output.error
         answer.scores = output.scores or answer.scores
+        answer.embedding = output.embedding or answer.embedding
         answer.cached_tokens = answer.cached_tokens if output.cached_tokens is None else output.cached_tokens
         answer.prompt_logprobs = output.prompt_logprobs or answer.prompt_logprobs
         if output.logprobs:

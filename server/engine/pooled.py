@@ -1,0 +1,38 @@
+"""What is pooled of the texts that a step computes parts of, kept from chunk to chunk."""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# torch types some of the functions used here only in part.
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...model.heads import EmbedHead
+from ...model.model import Model
+from .plan import Plan
+
+
+class Pooled:
+    """A float64 vector per slot, so that the sum of a text's rows does not depend, once it is rounded to float32, on
+    the chunks it came in. A text's first chunk starts at position 0 wherever earlier rows count."""
+
+    def __init__(self, model: Model, max_seqs: int, device: torch.device) -> None:
+        assert isinstance(model.head, EmbedHead)
+        self._head = model.head
+        self._carried = torch.zeros(max_seqs, model.config.output_size, dtype=torch.float64, device=device)
+
+    def take(self, plan: Plan, hidden: Tensor, ends: Sequence[int]) -> Tensor | None:
+        """hidden [T, D], `ends`: where each row of the plan has its last token -> the embeddings [E, D] float32 of the
+        texts that this step completes."""
+        found: list[Tensor] = []
+        for row, complete in plan.embeddings:
+            slot, start, count = plan.slots[row], plan.starts[row], plan.counts[row]
+            rows = hidden[ends[row] + 1 - count : ends[row] + 1]
+            carried = self._head.carry(rows, self._carried[slot] if start else None)
+            self._carried[slot] = carried
+            if complete:
+                found.append(self._head.embedding(carried, start + count))
+        return torch.stack(found) if found else None
