@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from ..engine.link import EngineClient
 from ..engine.request import ModelCard
 from ..text.text import Text
-from . import chat, completions, errors, metrics, models, rewards, state, tokens
+from . import chat, completions, embeddings, errors, metrics, models, rewards, state, tokens
 from .options import ApiOptions
 from .security import Gate
 from .service import Service
@@ -33,7 +33,7 @@ def create_app(
     app = FastAPI(title="Tandem", openapi_url=None, redirect_slashes=False)
     app.state.service = Service(client, texts, options, traffic, settings or {})
     errors.install(app)
-    for part in (chat, completions, rewards, tokens, models, state, metrics):
+    for part in (chat, completions, embeddings, rewards, tokens, models, state, metrics):
         app.include_router(part.router)
     app.add_middleware(Gate, api_keys=options.api_keys, observe=traffic.answered)
     return app

@@ -31,7 +31,7 @@ router = APIRouter()
 async def create(request: Request) -> Response:
     service = Service.of(request)
     body, headers = await bodies.read(request, ChatBody, fields.CHAT, service.options)
-    card = service.card(body.model, generates=True)
+    card = service.card(body.model, gives="text")
     text = service.texts(card)
     check(body)
     grammar = await grammar_of(service, body)

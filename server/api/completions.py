@@ -45,7 +45,7 @@ async def create_on_engine(request: Request, engine: str) -> Response:
 async def complete(
     request: Request, service: Service, body: CompletionBody, model: str | None, headers: dict[str, str]
 ) -> Response:
-    card = service.card(model, generates=True)
+    card = service.card(model, gives="text")
     text = service.texts(card)
     check(body)
     special = body.add_special_tokens is not False

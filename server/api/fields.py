@@ -109,3 +109,13 @@ REWARDS: dict[str, Field] = {
     "user": ACCOUNT,
     "request_id": ignored("the x-request-id header names a request"),
 }
+
+EMBEDDINGS: dict[str, Field] = {
+    **honoured("model", "input", "dimensions", "encoding_format", "normalize", "truncate_prompt_tokens"),
+    **honoured("add_special_tokens", "priority", "cache_salt", "timeout"),
+    "user": ACCOUNT,
+    "request_id": ignored("the x-request-id header names a request"),
+    "messages": refused("send the text as input"),
+    "embed_dtype": refused("numbers are float32", "float32"),
+    "endianness": refused("base64 holds little-endian numbers", "little"),
+}

@@ -21,7 +21,7 @@ GRACE_SECONDS = 5.0  # past its deadline a request is the engine's to end; after
 
 @dataclass(slots=True)
 class Part:
-    """One prompt and its choices; none where only a score is wanted."""
+    """One prompt and its choices; none where only a score or an embedding is wanted."""
 
     request: Request
     choices: list[Choice]
@@ -29,6 +29,7 @@ class Part:
     cached_tokens: int = 0
     prompt_logprobs: Logprobs | None = None
     scores: list[float] | None = None
+    embedding: list[float] | None = None
 
 
 class Generation:
@@ -129,6 +130,8 @@ class Generation:
             part.prompt_logprobs = output.prompt_logprobs
         if output.scores is not None:
             part.scores = output.scores
+        if output.embedding is not None:
+            part.embedding = output.embedding
         if not part.choices:
             self._unfinished -= output.finish is not None
             return None

@@ -56,6 +56,8 @@ def shown(card: ModelCard) -> dict[str, Any]:
         "max_request_tokens": min(card.context, card.max_request_tokens or card.context),
         "weight_version": card.weight_version,
     }
-    if card.generates:
+    if card.gives == "embeddings":
+        about |= {"embedding_size": card.embedding_size, "pooling": card.pooling, "normalized": card.normalized}
+    if card.gives == "text":
         about["sampling_defaults"] = {name: GenerationBody.model_fields[name].default for name in SAMPLING}
     return about

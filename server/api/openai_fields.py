@@ -62,3 +62,10 @@ COMPLETIONS = (
     "top_p",
     "user",
 )
+EMBEDDINGS = (
+    "dimensions",
+    "encoding_format",
+    "input",
+    "model",
+    "user",
+)

@@ -259,3 +259,11 @@ class RewardBody(Common):
     input: Annotated[list[Prompt], BeforeValidator(prompts_of)] | None = None
     conversations: Annotated[list[list[Message]], BeforeValidator(conversations_of)] | None = None
     chat_template_kwargs: dict[str, Any] = {}
+
+
+class EmbeddingBody(Common):
+    input: Annotated[list[Prompt], BeforeValidator(prompts_of)]
+    dimensions: Annotated[int, Field(ge=1, lt=INT64)] | None = None
+    encoding_format: Literal["float", "base64"] = "float"
+    normalize: bool | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=INT64)] | None = None

@@ -26,7 +26,7 @@ router = APIRouter()
 async def create(request: Request) -> Response:
     service = Service.of(request)
     body, headers = await bodies.read(request, RewardBody, fields.REWARDS, service.options)
-    card = service.card(body.model, generates=False)
+    card = service.card(body.model, gives="scores")
     if card.labels != 1:
         raise invalid(f"{card.name!r} gives {card.labels} scores per text; a reward is one", "model")
     text = service.texts(card)

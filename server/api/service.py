@@ -11,7 +11,7 @@ from typing import TypeVar
 from fastapi import Request as HttpRequest
 
 from ..engine.link import EngineClient
-from ..engine.request import Catalog, ModelCard
+from ..engine.request import Catalog, Gives, ModelCard
 from ..text.grammar import GrammarChecker
 from ..text.text import Text, TextError
 from .errors import invalid, no_such_model, unavailable
@@ -42,21 +42,22 @@ class Service:
             raise unavailable(self.client.cause or "the engine is starting")
         return self.client.catalog
 
-    def card(self, name: str | None, generates: bool) -> ModelCard:
+    def card(self, name: str | None, gives: Gives) -> ModelCard:
         """The model of that name, or the first of the kind a route can use."""
         catalog = self.catalog()
-        kind = "writes text" if generates else "gives scores"
+        kind = "writes text" if gives == "text" else f"gives {gives}"
         if name is None:
-            first = next((card for card in catalog.models if card.generates is generates), None)
+            first = next((card for card in catalog.models if card.gives == gives), None)
             if first is None:
                 raise invalid(f"no hosted model {kind}", "model")
             return first
         card = catalog.find(name)
         if card is None:
             raise no_such_model(name, catalog)
-        if card.generates is not generates:
-            others = ", ".join(card.name for card in catalog.models if card.generates is generates) or "none"
-            raise invalid(f"the model {name!r} is a {card.role} model; what {kind} here: {others}", "model")
+        if card.gives != gives:
+            others = ", ".join(card.name for card in catalog.models if card.gives == gives) or "none"
+            article = "an" if card.role == "embedding" else "a"
+            raise invalid(f"the model {name!r} is {article} {card.role} model; what {kind} here: {others}", "model")
         return card
 
     def hosted(self, name: str | None) -> ModelCard:

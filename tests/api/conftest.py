@@ -8,6 +8,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+import torch
 from checkpoints import write_checkpoint
 from servers import Server
 from shapes import check_response
@@ -36,7 +37,9 @@ def reward(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(policy: Path, reward: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with Server(tmp_path_factory.mktemp("log"), f"policy={policy},alias=org/alias", f"reward={reward}") as server:
+    """The policy's checkpoint serves a second time, without its head."""
+    models = [f"policy={policy},alias=org/alias", f"reward={reward}", f"embed={policy},role=embedding,pooling=mean"]
+    with Server(tmp_path_factory.mktemp("log"), *models) as server:
         yield server.base_url
 
 
@@ -86,7 +89,6 @@ def text(policy: Path) -> Text:
 @pytest.fixture(scope="session")
 def greedy_text(policy: Path, text: Text) -> Callable[[list, int], tuple[str, int]]:
     """What transformers answers to a chat: the text, and how many tokens it took."""
-    import torch
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32).eval()
@@ -103,7 +105,6 @@ def greedy_text(policy: Path, text: Text) -> Callable[[list, int], tuple[str, in
 
 @pytest.fixture(scope="session")
 def hf_score(reward: Path) -> Callable[[list[int]], float]:
-    import torch
     import transformers
 
     model = transformers.AutoModelForSequenceClassification.from_pretrained(reward, dtype=torch.float32).eval()
@@ -113,3 +114,16 @@ def hf_score(reward: Path) -> Callable[[list[int]], float]:
             return model(torch.tensor([ids])).logits[0, 0].item()
 
     return score
+
+
+@pytest.fixture(scope="session")
+def hf_embed(policy: Path) -> Callable[[list[int]], torch.Tensor]:
+    import transformers
+
+    model = transformers.AutoModel.from_pretrained(policy, dtype=torch.float32).eval()
+
+    def embed(ids: list[int]) -> torch.Tensor:
+        with torch.no_grad():
+            return model(torch.tensor([ids])).last_hidden_state[0].mean(0)
+
+    return embed

@@ -211,7 +211,7 @@ def test_a_stop_string_that_spans_tokens(client: openai.OpenAI, stream: bool) ->
 
 def test_models(client: openai.OpenAI, context: int) -> None:
     models = {model.id: model.model_extra for model in client.models.list()}
-    assert list(models) == ["policy", "reward"]
+    assert list(models) == ["policy", "reward", "embed"]
     assert models["policy"]["role"] == "policy" and models["reward"]["role"] == "reward"
     one = client.models.retrieve("policy")
     assert one.model_extra["max_model_len"] == context and one.model_extra["weight_version"] == 0

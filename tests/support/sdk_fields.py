@@ -10,6 +10,7 @@ from openai.types.chat.completion_create_params import CompletionCreateParamsNon
 from openai.types.chat.completion_create_params import CompletionCreateParamsStreaming as ChatStreamed
 from openai.types.completion_create_params import CompletionCreateParamsNonStreaming as Plain
 from openai.types.completion_create_params import CompletionCreateParamsStreaming as Streamed
+from openai.types.embedding_create_params import EmbeddingCreateParams
 
 TARGET = Path(__file__).parents[2] / "server" / "api" / "openai_fields.py"
 
@@ -18,6 +19,7 @@ def sdk_fields() -> dict[str, tuple[str, ...]]:
     return {
         "CHAT": tuple(sorted({*get_type_hints(ChatPlain), *get_type_hints(ChatStreamed)})),
         "COMPLETIONS": tuple(sorted({*get_type_hints(Plain), *get_type_hints(Streamed)})),
+        "EMBEDDINGS": tuple(sorted(get_type_hints(EmbeddingCreateParams))),
     }
 
 
