@@ -100,7 +100,18 @@ PARTS = """\
 
 DEVELOPER = "{% for m in messages %}{{ 'D' if m.role == 'developer' else m.role }}: {{ m.content }};{% endfor %}"
 
+TURNS = """\
+{{ bos_token }}
+{%- if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}
+{%- for m in messages %}
+    {%- if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}
+    {{- '<turn>' + ('model' if m.role == 'assistant' else m.role) + '\\n' + m.content | trim + '</turn>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<turn>model\\n' }}{% endif %}
+"""
+
 TEMPLATES = {
+    "turns": TURNS,
     "chatml": CHATML_TOOLS,
     "llama2": LLAMA_2,
     "generation": GENERATION,
@@ -247,6 +258,17 @@ def test_template_kwargs_cannot_replace_fields(name: str) -> None:
 def test_a_template_s_own_complaint_is_passed_on() -> None:
     with pytest.raises(TextError, match="refuses these messages: no!"):
         render("{{ raise_exception('no!') }}", [USER])
+
+
+def test_a_template_without_a_system_role_says_so(tmp_path: Path) -> None:
+    """As Gemma 2's; the template writes BOS, and it is there once whoever else is asked to add it."""
+    text = Text.load(vocabularies.llama(tmp_path, chat_template=TURNS))
+    bos = text.token_id("<s>")
+    for asked in (False, True):
+        assert text.render([USER], add_special_tokens=asked).count(bos) == 1
+    with pytest.raises(TextError, match="refuses these messages: System role not supported") as raised:
+        text.render([{"role": "system", "content": "Be brief."}, USER])
+    assert raised.value.param == "messages"
 
 
 def test_surrogates_in_messages_are_an_error(tmp_path: Path) -> None:

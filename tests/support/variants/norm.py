@@ -6,7 +6,9 @@ from tandem.kernels.triton.launch import warps
 from tandem.kernels.triton.norm import _layer_norm_kernel, _rms_norm_kernel
 
 
-def _variant(label: str, kernel: object, dtype: str, width: int, absent: list[str]) -> Variant:
+def _variant(
+    label: str, kernel: object, dtype: str, width: int, absent: list[str], weight: str | None = None
+) -> Variant:
     block = 1 << (width - 1).bit_length()
     pointers = [
         name for name in ("x", "residual", "weight", "bias", "out") if name in kernel.arg_names and name not in absent
@@ -14,7 +16,7 @@ def _variant(label: str, kernel: object, dtype: str, width: int, absent: list[st
     return Variant(
         label,
         kernel,
-        {name: f"*{dtype}" for name in pointers}
+        {name: f"*{weight if weight and name == 'weight' else dtype}" for name in pointers}
         | {"x_stride": "i32", "residual_stride": "i32", "width": "i32", "eps": "fp32"},
         {"BLOCK": block} | dict.fromkeys(absent),
         [*pointers, "x_stride", "residual_stride", "width"],
@@ -29,6 +31,7 @@ VARIANTS = [
     _variant("rms fp16 4096", _rms_norm_kernel, "fp16", 4096, ["residual"]),
     _variant("rms bf16 8192 residual", _rms_norm_kernel, "bf16", 8192, []),
     _variant("rms bf16 2560 residual", _rms_norm_kernel, "bf16", 2560, []),
+    _variant("rms bf16 2304 residual, weight fp32", _rms_norm_kernel, "bf16", 2304, [], weight="fp32"),
     _variant("layer fp16 768 residual", _layer_norm_kernel, "fp16", 768, []),
     _variant("layer bf16 4096", _layer_norm_kernel, "bf16", 4096, ["residual"]),
 ]
