@@ -122,7 +122,7 @@ def of(tmp_path: Path, name: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("pythia-70m", {"rope": Rope(rotary_size=16), "end_ids": (0,), "parallel": True, "tied": False, "context": 2048}),
+        ("pythia-70m", {"rope": Rope(rotary_size=16), "end_ids": (0,), "parallel": True, "tied": False}),
         ("opt-350m", {"embedding_size": 512, "norm_first": False, "final_norm": False, "tied": True}),
         ("gpt-j-6b", {"rope": Rope(rotary_size=64), "head_bias": True, "intermediate_size": 16384}),
         ("gemma-2-2b-it", {"windows": (4096, None) * 13, "tied": True, "end_ids": (1, 107), "logit_softcap": 30.0}),
