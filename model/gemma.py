@@ -1,6 +1,7 @@
 """Gemma 2 and 3, text: norms before and behind attention and MLP, windows in most layers.
 
 Gemma 3 normalises q and k, and its layers with a window rotate with frequencies of their own; Gemma 2 caps scores.
+A checkpoint that reads images, too, is served without the parts that do.
 
 Letters: T tokens of the step, D model size, N query heads, K kv heads, H head size, V vocabulary.
 """
@@ -22,11 +23,18 @@ from .linear import Embedding, Linear
 from .rotary import Rope, Rotary, read_rope, rope_type
 from .slots import Place, Slot
 
+WITH_IMAGES = "Gemma3ForConditionalGeneration"
+
 
 def configure(fields: Fields, architecture: str, labels: int) -> ModelConfig:
     """What the config says, with the defaults that transformers has for Gemma 2 and 3."""
-    gemma3 = architecture.startswith("Gemma3")
-    heads, kv_heads = fields.integer("num_attention_heads"), fields.integer("num_key_value_heads", default=4)
+    gemma3, end_ids, tied = architecture.startswith("Gemma3"), read_end_ids(fields), "tie_word_embeddings"
+    if architecture == WITH_IMAGES:  # what it says of the whole counts before what it says of the text's part
+        whole = {name: fields.values[name] for name in ("dtype", "torch_dtype", tied) if name in fields.values}
+        fields = fields.object("text_config")
+        fields = Fields(fields.path, fields.values | whole, fields.inside)
+        end_ids = tuple(sorted({*end_ids, *read_end_ids(fields)}))
+    heads, kv_heads = fields.integer("num_attention_heads", default=8), fields.integer("num_key_value_heads", default=4)
     head_size, layers = fields.integer("head_dim", default=256), fields.integer("num_hidden_layers")
     if heads % kv_heads:
         raise fields.error("num_key_value_heads", f"a divisor of num_attention_heads {heads}")
@@ -44,7 +52,7 @@ def configure(fields: Fields, architecture: str, labels: int) -> ModelConfig:
     bias = fields.flag("attention_bias", False)
     return ModelConfig(
         architecture=architecture,
-        vocab_size=fields.integer("vocab_size"),
+        vocab_size=fields.integer("vocab_size", default=262208 if gemma3 else 256000),
         hidden_size=fields.integer("hidden_size"),
         layers=layers,
         heads=heads,
@@ -55,8 +63,8 @@ def configure(fields: Fields, architecture: str, labels: int) -> ModelConfig:
         norm_eps=fields.number("rms_norm_eps", 1e-6),
         dtype=read_dtype(fields),
         labels=labels,
-        end_ids=read_end_ids(fields),
-        tied=fields.flag("tie_word_embeddings", True),
+        end_ids=end_ids,
+        tied=fields.flag(tied, True),
         activation="gelu_tanh",
         gated=True,
         rope=rope,
@@ -190,8 +198,8 @@ class GemmaLayer(nn.Module):
 
 
 class GemmaDecoder(nn.Module):
-    PREFIX = "model."
-    IGNORED = r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq|rotary_emb\.inv_freq"
+    PREFIX = ("model.language_model.", "language_model.model.", "model.")  # the first two beside parts for images
+    IGNORED = r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq|(model\.)?(vision_tower|multi_modal_projector)\..*"
 
     def __init__(self, config: ModelConfig, place: Place) -> None:
         super().__init__()

@@ -92,6 +92,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         for name, family in FAMILIES.items()
         for head, ending in ENDINGS.items()
     }
+    | {gemma.WITH_IMAGES: Architecture(GEMMA, "lm")}
 )
 
 

@@ -115,21 +115,26 @@ def _open_pickled(path: Path) -> dict[str, Stored]:
 
 
 def fill(
-    decoder: nn.Module, head: nn.Module, prefix: str, ignored: str, files: list[Path], on_progress: Progress
+    decoder: nn.Module,
+    head: nn.Module,
+    prefixes: str | tuple[str, ...],
+    ignored: str,
+    files: list[Path],
+    on_progress: Progress,
 ) -> None:
     """Copy every tensor of `files` into the slot of its name, converted to the slot's dtype.
 
-    Decoder tensors may carry `prefix`; names that match `ignored` are passed over. Raises CheckpointError that lists
-    what is missing, unused, given twice or of the wrong shape or dtype.
+    Decoder tensors may carry one of the prefixes; names that match `ignored` are passed over. Raises CheckpointError
+    that lists what is missing, unused, given twice or of the wrong shape or dtype.
     """
     inside = {slot.name: slot for slot in slots_of(decoder)}
     outside = {slot.name: slot for slot in slots_of(head)}
-    skip = re.compile(ignored)
+    skip, prefixes = re.compile(ignored), (prefixes,) if isinstance(prefixes, str) else prefixes
     found: dict[str, tuple[Slot, Stored]] = {}
     problems: dict[str, list[str]] = {}
     for file in files:
         for name, stored in open_file(file).items():
-            short = name.removeprefix(prefix)
+            short = name[len(next((prefix for prefix in prefixes if name.startswith(prefix)), "")) :]
             slot = inside.get(short) or outside.get(name)
             if slot is None:
                 if not skip.fullmatch(short):

@@ -129,7 +129,7 @@ def test_generation_config_is_named_too(tmp_path: Path) -> None:
 def test_every_architecture_is_read(tmp_path: Path) -> None:
     sizes = LLAMA_FIELDS | GPT2_FIELDS | BLOOM_FIELDS | OPT | GPTJ | FALCON
     for name in ARCHITECTURES:
-        config = read(tmp_path, sizes, architectures=[name], num_labels=3)
+        config = read(tmp_path, sizes, architectures=[name], num_labels=3, text_config=LLAMA)
         assert config.architecture == name
         assert config.labels == (3 if "Classification" in name else 0)
 

@@ -177,6 +177,27 @@ def test_rows_of_a_fused_matrix_are_put_in_order(tmp_path: Path) -> None:
         assert torch.equal(loaded[f"{place}.{kind}"], heads.transpose(0, 1).flatten(0, 2))
 
 
+@pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model."])
+def test_what_reads_images_is_left_out(prefix: str, tmp_path: Path) -> None:
+    """Under the names of both generations of transformers; any other tensor is still refused."""
+    path = write_checkpoint(tmp_path, "gemma3-images", tokenizer=False)
+    expected = weights_of(load_model(path))
+
+    def rename(tensors: dict[str, Tensor]) -> None:
+        assert any("vision_tower" in name for name in tensors)
+        for name in list(tensors):
+            inner = name.removeprefix("model.").removeprefix("language_model.model.").removeprefix("language_model.")
+            part = "" if "vision" in name or "projector" in name else prefix
+            tensors[(part or "model." * (prefix[0] == "m")) + inner] = tensors.pop(name)
+
+    rewrite(path, rename)
+    found = weights_of(load_model(path))
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    assert load_model(path).config.end_ids == (2, 5)
+    with pytest.raises(CheckpointError, match=r"1 not part of this architecture: audio_tower\.weight"):
+        load_model(rewrite(path, change("audio_tower.weight", torch.zeros(1))))
+
+
 def test_norm_weights_that_are_stored_less_one(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path, "gemma2", tokenizer=False)
     stored = load_file(path / "model.safetensors")["model.norm.weight"]

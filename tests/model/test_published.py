@@ -51,6 +51,14 @@ PUBLISHED: Mapping[str, tuple[str, dict[str, Any]]] = {
         | {"final_logit_softcapping": None, "sliding_window": 512, "sliding_window_pattern": 6, "rope_scaling": None}
         | {"rope_theta": 1000000, "rope_local_base_freq": 10000, "eos_token_id": [1, 106], "torch_dtype": "bfloat16"},
     ),
+    "gemma-3-4b-it": (
+        "Gemma3ForConditionalGeneration",
+        {"eos_token_id": [1, 106], "torch_dtype": "bfloat16", "mm_tokens_per_image": 256, "vision_config": {}}
+        | {
+            "text_config": {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
+            | {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}
+        },
+    ),
     "Phi-3-mini-4k-instruct": (
         "Phi3ForCausalLM",
         {"hidden_size": 3072, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32}
@@ -130,6 +138,11 @@ def of(tmp_path: Path, name: str) -> dict[str, Any]:
             "gemma-3-1b-it",
             {"windows": ((512,) * 5 + (None,)) * 4 + (512,) * 2, "rope": Rope("default", 1e6, 256), "end_ids": (1, 106)}
             | {"local_rope": Rope("default", 1e4, 256), "logit_softcap": None, "tied": True, "kv_heads": 1},
+        ),
+        (
+            "gemma-3-4b-it",
+            {"heads": 8, "kv_heads": 4, "head_size": 256, "vocab_size": 262208, "context": 131072, "end_ids": (1, 106)}
+            | {"rope": Rope("linear", 1e6, 256, 8.0, 131072), "tied": True, "dtype": "bfloat16", "norm_eps": 1e-6},
         ),
         ("Phi-3-mini-4k-instruct", {"windows": (2047,) * 32, "context": 4096, "rope": Rope(rotary_size=96)}),
         ("Phi-3-mini-128k-instruct", {"context": 131072}),

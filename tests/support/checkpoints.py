@@ -96,6 +96,13 @@ GEMMA = QWEN3 | {
     "tie_word_embeddings": True,
 }
 GEMMA2 = GEMMA | {"num_hidden_layers": 4, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}
+GEMMA3_IMAGES = {
+    "text_config": GEMMA,
+    "vision_config": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    | {"image_size": 16, "patch_size": 8},
+    "mm_tokens_per_image": 4,
+    "eos_token_id": [EOS_ID, 5],
+}
 # Heads of 16, rotated in part; a model that is longer than one token is always beyond the original context.
 PHI3 = LLAMA | {
     "rope_parameters": {
@@ -187,6 +194,7 @@ LANGUAGE_MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
             "attention_bias": True,
         },
     ),
+    "gemma3-images": ("Gemma3ForConditionalGeneration", GEMMA3_IMAGES),
     "phi3": ("Phi3ForCausalLM", LLAMA | {"sliding_window": 24}),
     "phi3-long": ("Phi3ForCausalLM", PHI3),
     "phi3-short": ("Phi3ForCausalLM", PHI3 | {"original_max_position_embeddings": 512, "tie_word_embeddings": True}),
