@@ -213,7 +213,8 @@ def _count(outputs: Iterable[Output], tokens: dict[int, int]) -> None:
 
 def named_tensors(model: Model) -> Iterator[tuple[str, Tensor]]:
     """The weights as a checkpoint of Hugging Face has them, a tied head left out."""
-    parts: list[tuple[str, nn.Module]] = [(model.decoder.PREFIX, model.decoder)]
+    prefix = model.decoder.PREFIX
+    parts: list[tuple[str, nn.Module]] = [(prefix if isinstance(prefix, str) else prefix[-1], model.decoder)]
     if not model.config.tied or model.config.labels:
         parts.append(("", model.head))
     for prefix, part in parts:

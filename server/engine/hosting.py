@@ -55,6 +55,8 @@ def load_engines(
     for spec, model in zip(specs, models, strict=True):
         _check_attention(spec, model, options)
     cards = [_card(spec, model, options) for spec, model in zip(specs, models, strict=True)]
+    if options.pooling is not None and not any(card.embedding_size for card in cards):
+        raise OptionsError(f"pooling is {options.pooling}, but no hosted model embeds: give one role=embedding")
     memory, terms = _memory(models, cards, options)
     engines: list[Engine] = []
     for spec, card, model, part in zip(specs, cards, models, parts, strict=True):

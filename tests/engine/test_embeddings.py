@@ -104,6 +104,12 @@ def make_hub_of(hub: Hub, pages: int, **options: object) -> Hub:
     return Hub([Engine(engine.card, engine.runner.model, pages=pages, options=small) for engine in hub.engines])
 
 
+def test_the_engine_s_pooling_is_that_of_models_that_name_none(path: Path) -> None:
+    options = EngineOptions(kv_cache_memory_bytes=16 << 20, pooling="cls")
+    specs = [ModelSpec(name, str(path), "embedding", pooling=own) for name, own in (("a", None), ("b", "last"))]
+    assert [engine.card.pooling for engine in Hub.load(specs, options).engines] == ["cls", "last"]
+
+
 def test_the_card_says_what_it_gives(path: Path) -> None:
     card = load(path, None).engines[0].card
     assert (card.role, card.gives, card.embedding_size, card.pooling, card.normalized) == (
@@ -128,6 +134,8 @@ def test_only_embedding_models_embed_and_they_do_nothing_else(path: Path) -> Non
 def test_roles_that_a_checkpoint_cannot_have(path: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionsError, match="pooling=mean is for role embedding, not policy"):
         load(path, "mean", role="policy")
+    with pytest.raises(OptionsError, match="pooling is mean, but no hosted model embeds"):
+        make_hub(path, pooling="mean")
     reward = write_checkpoint(tmp_path / "reward", "llama-reward", tokenizer=False)
     with pytest.raises(OptionsError, match="a score head with 1 outputs, so its role cannot be embedding"):
         load(reward, None)

@@ -69,6 +69,13 @@ def test_a_model_with_everything(model: Path) -> None:
     )
 
 
+def test_pooling_of_one_model_and_of_all(model: Path, told: list[ServeOptions]) -> None:
+    assert serve(f"e={model},role=embedding,pooling=mean", "--pooling", "cls").exit_code == 0
+    assert (told[0].models[0].pooling, told[0].engine.pooling) == ("mean", "cls")
+    assert "pooling=max" in serve(f"e={model},pooling=max").output
+    assert "--pooling max" in serve(model, "--pooling", "max").output
+
+
 def test_a_model_is_called_as_its_directory(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(model.parent)
     assert (parse_model("model").name, parse_model("./model/").path) == ("model", str(model))
