@@ -68,6 +68,7 @@ class FakeRunner:
         self.slots: dict[int, Slot] = {}
         self.previous: Plan | None = None
         self.unknown: set[int] = set()  # slots whose last token the scheduler has not been told
+        self.pooled: dict[int, tuple[int, int]] = {}  # by slot: whose rows are pooled, and how many
 
     def execute(self, plan: Plan, budget: int | None = None) -> Sampled:
         self.check_rows(plan, budget)
@@ -124,6 +125,7 @@ class FakeRunner:
             sampled.prompt_logprobs.append(
                 Logprobs([float(known.tokens[position + 1]) for position in range(rows.first, rows.end)])
             )
+        self.pool(plan, sampled)
         self.previous = plan
         if self.ahead:
             self.unknown |= {slot for _, slot in plan.samples}
@@ -133,6 +135,19 @@ class FakeRunner:
         """The scheduler has been given what this plan, the last or the one before it, brought."""
         later = self.previous if self.previous is not plan else None
         self.unknown = {slot for _, slot in later.samples} if later else set()
+
+    def pool(self, plan: Plan, sampled: Sampled) -> None:
+        """Every row of a text that is embedded comes once and in order, whatever else its slot was used for."""
+        wanted = [row for row, slot in enumerate(plan.slots) if "embedding" in self.slots[slot].request.want]
+        assert [row for row, _ in plan.embeddings] == wanted
+        for row, complete in plan.embeddings:
+            slot, start = plan.slots[row], plan.starts[row]
+            request, end = self.slots[slot].request, start + plan.counts[row]
+            assert start == 0 or self.pooled[slot] == (request.id, start), "rows that were not pooled"
+            self.pooled[slot] = (request.id, end)
+            assert complete == (end == len(request.token_ids))
+            if complete:
+                sampled.embeddings.append([float(end)])
 
     def compute(self, slot: int, start: int, count: int, prefix: dict[int, int], shared: int) -> int:
         """Attends to what the pages hold, writes the row's positions, gives the hash at its last one.

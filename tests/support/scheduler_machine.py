@@ -22,7 +22,7 @@ def random_request(draw: random.Random, number: int, now: float) -> Request:
     want, sampling, n = {"tokens"}, None, 1
     kind = draw.random()
     if kind < 0.15:
-        want = {"score"}
+        want = {"score"} if kind < 0.08 else {"embedding"}
     elif kind < 0.25:
         want = {"prompt_logprobs"}
     else:
@@ -46,7 +46,7 @@ def random_request(draw: random.Random, number: int, now: float) -> Request:
         want=frozenset(want),  # pyright: ignore[reportArgumentType]
         n=n,
         prompt_logprobs=logprobs,
-        first_needed_row=draw.choice([None, 0, 2]) if logprobs is not None else None,
+        first_needed_row=0 if "embedding" in want else draw.choice([None, 0, 2]) if logprobs is not None else None,
         priority=draw.choice([0, 0, 0, 1, -1]),
         deadline=now + draw.randrange(1, 30) if draw.random() < 0.1 else None,
         cache_salt=draw.choice(["", "", "other"]),
@@ -88,6 +88,7 @@ class Ledger:
         if first:
             assert 0 <= (output.cached_tokens or 0) < len(request.token_ids)
             assert (output.scores is not None) == ("score" in request.want)
+            assert output.embedding == ([float(len(request.token_ids))] if "embedding" in request.want else None)
             assert (output.prompt_logprobs is not None) == (request.prompt_logprobs is not None)
             if output.prompt_logprobs is not None:
                 row = min(request.first_needed_row or 0, len(request.token_ids) - 1)
