@@ -40,7 +40,7 @@ def configure(fields: Fields, architecture: str, labels: int) -> ModelConfig:
         raise fields.error("num_key_value_heads", f"a divisor of num_attention_heads {heads}")
     if head_size % 2:
         raise fields.error("head_dim", "an even number, for rotary pairs")
-    # transformers reads the first, the second is what older configs also carry and what it ignores.
+    # Published configs also have hidden_act, which transformers does not read.
     fields.choice("hidden_activation", allowed=("gelu_pytorch_tanh",), default="gelu_pytorch_tanh")
     fields.only("use_bidirectional_attention", False)
     if gemma3:
