@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,11 +27,15 @@ class Stream(Protocol):
 
 
 class Vocabulary:
-    """Ids -> token strings, and which of them are special."""
+    """Ids -> token strings, and which of them are special; `shown` are taken for ordinary ones."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, shown: Set[str] = frozenset()) -> None:
         self._tokenizer = tokenizer
-        self._special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+        added = tokenizer.get_added_tokens_decoder().values()
+        self._special = {token.content for token in added if token.special} - shown
+
+    def is_special(self, token: str) -> bool:
+        return token in self._special
 
     def token(self, token_id: int, skip_special: bool) -> str | None:
         """None for an id that decoding passes over: unknown, or special where these are skipped."""
@@ -205,10 +209,12 @@ class Decoding:
     piece_tables: tuple[PieceTable, PieceTable] | None = None
     strip: int = 0
     first_token_bare: bool = False
+    shows_all: bool = False  # where special tokens cannot be told apart: they are never skipped
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer) -> Decoding:
-        vocabulary = Vocabulary(tokenizer)
+    def of(cls, tokenizer: Tokenizer, shown: Set[str] = frozenset()) -> Decoding:
+        """`shown`: special tokens that are text all the same, also where special tokens are skipped."""
+        vocabulary = Vocabulary(tokenizer, shown)
         steps = decoder_steps(tokenizer)
         kinds = [step["type"] for step in steps]
         if kinds == ["ByteLevel"]:
@@ -223,14 +229,14 @@ class Decoding:
             if plain and not (stripped and (steps[3]["content"] != " " or steps[3]["stop"] != 0)):
                 tables = PieceTable(vocabulary, False, True), PieceTable(vocabulary, True, True)
                 return cls(tokenizer, vocabulary, piece_tables=tables, strip=steps[3]["start"] if stripped else 0)
-        return cls(tokenizer, vocabulary)
+        return cls(tokenizer, vocabulary, shows_all=bool(shown))
 
     def stream(self, prompt_ids: Sequence[int], skip_special: bool) -> Stream:
         if self.byte_tables:
             return ByteStream(self.byte_tables[skip_special], prompt_ids)
         if self.piece_tables:
             return PieceStream(self.piece_tables[skip_special], prompt_ids, self.strip, self.first_token_bare)
-        return WindowStream(self.tokenizer, prompt_ids, skip_special)
+        return WindowStream(self.tokenizer, prompt_ids, skip_special and not self.shows_all)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The token's own bytes, with its leading space; empty for an id that is no token."""

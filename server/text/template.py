@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import jinja2
+from jinja2 import meta
 
 from .errors import TextError
 from .sandbox import DEADLINE, MAX_CHARACTERS, ChatEnvironment, OverBudget, RaisedByTemplate
@@ -30,7 +31,9 @@ class ChatTemplate:
         if len(source) > MAX_TEMPLATE:
             raise TextError(f"{origin}: a chat template of {len(source)} characters; the limit is {MAX_TEMPLATE}")
         try:
-            self._template = ChatEnvironment().from_string(source)
+            environment = ChatEnvironment()
+            self._template = environment.from_string(source)
+            self.takes_tools = "tools" in meta.find_undeclared_variables(environment.parse(source))
         except (jinja2.TemplateError, RecursionError, SyntaxError, MemoryError) as error:
             line = getattr(error, "lineno", None)
             raise TextError(f"{origin}: not a chat template: {error}" + (f" (line {line})" if line else "")) from None

@@ -7,13 +7,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from . import reasoning
 from .decoding import Decoding
 from .detokenizer import Detokenizer, Piece
 from .errors import TextError
+from .reader import Reader
+from .reasoning import Stage
 from .stops import Stops
 from .template import ChatTemplate
 from .templates import BUILT_IN
 from .tokenizer import LoadedTokenizer, load_tokenizer, read_json
+from .tools.forced import composed, literal
+from .tools.formats import FORMATS, taught_by
 
 __all__ = ["Detokenizer", "Piece", "Text", "TextError"]
 
@@ -25,7 +30,14 @@ Messages = Sequence[Mapping[str, Any]]
 class Text:
     """Tokenizer and chat template of a checkpoint. Holds no state of a request; safe to share between threads."""
 
-    def __init__(self, loaded: LoadedTokenizer, templates: Mapping[str, ChatTemplate], built_in: bool = False) -> None:
+    def __init__(
+        self,
+        loaded: LoadedTokenizer,
+        templates: Mapping[str, ChatTemplate],
+        built_in: bool = False,
+        tool_call_parser: str | None = None,
+        reasoning_parser: str | None = None,
+    ) -> None:
         self._tokenizer = loaded.tokenizer
         self._bos_id = loaded.bos_id
         self._adds_bos = loaded.adds_bos
@@ -38,20 +50,41 @@ class Text:
             self._variables |= {"bos_token": bos, "eos_token": self.tokens.get("eos_token", "")}
         eos_id = None if "eos_token" not in self.tokens else self.token_id(self.tokens["eos_token"])
         self.end_ids: tuple[int, ...] = () if eos_id is None else (eos_id,)
+        with_tools = templates.get("tool_use", templates.get("default"))
+        self.takes_tools = with_tools is not None and with_tools.takes_tools
+        self.leaves_calls = tool_call_parser == "none"  # in the text, for the client to read
+        self.tool_format = FORMATS.get(tool_call_parser or "") or (
+            None if with_tools is None or self.leaves_calls else taught_by(with_tools.source)
+        )
+        self._frame = self.tool_format and self.tool_format.frame(with_tools.source if with_tools else "")
+        self._thinks = None if reasoning_parser is None else reasoning.PARSERS[reasoning_parser]
+        shown = {*(self.tool_format.markers if self.tool_format else ())}
+        shown |= {reasoning.OPEN, reasoning.CLOSE} if self._thinks is not None else set()
+        self._marked = Decoding.of(loaded.tokenizer, shown) if shown else self._decoding
         sources = "".join(f"{name}:{template.source}" for name, template in sorted(templates.items()))
         self.fingerprint = hashlib.sha256((loaded.digest + sources).encode("utf-8", "replace")).hexdigest()[:16]
 
     @classmethod
-    def load(cls, path: str | Path, chat_template: str | None = None) -> Text:
+    def load(
+        cls,
+        path: str | Path,
+        chat_template: str | None = None,
+        tool_call_parser: str | None = None,
+        reasoning_parser: str | None = None,
+    ) -> Text:
         """`chat_template`: a file, a built-in name, or the name of one of the checkpoint's own templates.
+        `tool_call_parser`: a name of `tools.formats.FORMATS`, or `none`; None: the one that the template teaches.
+        `reasoning_parser`: a name of `reasoning.PARSERS`; None: thinking is text as any other.
 
         Raises `TextError` when the tokenizer or the template cannot be used.
         """
         directory = Path(path)
         loaded = load_tokenizer(directory)
         own = read_templates(directory, loaded.config)
+        parsers = tool_call_parser, reasoning_parser
         if chat_template is None:
-            return cls(loaded, {name: ChatTemplate(source, f"{path}: {name}") for name, source in own.items()})
+            templates = {name: ChatTemplate(source, f"{path}: {name}") for name, source in own.items()}
+            return cls(loaded, templates, False, *parsers)
         built_in = chat_template in BUILT_IN and not Path(chat_template).is_file()
         source = BUILT_IN[chat_template] if built_in else own.get(chat_template)
         if source is None:
@@ -62,7 +95,7 @@ class Text:
                 raise TextError(
                     f"--chat-template {chat_template}: no such name ({known}) and no file: {error}"
                 ) from None
-        return cls(loaded, {"default": ChatTemplate(source, chat_template)}, built_in)
+        return cls(loaded, {"default": ChatTemplate(source, chat_template)}, built_in, *parsers)
 
     @property
     def has_template(self) -> bool:
@@ -168,10 +201,47 @@ class Text:
         skip_special_tokens: bool = True,
         min_tokens: int = 0,
         offsets: bool = False,
+        shows_markers: bool = False,
     ) -> Detokenizer:
-        """For one answer to the prompt: what follows a prompt keeps its leading space."""
-        stream = self._decoding.stream(prompt_ids, skip_special_tokens)
+        """For one answer to the prompt: what follows a prompt keeps its leading space. With `shows_markers` the
+        special tokens that a `reader` looks for are not skipped."""
+        decoding = self._marked if shows_markers else self._decoding
+        stream = decoding.stream(prompt_ids, skip_special_tokens)
         return Detokenizer(stream, Stops(stop, include_stop) if any(stop) else None, include_stop, min_tokens, offsets)
+
+    def stage(self, prompt_ids: Sequence[int], continued: str | None = None) -> Stage:
+        """Where the answer to a prompt begins. `continued`: the text it goes on with, if any."""
+        if self._thinks is None:
+            return "answers"
+        if continued is not None:
+            opened, closed = (continued.rfind(tag) for tag in (reasoning.OPEN, reasoning.CLOSE))
+            return "thinks" if opened > closed else "answers"
+        tail = self.decode(prompt_ids[-reasoning.TAIL :], skip_special_tokens=False)
+        return reasoning.stage_of(tail, self._thinks)
+
+    def grammar(
+        self,
+        stage: Stage,
+        functions: Sequence[Mapping[str, Any]],
+        one_call: bool = False,
+        answer: str = "",
+        tokens: bool = True,
+    ) -> str:
+        """What an answer must be: `tools.forced.composed`. Markers that are special tokens stand in it as such, or
+        without `tokens` as text, for a check that knows no vocabulary. Raises GrammarError."""
+
+        def spell(marker: str) -> str:
+            token_id = self.token_id(marker) if tokens and self._decoding.vocabulary.is_special(marker) else None
+            return literal(marker) if token_id is None else f"<[{token_id}]>"
+
+        return composed(stage, functions, self._frame, one_call, answer, spell)
+
+    def reader(self, calls: bool, stage: Stage, one_call: bool = False) -> Reader | None:
+        """Of one answer: whether to look for `calls`, and where it begins. None: it is all text."""
+        thinking = None if self._thinks is None else reasoning.Thinking(stage)
+        if calls and self.tool_format is not None:
+            return Reader(thinking, self.tool_format.parser(), one_call, self.tool_format.new_id)
+        return None if thinking is None else Reader(thinking, None)
 
 
 def read_templates(path: Path, config: Mapping[str, Any]) -> dict[str, str]:

@@ -205,6 +205,21 @@ def test_formatting_of_ordinary_widths() -> None:
     assert render(source, [USER]) == "002.2|x    7 a  | 50% of 1000000"
 
 
+@pytest.mark.parametrize(
+    ("source", "takes"),
+    [
+        (CHATML_TOOLS, True),
+        ("{% if not tools is defined %}{% set tools = none %}{% endif %}{{ tools }}", True),
+        ("{% macro f() %}{{ tools }}{% endmacro %}{{ f() }}", True),
+        (LLAMA_2, False),
+        ("{# tools #}{{ 'tools' }}{{ messages[0].tools }}", False),
+        ("{% macro f(tools) %}{{ tools }}{% endmacro %}{{ f([]) }}", False),
+    ],
+)
+def test_whether_a_template_takes_tools(source: str, takes: bool) -> None:
+    assert ChatTemplate(source, "test").takes_tools is takes
+
+
 def test_strftime_now() -> None:
     assert render("{{ strftime_now('%Y') }}", [USER]) == time.strftime("%Y")
 
