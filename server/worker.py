@@ -33,21 +33,23 @@ log = logging.getLogger(__name__)
 
 
 class Texts:
-    """Tokenizer and template of every hosted model; those that share path and template share one `Text`."""
+    """Tokenizer and template of every hosted model; those that are told the same share one `Text`."""
 
     def __init__(self, options: ServeOptions) -> None:
-        self._templates = {spec.name: spec.chat_template for spec in options.models}
-        self._texts: dict[tuple[str, str | None], Text] = {}
+        self._told = {
+            spec.name: (spec.chat_template, spec.tool_call_parser, spec.reasoning_parser) for spec in options.models
+        }
+        self._texts: dict[tuple[str | None, ...], Text] = {}
         for spec in options.models:
-            self._load(spec.text_path, spec.chat_template)
+            self._load(spec.text_path, *self._told[spec.name])
 
     def __call__(self, card: ModelCard) -> Text:
-        return self._load(card.path, self._templates.get(card.name))
+        return self._load(card.path, *self._told.get(card.name, (None, None, None)))
 
-    def _load(self, path: str, template: str | None) -> Text:
-        text = self._texts.get((path, template))
+    def _load(self, path: str, *told: str | None) -> Text:
+        text = self._texts.get((path, *told))
         if text is None:
-            text = self._texts[path, template] = Text.load(path, template)
+            text = self._texts[path, *told] = Text.load(path, *told)
         return text
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -14,7 +14,7 @@ from ..engine.request import ModelCard
 from ..text.text import Text
 from . import body as bodies
 from . import fields, logprobs
-from .choices import Choice
+from .choices import CallDelta, Choice, Delta
 from .errors import invalid
 from .generation import Generation, generate
 from .logprobs import Wording
@@ -23,6 +23,7 @@ from .sampling import Length, requests_of
 from .service import Service, check_ids, in_thread_if
 from .streaming import JsonAnswer, Tails, quoted, stream, to_json, whole
 from .structured import grammar_of
+from .tools import Calling, calling_of, shape_of
 
 router = APIRouter()
 
@@ -34,8 +35,10 @@ async def create(request: Request) -> Response:
     card = service.card(body.model, gives="text")
     text = service.texts(card)
     check(body)
-    grammar = await grammar_of(service, body)
-    ids = await render(body, card, text)
+    calling = calling_of(body, text)
+    answer = await grammar_of(service, body)
+    ids = await render(body, card, text, calling)
+    stage = text.stage(ids, continued_text(body))
     requests = requests_of(
         service,
         body,
@@ -47,9 +50,16 @@ async def create(request: Request) -> Response:
         if body.max_completion_tokens is None
         else Length("max_completion_tokens", body.max_completion_tokens),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        grammar=grammar,
+        grammar=await shape_of(service, body, calling, text, stage, answer),
     )
-    generation = generate(service.client, body, text, requests, request.state.request_id)
+    generation = generate(
+        service.client,
+        body,
+        text,
+        requests,
+        request.state.request_id,
+        reader=lambda: text.reader(calling.reads, stage, calling.one_call),
+    )
     shape = Chat(body, card, text, generation)
     if body.stream:
         return await stream(request, generation, shape, service.options, headers)
@@ -60,18 +70,25 @@ async def create(request: Request) -> Response:
 def check(body: ChatBody) -> None:
     if body.top_logprobs and not body.logprobs:
         raise invalid("top_logprobs is for logprobs: true", "top_logprobs")
-    if body.tools and body.tool_choice != "none":
-        raise invalid("tools are not supported yet, but with tool_choice 'none'", "tools", "unsupported")
-    if body.tool_choice not in (None, "none", "auto"):
-        raise invalid("tools are not supported yet; tool_choice may be 'none' or 'auto'", "tool_choice", "unsupported")
 
 
-async def render(body: ChatBody, card: ModelCard, text: Text) -> list[int]:
+def continued_text(body: ChatBody) -> str | None:
+    """The text that the answer goes on with."""
+    if not body.continue_final_message:
+        return None
+    content = body.messages[-1].get("content")
+    if isinstance(content, list):
+        return "".join(str(part.get("text")) for part in cast("list[dict[str, Any]]", content))
+    return str(content)
+
+
+async def render(body: ChatBody, card: ModelCard, text: Text, calling: Calling) -> list[int]:
     opens = not body.continue_final_message if body.add_generation_prompt is None else body.add_generation_prompt
     ids = await in_thread_if(
         True,  # how long a template takes is the checkpoint's doing, not to be told from the messages
         lambda: text.render(
             body.messages,
+            calling.tools,
             add_generation_prompt=opens,
             continue_final_message=body.continue_final_message,
             kwargs=body.chat_template_kwargs,
@@ -82,6 +99,36 @@ async def render(body: ChatBody, card: ModelCard, text: Text) -> list[int]:
         raise invalid("the chat template makes nothing of these messages", "messages")
     check_ids(ids, card, "messages")
     return ids
+
+
+def message(delta: Delta) -> dict[str, Any]:
+    """What a whole answer says. No content is null beside calls or thinking, and an empty text elsewhere."""
+    said: dict[str, Any] = {"content": delta.text or (None if delta.calls or delta.reasoning else "")}
+    if delta.reasoning:
+        said["reasoning_content"] = delta.reasoning
+    if delta.calls:
+        said["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in delta.calls
+        ]
+    return said
+
+
+def more_of(delta: Delta) -> dict[str, Any]:
+    """What a chunk of a stream adds."""
+    said: dict[str, Any] = {"content": delta.text} if delta.text else {}
+    if delta.reasoning:
+        said["reasoning_content"] = delta.reasoning
+    if delta.calls:
+        said["tool_calls"] = [more_of_call(call) for call in delta.calls]
+    return said
+
+
+def more_of_call(call: CallDelta) -> dict[str, Any]:
+    if call.id is None:
+        return {"index": call.index, "function": {"arguments": call.arguments}}
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"index": call.index, "id": call.id, "type": "function", "function": function}
 
 
 class Chat:
@@ -121,7 +168,7 @@ class Chat:
         columns = delta.logprobs
         return {
             "index": choice.index,
-            "message": {"role": "assistant", "content": delta.text, "refusal": None},
+            "message": {"role": "assistant", **message(delta), "refusal": None},
             "logprobs": logprobs.chat(self._wording, delta.token_ids, columns) if columns else None,
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,
@@ -143,7 +190,9 @@ class Chat:
             delta = choice.take()
             columns = logprobs.chat(self._wording, delta.token_ids, delta.logprobs) if delta.logprobs else None
             extra = f',"token_ids":{to_json(delta.token_ids)}' if self._ids and delta.token_ids else ""
-            if delta.text or columns or extra:
+            if delta.calls or delta.reasoning:
+                events.append(self._event(choice, to_json(more_of(delta)), columns, extra, tail))
+            elif delta.text or columns or extra:
                 events.append(self._event(choice, f'{{"content":{quoted(delta.text)}}}', columns, extra, tail))
             if choice.finish_reason is not None:
                 extra = f',"stop_reason":{to_json(choice.stop_reason)}'

@@ -1,25 +1,39 @@
-"""One choice of an answer: the engine's outputs become text, cut where the answer ends."""
+"""One choice of an answer: the engine's outputs become text, cut where the answer ends, and what the text says."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ..engine.request import Finish, Logprobs, Output
+from ..text.events import Arguments, CallBegins, CallEnds, Content, Event, NoCall, Reasoning
+from ..text.reader import Reader
 from ..text.text import Detokenizer
 
 FINISH_REASONS: dict[Finish, str] = {"stop": "stop", "length": "length", "abort": "length", "error": "length"}
 
 
 @dataclass(slots=True)
+class CallDelta:
+    """More of one call. Its first has the id and the name."""
+
+    index: int  # among the choice's calls
+    id: str | None = None
+    name: str | None = None
+    arguments: str = ""
+
+
+@dataclass(slots=True)
 class Delta:
     """What came since the last one."""
 
-    text: str = ""
+    text: str = ""  # prose alone, where thinking and calls are read
     token_ids: list[int] = field(default_factory=list[int])
     offsets: list[int] = field(default_factory=list[int])  # where in the text each token starts, if asked for
     logprobs: Logprobs | None = None
+    reasoning: str = ""
+    calls: list[CallDelta] = field(default_factory=list[CallDelta])
 
 
 @dataclass(slots=True)
@@ -32,17 +46,28 @@ class Choice:
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     waiting: Delta = field(default_factory=Delta)
+    reader: Reader | None = None  # None: all text is prose
+    calls: int = 0  # begun so far
 
     def push(self, output: Output) -> bool:
-        """True when a stop string ended it here, which the engine does not know."""
+        """True when it ended here, by a stop string or its only call, which the engine does not know."""
+        if self.reader is not None and self.reader.one_call and len(output.token_ids) > 1:
+            # Cut at the very token that completes the call, however many have come at once.
+            any(self._push(single) for single in _one_by_one(output))
+            return self.finish_reason is not None and output.finish is None
+        return self._push(output)
+
+    def _push(self, output: Output) -> bool:
         piece = self.detokenizer.push(output.token_ids, output.finish is not None, output.stop_id)
         count = len(output.token_ids)
         waiting = self.waiting
         if piece.stop is None and output.finish is None and output.logprobs is None and not piece.offsets:
             self.tokens += count
-            waiting.text += piece.text
             waiting.token_ids += output.token_ids
-            return False
+            if self.reader is None:
+                waiting.text += piece.text
+                return False
+            return self._read(self.reader, piece.text)
         if piece.stop is not None:
             count = piece.tokens - self.tokens
             self.finish_reason, self.stop_reason = "stop", piece.stop
@@ -53,12 +78,52 @@ class Choice:
             elif output.stop_id in self.stop_ids:
                 self.stop_reason = output.stop_id
         self.tokens += count
-        waiting.text += piece.text
         waiting.token_ids += output.token_ids[:count]
         waiting.offsets += piece.offsets[:count]
         if output.logprobs is not None:
             waiting.logprobs = _extended(waiting.logprobs, output.logprobs, count)
-        return piece.stop is not None and output.finish is None
+        ended = piece.stop is not None and output.finish is None
+        if self.reader is None:
+            waiting.text += piece.text
+            return ended
+        return self._read(self.reader, piece.text) or ended
+
+    def _read(self, reader: Reader, text: str) -> bool:
+        """True when it has its only call."""
+        for event in reader.push(text):
+            self._say(event)
+        if self.finish_reason is None:
+            if reader.over:
+                self.finish_reason = "tool_calls"
+            return reader.over
+        for event in reader.finish("cut" if self.finish_reason == "length" else "ended"):
+            self._say(event)
+        if reader.over or (reader.calls and self.finish_reason == "stop"):
+            self.finish_reason = "tool_calls"
+        return False
+
+    def _say(self, event: Event) -> None:
+        waiting = self.waiting
+        match event:
+            case Content(text):
+                waiting.text += text
+            case Reasoning(text):
+                waiting.reasoning += text
+            case CallBegins(name):
+                assert self.reader is not None
+                waiting.calls.append(CallDelta(self.calls, self.reader.new_id(), name))
+                self.calls += 1
+            case Arguments(text):
+                if not waiting.calls:
+                    waiting.calls.append(CallDelta(self.calls - 1))
+                waiting.calls[-1].arguments += text
+            case NoCall(text):  # nothing of it is told, or all of it where a stream has told its beginning
+                if waiting.calls and waiting.calls[-1].id is not None:
+                    waiting.calls.pop()
+                    self.calls -= 1
+                waiting.text += text
+            case CallEnds():
+                pass
 
     def take(self) -> Delta:
         delta, self.waiting = self.waiting, Delta("", [], [])
@@ -87,3 +152,18 @@ def _extended(first: Logprobs | None, more: Logprobs, count: int) -> Logprobs:
     first.top_ids += more.top_ids[:count]
     first.top_values += more.top_values[:count]
     return first
+
+
+def _one_by_one(output: Output) -> Iterator[Output]:
+    """An output per token that together say what `output` says."""
+    last, logprobs = len(output.token_ids) - 1, output.logprobs
+    for i, token in enumerate(output.token_ids):
+        single = Output(output.request_id, output.choice, [token], weight_version=output.weight_version)
+        if logprobs is not None:
+            here = slice(i, i + 1)
+            single.logprobs = Logprobs(
+                logprobs.values[here], logprobs.ranks[here], logprobs.top_ids[here], logprobs.top_values[here]
+            )
+        if i == last:
+            single.finish, single.stop_id = output.finish, output.stop_id
+        yield single

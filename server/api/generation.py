@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..engine.link import EngineClient, EngineUnavailable
 from ..engine.request import EngineError, Logprobs, Output, Request
 from ..engine.stream import Stream
+from ..text.reader import Reader
 from ..text.text import Text
 from . import errors
 from .choices import Choice
@@ -170,25 +171,34 @@ def generate(
     requests: Sequence[Request],
     request_id: str,
     offsets: bool = False,
+    reader: Callable[[], Reader | None] = lambda: None,
 ) -> Generation:
-    """Submit the requests of a chat or completion. Choices are numbered through, prompt after prompt."""
+    """Submit the requests of a chat or completion. Choices are numbered through, prompt after prompt.
+
+    `reader` makes what reads the text of a choice, where that is more than prose.
+    """
     parts: list[Part] = []
     for index, request in enumerate(requests):
-        choices = [
-            Choice(
-                index * request.n + number,
-                number,
-                text.detokenizer(
-                    request.token_ids,
-                    stop=body.stop,
-                    include_stop=body.include_stop_str_in_output,
-                    skip_special_tokens=body.skip_special_tokens,
-                    min_tokens=body.min_tokens,
-                    offsets=offsets,
-                ),
-                tuple(body.stop_token_ids),
+        choices: list[Choice] = []
+        for number in range(request.n):
+            reads = reader()
+            detokenizer = text.detokenizer(
+                request.token_ids,
+                stop=body.stop,
+                include_stop=body.include_stop_str_in_output,
+                skip_special_tokens=body.skip_special_tokens,
+                min_tokens=body.min_tokens,
+                offsets=offsets,
+                shows_markers=reads is not None,
             )
-            for number in range(request.n)
-        ]
+            choices.append(
+                Choice(
+                    index * request.n + number,
+                    number,
+                    detokenizer,
+                    tuple(body.stop_token_ids),
+                    reader=reads,
+                )
+            )
         parts.append(Part(request, choices))
     return Generation(client, parts, request_id)

@@ -220,8 +220,9 @@ class ChatBody(GenerationBody):
     max_completion_tokens: Tokens | None = None
     logprobs: bool = False
     top_logprobs: Tokens | None = None
-    tools: list[dict[str, Any]] = []
+    tools: list[dict[str, Any]] = []  # what is in them, `tools` checks
     tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool = True
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] = {}
