@@ -12,7 +12,17 @@ from .api.options import ApiOptions
 from .engine.control import Ready, as_flags, log_to_stderr
 from .engine.options import AttentionBackend, Dtype, EngineOptions, ModelSpec, OptionsError
 from .engine.request import LogprobsMode, PoolingMode
-from .options import LogLevel, ServeOptions, bundled_models, has_gpu, parse_model, parse_quantity, read_config_file
+from .options import (
+    REASONING_PARSERS,
+    TOOL_CALL_PARSERS,
+    LogLevel,
+    ServeOptions,
+    bundled_models,
+    has_gpu,
+    parse_model,
+    parse_quantity,
+    read_config_file,
+)
 
 if TYPE_CHECKING:
     from .supervisor import Supervisor
@@ -69,8 +79,9 @@ def serve(
     models: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[[NAME=]PATH[,role=…,dtype=…,kv=…%,alias=a|b,chat_template=…,max_model_len=…,weight=…,pooling=…]]…",
-            help="Directories of Hugging Face checkpoints. None: the bundled demo policy and reward model.",
+            metavar="[[NAME=]PATH|ORG/NAME[,role=…,dtype=…,kv=…%,alias=a|b,chat_template=…,max_model_len=…,weight=…,"
+            "pooling=…,revision=…,tool_call_parser=…,reasoning_parser=…]]…",
+            help="Directories of Hugging Face checkpoints, or hub ids. None: the bundled demo policy and reward model.",
             show_default=False,
         ),
     ] = None,
@@ -157,6 +168,13 @@ def serve(
     chat_template: Annotated[
         str | None, typer.Option(help="File, or alpaca, vicuna, chatml, plain, for models that name none.")
     ] = None,
+    tool_call_parser: Annotated[
+        str | None,
+        typer.Option(help=f"{', '.join(TOOL_CALL_PARSERS)}, for models that name none. None: by the chat template."),
+    ] = None,
+    reasoning_parser: Annotated[
+        str | None, typer.Option(help=f"{' or '.join(REASONING_PARSERS)}: thinking becomes reasoning_content.")
+    ] = None,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
     access_log: Annotated[bool, typer.Option("--access-log", help="A line per request.")] = False,
 ) -> None:
@@ -165,7 +183,12 @@ def serve(
 
     try:
         gpu = device.startswith("cuda") or (device == "auto" and has_gpu())
-        defaults = {"dtype": _one_of("--dtype", dtype, get_args(Dtype)), "chat_template": chat_template}
+        defaults = {
+            "dtype": _one_of("--dtype", dtype, get_args(Dtype)),
+            "chat_template": chat_template,
+            "tool_call_parser": _one_of("--tool-call-parser", tool_call_parser, TOOL_CALL_PARSERS),
+            "reasoning_parser": _one_of("--reasoning-parser", reasoning_parser, tuple(REASONING_PARSERS)),
+        }
         options = ServeOptions(
             models=_models(models or [], served_model_name or [], defaults),
             engine=EngineOptions(
@@ -232,6 +255,8 @@ def _models(words: list[str], names: list[str], defaults: dict[str, Any]) -> tup
             spec,
             dtype=defaults["dtype"] if spec.dtype == "auto" else spec.dtype,
             chat_template=spec.chat_template or defaults["chat_template"],
+            tool_call_parser=spec.tool_call_parser or defaults["tool_call_parser"],
+            reasoning_parser=spec.reasoning_parser or defaults["reasoning_parser"],
         )
         for spec in specs
     )

@@ -11,11 +11,17 @@ from typing import Any, Literal, get_args
 from .api.options import ApiOptions
 from .engine.options import DEMO, NULL, Dtype, EngineOptions, ModelSpec, OptionsError
 from .engine.request import PoolingMode, Role
+from .snapshots import HUB_ID, snapshot
+from .text.reasoning import PARSERS as REASONING_PARSERS
+from .text.tools.formats import FORMATS as TOOL_FORMATS
 
 METRICS_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"  # prometheus-client's name; the supervisor sets it for its workers
 LogLevel = Literal["debug", "info", "warning", "error"]
-SPEC_KEYS = ("role", "dtype", "kv", "alias", "chat_template", "max_model_len", "weight", "pooling")
-LATER_KEYS = ("quantization", "kv_dtype", "revision")
+PARSER_KEYS = ("tool_call_parser", "reasoning_parser")
+OWN_KEYS = ("role", "dtype", "kv", "alias", "chat_template", "max_model_len", "weight", "pooling", "revision")
+SPEC_KEYS = (*OWN_KEYS, *PARSER_KEYS)
+LATER_KEYS = ("quantization", "kv_dtype")
+TOOL_CALL_PARSERS = (*TOOL_FORMATS, "none")
 UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -66,12 +72,13 @@ def parse_quantity(text: str, flag: str) -> int:
 def parse_model(text: str) -> ModelSpec:
     """`[NAME=]PATH[,key=value…]`. Raises OptionsError naming what is wrong; the directory must hold a config.json.
 
-    The paths `null` and `null:5` are no directories: `ModelSpec.path`.
+    A path that is not there and reads like a hub id is one: its files are fetched unless they are cached, and the model
+    is called by the id. The paths `null` and `null:5` are no directories: `ModelSpec.path`.
     """
     head, *settings = text.split(",")
     name, equals, path = head.partition("=")
     if not equals or Path(head).exists():
-        name, path = (NULL if head.startswith(NULL + ":") else Path(head).resolve().name), head
+        name, path = _own_name(head), head
     if not name or not path:
         raise OptionsError(f"model {text!r}: NAME=PATH or PATH is needed before the first comma")
     given: dict[str, str] = {}
@@ -89,7 +96,7 @@ def parse_model(text: str) -> ModelSpec:
     limit = given.get("max_model_len")
     spec = ModelSpec(
         name=name,
-        path=path if path.partition(":")[0] == NULL else _directory(name, path),
+        path=path if path.partition(":")[0] == NULL else _directory(name, path, given.get("revision")),
         role=_choice(name, "role", given.get("role"), get_args(Role)),
         dtype=_choice(name, "dtype", given.get("dtype", "auto"), get_args(Dtype)),
         aliases=tuple(alias for alias in given.get("alias", "").split("|") if alias),
@@ -98,6 +105,8 @@ def parse_model(text: str) -> ModelSpec:
         max_model_len=None if limit is None else parse_quantity(limit, f"model {name}: max_model_len="),
         chat_template=given.get("chat_template"),
         pooling=_choice(name, "pooling", given.get("pooling"), get_args(PoolingMode)),
+        tool_call_parser=_choice(name, "tool_call_parser", given.get("tool_call_parser"), TOOL_CALL_PARSERS),
+        reasoning_parser=_choice(name, "reasoning_parser", given.get("reasoning_parser"), tuple(REASONING_PARSERS)),
     )
     assert spec.step_seconds >= 0  # or it has said what is wrong with it
     return spec
@@ -137,18 +146,23 @@ def read_config_file(path: Path, known: dict[str, str]) -> dict[str, Any]:
     return values
 
 
-def _directory(name: str, path: str) -> str:
+def _own_name(path: str) -> str:
+    if path.startswith(NULL + ":"):
+        return NULL
+    return path if HUB_ID.fullmatch(path) and not Path(path).exists() else Path(path).resolve().name
+
+
+def _directory(name: str, path: str, revision: str | None) -> str:
+    if HUB_ID.fullmatch(path) and not Path(path).exists():
+        return snapshot(path, revision)
+    if revision is not None:
+        raise OptionsError(f"model {name}: revision={revision} is for hub ids, and {path} is none")
     if (Path(path) / "config.json").is_file():
         return str(Path(path).resolve())
     if Path(path).is_dir():
         raise OptionsError(f"model {name}: {path} has no config.json; give the directory of a Hugging Face checkpoint")
     if Path(path).exists():
         raise OptionsError(f"model {name}: {path} is a file; give the directory of a Hugging Face checkpoint")
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path):
-        raise OptionsError(
-            f"model {name}: there is no directory {path}. If it is a Hugging Face hub id: these are not taken yet; "
-            f"run `hf download {path} --local-dir {path.rpartition('/')[2]}` and give that directory"
-        )
     raise OptionsError(f"model {name}: there is no directory {path}")
 
 

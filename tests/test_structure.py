@@ -39,7 +39,7 @@ CLIENT_SIDE = {f"server/engine/{name}.py" for name in ("request", "counts", "str
 LINK = {"server/engine/link.py", "server/engine/messages.py"}
 COMPOSER = "server/engine_process.py"  # hands the engine what it must not import, so it knows both
 EDGE_LIBRARIES = {
-    *("msgspec", "zmq", "typer", "rich", "httpx", "yaml", "jinja2", "llguidance"),
+    *("msgspec", "zmq", "typer", "rich", "httpx", "yaml", "jinja2", "llguidance", "huggingface_hub"),
     *("prometheus_client", "fastapi", "starlette", "pydantic", "uvicorn", "uvloop", "sse_starlette"),
 }
 HEAVY = {"torch", "triton", "numpy", "safetensors"}

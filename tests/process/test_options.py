@@ -63,9 +63,10 @@ def test_wrong_quantities_name_the_flag(text: str) -> None:
 
 def test_a_model_with_everything(model: Path) -> None:
     words = "role=reward,dtype=float32,kv=30%,alias=a|org/b,chat_template=plain,max_model_len=4K,weight=2.5"
+    words += ",tool_call_parser=none,reasoning_parser=qwen3"
     spec = parse_model(f"judge={model},{words}")
     assert spec == options.ModelSpec(
-        "judge", str(model), "reward", "float32", ("a", "org/b"), 0.3, 2.5, 4096, chat_template="plain"
+        "judge", str(model), "reward", "float32", ("a", "org/b"), 0.3, 2.5, 4096, "plain", "none", "qwen3"
     )
 
 
@@ -95,7 +96,10 @@ def test_the_null_model(words: str, name: str, milliseconds: float) -> None:
     [
         ("m=null:fast", "null:5 for steps of 5 milliseconds"),
         ("m={model},rolle=reward", "did you mean role="),
-        ("m={model},colour=red", "there are role=, dtype=, kv=, alias=, chat_template=, max_model_len=, weight="),
+        (
+            "m={model},colour=red",
+            "there are role=, dtype=, kv=, alias=, chat_template=, max_model_len=, weight=, revision=",
+        ),
         ("m={model},quantization=int8", "not supported yet"),
         ("m={model},role=judge", "policy, reference, reward"),
         ("m={model},dtype=int3", "bfloat16"),
@@ -107,7 +111,9 @@ def test_the_null_model(words: str, name: str, milliseconds: float) -> None:
         ("m={model}/nothing", "there is no directory"),
         ("m={model}/..", "has no config.json"),
         ("m={model}/config.json", "is a file"),
-        ("Qwen/Qwen3-0.6B", "hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B"),
+        ("m={model},revision=main", "revision=main is for hub ids"),
+        ("m={model},tool_call_parser=xml", "mistral, hermes, llama3_json, none"),
+        ("m={model},reasoning_parser=gpt", "qwen3, deepseek_r1"),
         ("={model}", "NAME=PATH"),
     ],
 )
