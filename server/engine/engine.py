@@ -63,7 +63,7 @@ class Engine:
         self.last_step = Step()
         self._flight: tuple[Flight, Ticket] | None = None
         self._building = Building(options.max_waiting_requests)
-        follows = grammars is not None and self.card.generates and bool(card.end_ids)
+        follows = grammars is not None and self.card.gives == "text" and bool(card.end_ids)
         self._guides = Guides(grammars(card), card.vocab_size, card.end_ids) if grammars and follows else None
         self.scheduler = Scheduler(
             pages=pages,
