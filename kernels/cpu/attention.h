@@ -110,6 +110,36 @@ void values_panels(const bf16* const* rows, long count, long size, bf16* to, lon
         }
 }
 
+// Where K and V of the positions of one block lie, for one kv head.
+template <class T> struct Block {
+    const T *keys[BLOCK], *values[BLOCK];
+
+    // Positions base … base + count - 1; `blank` for those that were never written or whose page is gone: outside of
+    // from … to - 1. What is found is on its way to the cache when this returns.
+    void find(const T* k_pages, const T* v_pages, const int32_t* table, const Shape& shape, long kv_head, long base,
+              long count, long from, long to, const T* blank) {
+        const long lines = shape.size * (long)sizeof(T);
+        long index = base / shape.page, offset = base % shape.page, place = 0;
+        for (long j = 0, at = base; j < count; ++j, ++at, ++offset) {
+            if (offset == shape.page) offset = 0, ++index;
+            if (at < from || at >= to) {
+                keys[j] = values[j] = blank;
+                place = 0;
+                continue;
+            }
+            if (offset == 0 || place == 0)
+                place = ((table[index] * shape.kv_heads + kv_head) * shape.page + offset) * shape.size + 1;
+            else place += shape.size;
+            keys[j] = k_pages + place - 1;
+            values[j] = v_pages + place - 1;
+            for (long line = 0; line < lines; line += 64) {
+                __builtin_prefetch((const char*)keys[j] + line);
+                __builtin_prefetch((const char*)values[j] + line);
+            }
+        }
+    }
+};
+
 // Rows [first, first + count) of sequence `b`, which stand at positions from `position` on, for one kv head.
 template <class T>
 void attend(const T* q, const T* k_pages, const T* v_pages, T* out, const Step& step, const Shape& shape, long b,
@@ -136,27 +166,27 @@ void attend(const T* q, const T* k_pages, const T* v_pages, T* out, const Step& 
     const Lanes lane = load(lanes);
 
     const long seen = shape.window && position + 1 > shape.window ? position + 1 - shape.window : 0;
-    for (long base = seen / BLOCK * BLOCK; base <= last; base += BLOCK) {
+    const int32_t* table = step.table + b * step.table_width;
+    Block<T> blocks[2];
+    const auto panels_at = [last](long base) {
         const long there = last + 1 - base < BLOCK ? last + 1 - base : BLOCK;
-        const long panels = (there + COLUMNS - 1) / COLUMNS;
-        const T *key_rows[BLOCK], *value_rows[BLOCK];
-        for (long j = 0; j < panels * COLUMNS; ++j) {
-            const long at = base + j;
-            if (at >= length || at < seen) {  // never written, or its page is gone
-                key_rows[j] = value_rows[j] = blank;
-                continue;
-            }
-            const long page = step.table[b * step.table_width + at / shape.page];
-            const long place = ((page * shape.kv_heads + kv_head) * shape.page + at % shape.page) * size;
-            key_rows[j] = k_pages + place;
-            value_rows[j] = v_pages + place;
-        }
+        return (there + COLUMNS - 1) / COLUMNS;
+    };
+    const auto find = [&](long base) {
+        blocks[base / BLOCK % 2].find(k_pages, v_pages, table, shape, kv_head, base, panels_at(base) * COLUMNS, seen, length,
+                                      blank);
+    };
+    find(seen / BLOCK * BLOCK);
+    for (long base = seen / BLOCK * BLOCK; base <= last; base += BLOCK) {
+        const long panels = panels_at(base);
+        const Block<T>& block = blocks[base / BLOCK % 2];
+        if (base + BLOCK <= last) find(base + BLOCK);
         const T *key_panels[4], *value_panels[WIDEST_HEAD / COLUMNS];
         for (long p = 0; p < panels; ++p) {
             key_panels[p] = keys + p * size * COLUMNS;
-            keys_panel(key_rows + p * COLUMNS, size, keys + p * size * COLUMNS);
+            keys_panel(block.keys + p * COLUMNS, size, keys + p * size * COLUMNS);
         }
-        values_panels(value_rows, panels * COLUMNS, size, values, BLOCK * COLUMNS);
+        values_panels(block.values, panels * COLUMNS, size, values, BLOCK * COLUMNS);
         for (long p = 0; p < outer; ++p) value_panels[p] = values + p * BLOCK * COLUMNS;
 
         multiply(rows, queries, size, key_panels, panels, size, scores, rows, true);
