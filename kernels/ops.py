@@ -203,7 +203,8 @@ def in_blocks(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 class Packed(NamedTuple):
     """A matrix [outs, ins] in panels of PANEL rows, which are computed side by side; what is beyond `outs` is 0.
 
-    `data` is [panels, ins / 2, PANEL, 2] in bfloat16 and [panels, ins, PANEL] in float32.
+    `data` is [panels, ins / 2, PANEL, 2] in bfloat16 and [panels, ins, PANEL] in float32, `ins` rounded up to an even
+    number; what is beyond it is 0, too.
     """
 
     data: Tensor
@@ -213,7 +214,7 @@ class Packed(NamedTuple):
     def unpack(self) -> Tensor:
         """[outs, ins], in the dtype it is kept in."""
         panels = self.data.transpose(1, 2) if self.data.dim() == 4 else self.data.mT  # [panels, PANEL, ins (/ 2, 2)]
-        return panels.reshape(-1, self.ins)[: self.outs]
+        return panels.reshape(len(panels) * PANEL, -1)[: self.outs, : self.ins]
 
 
 @op

@@ -223,7 +223,6 @@ def score(
         options = engine_options(
             device,
             threads,
-            None,
             deterministic,
             max_num_seqs,
             max_num_batched_tokens,

@@ -50,18 +50,16 @@ def test_nothing_else_is_public() -> None:
 
 # Products -------------------------------------------------------------------------------------------------------------
 
-SHAPES = [(16, 2), (5, 30), (64, 96), (100, 1026), (96, 2100)]  # outs, ins: K is visited in parts of 1,024
+KINDS = [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)]
+SHAPES = [(16, 2), (5, 30), (7, 33), (64, 96), (100, 1026), (96, 2100)]  # outs, ins: K is visited in parts of 1,024
 
 
 @pytest.mark.parametrize("activation", product.ACTIVATIONS)
-@pytest.mark.parametrize("x_dtype", DTYPES)
-@pytest.mark.parametrize("w_dtype", DTYPES)
+@pytest.mark.parametrize("x_dtype, w_dtype", KINDS)
 @pytest.mark.parametrize("outs, ins", SHAPES)
 def test_products(
-    outs: int, ins: int, w_dtype: torch.dtype, x_dtype: torch.dtype, activation: Activation | None
+    outs: int, ins: int, x_dtype: torch.dtype, w_dtype: torch.dtype, activation: Activation | None
 ) -> None:
-    if (x_dtype, w_dtype) == (torch.bfloat16, torch.float32):
-        pytest.skip("a model in bfloat16 has no float32 matrices")
     if activation == "silu_and_mul" and outs % 32:
         assert product.pack(torch.ones(outs, ins), activation) is None
         return
@@ -97,7 +95,6 @@ def test_activations_far_from_zero() -> None:
 
 
 def test_what_is_not_packed() -> None:
-    assert product.pack(torch.ones(16, 3)) is None  # K in pairs
     assert product.pack(torch.ones(16, 4, dtype=torch.float16)) is None
     exact, inexact = torch.full((16, 4), 1.5), torch.full((16, 4), 1.1)
     packed = [product.pack(weight) for weight in (exact, inexact)]
