@@ -18,7 +18,7 @@ from .text.tools.formats import FORMATS as TOOL_FORMATS
 METRICS_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"  # prometheus-client's name; the supervisor sets it for its workers
 LogLevel = Literal["debug", "info", "warning", "error"]
 PARSER_KEYS = ("tool_call_parser", "reasoning_parser")
-OWN_KEYS = ("role", "dtype", "kv", "alias", "chat_template", "max_model_len", "weight", "pooling", "revision")
+OWN_KEYS = ("role", "dtype", "kv", "alias", "chat_template", "max_model_len", "weight", "revision", "pooling")
 SPEC_KEYS = (*OWN_KEYS, *PARSER_KEYS)
 LATER_KEYS = ("quantization", "kv_dtype")
 TOOL_CALL_PARSERS = (*TOOL_FORMATS, "none")

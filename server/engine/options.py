@@ -32,10 +32,10 @@ class ModelSpec:
     kv_share: float | None = None  # part of the KV cache's memory, 0..1; None: an equal part of what the others leave
     weight: float = 1.0  # share of the device's time beside the other models while all are busy
     max_model_len: int | None = None  # None: the engine's
-    pooling: PoolingMode | None = None  # of an embedding model; None: the engine's
     chat_template: str | None = None  # file or built-in name; read by the workers, as are the next two
     tool_call_parser: str | None = None  # of `server.text.tools.formats`, or none; None: by the chat template
     reasoning_parser: str | None = None  # of `server.text.reasoning`; None: thinking is text
+    pooling: PoolingMode | None = None  # of an embedding model; None: the engine's
 
     @property
     def is_null(self) -> bool:

@@ -15,6 +15,7 @@ from tandem.server.api.protocol import (
     Common,
     CompletionBody,
     DetokenizeBody,
+    EmbeddingBody,
     GenerationBody,
     RewardBody,
     StreamOptions,
@@ -50,8 +51,9 @@ def test_every_field_has_a_row() -> None:
     assert sorted(rows("Chat and completions")) == own(GenerationBody)
     assert sorted(rows("Chat alone")) == own(ChatBody, GenerationBody)
     assert sorted(rows("Completions alone")) == own(CompletionBody, GenerationBody)
-    others = rows("Rewards and tokens")
+    others = rows("Rewards, embeddings and tokens")
     expected = [f"reward.{name}" for name in own(RewardBody, Common)]
+    expected += [f"embedding.{name}" for name in own(EmbeddingBody, Common)]
     expected += [f"tokenize.{name}" for name in own(TokenizeBody) if name != "model"]
     expected += [f"detokenize.{name}" for name in own(DetokenizeBody) if name != "model"]
     assert sorted(others) == sorted(expected)

@@ -76,7 +76,7 @@ def test_refusals(http: httpx.Client, path: str, body: dict[str, Any], param: st
 def test_server_info(http: httpx.Client, context: int) -> None:
     about = http.get("/server_info").json()
     assert about["version"] == http.get("/version").json()["version"] and about["state"] == "ready"
-    assert [model["id"] for model in about["models"]] == ["policy", "reward"]
+    assert [model["id"] for model in about["models"]] == ["policy", "reward", "embed"]
     now = about["models"][0]["now"]
     assert now["running"] == now["waiting"] == now["pages_used"] == 0 < now["pages"]
     assert about["models"][0]["max_model_len"] == context
