@@ -82,7 +82,7 @@ def main() -> None:
     except EngineError as error:
         parser.error(str(error))
     tools = {
-        "tandem": figures([sys.executable, "-m", "tandem.server", "bench", "serve"], given, None),
+        "tandem": figures([sys.executable, "-m", "tandem.server", "bench", "serve", "--as-text"], given, None),
         "vllm": figures(
             [str(python.with_name("vllm")), "bench", "serve"], given, {**os.environ, **environment("vllm")}
         ),

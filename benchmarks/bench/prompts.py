@@ -68,6 +68,7 @@ class ServeOptions:
     runs: int = 1
     num_warmups: int = 0
     seed: int = 0
+    as_text: bool = False  # prompts whose token ids are known, too
     ignore_eos: bool | None = None  # None: for random prompts, as vLLM's tool does
     body: Mapping[str, Any] = field(default_factory=dict)  # None as a value takes a field out
     headers: Mapping[str, str] = field(default_factory=dict)
@@ -124,7 +125,7 @@ class Prompts:
 
     @property
     def have_ids(self) -> bool:
-        return self.first.token_ids is not None and not self._options.is_chat
+        return self.first.token_ids is not None and not self._options.is_chat and not self._options.as_text
 
     @property
     def have_text(self) -> bool:

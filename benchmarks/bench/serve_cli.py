@@ -106,6 +106,9 @@ def serve(
     runs: Annotated[int, typer.Option(min=1, help="Rounds; figures are then medians with spreads.")] = 1,
     num_warmups: Annotated[int, typer.Option(min=0, help="Unmeasured requests before each run.")] = 0,
     seed: Annotated[int, typer.Option()] = 0,
+    as_text: Annotated[
+        bool, typer.Option("--as-text", help="Send text where token ids are known, too, as vLLM's tool does.")
+    ] = False,
     ignore_eos: Annotated[
         bool | None, typer.Option("--ignore-eos/--no-ignore-eos", help="None: with random prompts.", show_default=False)
     ] = None,
@@ -177,6 +180,7 @@ def serve(
         runs=runs,
         num_warmups=num_warmups,
         seed=seed,
+        as_text=as_text,
         ignore_eos=ignore_eos,
         body=body,
         headers=_pairs("--header", header),

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...model.load import cpu_has_bfloat16
 from ...server.engine.options import EngineOptions
 from ..bench import offline, result, serve
 from ..bench.offline import Dataset as OfflineLoad
@@ -30,6 +31,9 @@ from ..bench.sides import Setup
 from ..bench.stats import percentile
 from .checkpoint import checkpoint
 
+# What the bfloat16 checkpoint is computed in. Without the processor's own bfloat16 PyTorch's engines take several
+# times as long in it, which would make a ratio easy.
+DTYPE = "bfloat16" if cpu_has_bfloat16() else "float32"
 LARGE, TINY = "random:125m", "random:tiny"
 OWN_TOOL_ROUNDS = 5
 CLOSE = 0.05  # how far two tools' medians may lie apart
@@ -97,10 +101,12 @@ def figures(found: dict[str, Any], name: str, unit: str) -> str:
 
 
 def serve_section(run: Run) -> None:
-    """16 and 32 clients, 64 streams, and how soon each server is ready; 125M, bf16 in both."""
-    model = checkpoint(LARGE)
+    """16 and 32 clients, 64 streams, and how soon each server is ready; 125M, both in `DTYPE`."""
+    model, dtype = checkpoint(LARGE), ("--dtype", DTYPE)
     with ExitStack() as stack:
-        servers = [stack.enter_context(start(name, model, threads=run.threads)) for name in ("tandem", "vllm")]
+        servers = [
+            stack.enter_context(start(name, model, threads=run.threads, arguments=dtype)) for name in ("tandem", "vllm")
+        ]
         ready = {server.name: server.ready_seconds for server in servers}
         told = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in ready.items())
         run.add("ready after the start, vllm / tandem", ready["vllm"] / ready["tandem"], told, least=8)
@@ -148,9 +154,9 @@ def tiny_section(run: Run) -> None:
 def offline_section(run: Run) -> None:
     """Batch 1, and prompts alone."""
 
-    def compare(name: str, others: tuple[str, ...], load: OfflineLoad, **options: Any) -> dict[str, Any]:
+    def compare(name: str, others: tuple[str, ...], load: OfflineLoad, dtype: str, **options: Any) -> dict[str, Any]:
         engine = EngineOptions(threads=run.threads, max_model_len=1024, **options)
-        setup = Setup(LARGE, engine, "bfloat16", ("tandem", *others), runs=run.runs, warmups=1)
+        setup = Setup(LARGE, engine, dtype, ("tandem", *others), runs=run.runs, warmups=1)
         found = offline.throughput(setup, load)
         run.keep(name, found)
         return found
@@ -162,11 +168,16 @@ def offline_section(run: Run) -> None:
         return f"{', '.join(medians)} tok/s"
 
     load = OfflineLoad(count=1, input_len=16, output_len=64)
-    found = compare("batch_1", ("vllm", "llama.cpp"), load)
+    found = compare("batch_1", ("vllm",), load, DTYPE)
     run.add("batch 1, tandem / vllm", found["ratios"]["tandem / vllm"], told(found), least=2.5)
-    run.add("batch 1, tandem / llama.cpp bf16", found["ratios"]["tandem / llama.cpp"], least=0.8)
+    found = compare("batch_1_llama_cpp", ("llama.cpp",), load, "bfloat16")
+    run.add("batch 1, tandem / llama.cpp bf16", found["ratios"]["tandem / llama.cpp"], told(found), least=0.8)
     found = compare(
-        "prefill", ("transformers",), OfflineLoad(count=4, input_len=512, output_len=1), enable_prefix_caching=False
+        "prefill",
+        ("transformers",),
+        OfflineLoad(count=4, input_len=512, output_len=1),
+        DTYPE,
+        enable_prefix_caching=False,
     )
     seconds = {name: about["elapsed_times"] for name, about in found["engines"].items()}
     rates = [f"{name} {4 * 512 / percentile(taken, 50):.0f}" for name, taken in seconds.items()]
@@ -232,6 +243,7 @@ def main(words: Sequence[str] | None = None) -> int:
         "benchmark": "peers",
         "runs": options.runs,
         "threads": options.threads,
+        "dtype": DTYPE,
         "rows": [asdict(row) | {"met": row.met} for row in run.rows],
     }
     print(json.dumps(found | result.describe(), ensure_ascii=False))

@@ -25,7 +25,7 @@ def test_a_real_server_under_an_open_loop(tmp_path: Path) -> None:
         words += ["--input-len", 16, "--output-len", 8, "--prefix-len", 32, "--append-result", "--save-detailed"]
         words += ["--result-dir", tmp_path, "--result-filename", "r.jsonl", "--ready-check-timeout-sec", 30]
         assert command(*words) == 0
-        assert command(*words) == 0  # the same prompts again
+        assert command(*words, "--as-text") == 0  # the same prompts again
         chat = ["--base-url", server.base_url, "--dataset", "chat", "--num-prompts", 4, "--max-concurrency", 2]
         chat += ["--input-len", 5, "--output-len", 6, "--ignore-eos", "--result-dir", tmp_path, "--save-result"]
         assert command(*chat, "--result-filename", "chat.json") == 0
@@ -36,6 +36,7 @@ def test_a_real_server_under_an_open_loop(tmp_path: Path) -> None:
     first, again = (json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines())
     assert (first["completed"], first["failed"], first["total_output_tokens"]) == (12, 0, 96)
     assert first["output_lens"] == [8] * 12 and first["prompts_sent_as"] == "token ids"
+    assert again["prompts_sent_as"] == "text" and again["total_input_tokens"] == first["total_input_tokens"]
     assert first["tandem"]["tokens_counted_by"] == "usage" and first["tandem"]["input_tokens_counted_by"] == "usage"
     assert 0 < first["median_ttft_ms"] < first["median_e2el_ms"]
     assert first["duration"] > 0.4  # 12 requests at 30 per second
