@@ -43,7 +43,7 @@ AREAS = {
         ("-m", "tandem.benchmarks.peers.compare"),
         ("server", "model", "kernels", "benchmarks/bench", "benchmarks/peers"),
     ),
-    "clients": Area(("-m", "tandem.benchmarks.clients.langchain_agents"), ("server", "model", "benchmarks/clients")),
+    "clients": Area(("-m", "tandem.benchmarks.clients.matrix"), ("server", "model", "kernels", "benchmarks/clients")),
     "demo": Area(("examples/rlhf/evaluate.py", "--count", "150"), ("model", "examples/rlhf")),
 }
 

@@ -58,12 +58,23 @@ def peers(figures: Record) -> Iterator[Line]:
 
 
 def clients(figures: Record) -> Iterator[Line]:
+    found = figures["clients"]
+    for name, package in (("openai", "Python's `openai`"), ("npm openai", "npm's `openai`")):
+        passed, failed = len(found[name]["passed"]), len(found[name]["failed"])
+        yield f"{package} {found[name]['version']}, checks passed", f"{passed} of {passed + failed}", ""
+    agents = found["langchain"]
     for kind, agent in (("react", "ReAct agent"), ("tool_calls", "agent of native tool calls")):
         yield (
             f"LangChain's {agent} on the bundled policy, held-out questions answered rightly",
-            f"{figures[kind]} of {figures['count']}",
+            f"{agents[kind]} of {agents['count']}",
             "bar 8 of 10",
         )
+    evaluated = found["lm-eval"]
+    yield (
+        f"lm-eval {evaluated['version']}, largest difference of a log-probability, `local-completions` and `hf`",
+        f"{evaluated['largest_difference']:.1e}",
+        f"bar 1e-3; {evaluated['answers_that_differ']} answers differ",
+    )
 
 
 AREAS: Mapping[str, Callable[[Record], Iterator[Line]]] = MappingProxyType(

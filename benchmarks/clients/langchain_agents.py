@@ -1,4 +1,4 @@
-"""Whether LangChain's agents, unchanged, reach the right answer on the bundled policy: `make evidence-clients`.
+"""Whether LangChain's agents, unchanged, reach the right answer on the bundled policy.
 
 Asks held-out questions of `examples/rlhf/data.py` (sums, differences, products and quotients of up to five digits; half
 in English, half in Chinese) once through a ReAct agent, which writes Thought, Action and Action Input and is stopped at

@@ -1,24 +1,28 @@
 """EleutherAI's lm-eval against Tandem, and against transformers in fp32: the same numbers, or how far apart.
 
     python benchmarks/clients/lm_eval_local.py [--model DIR] [--server-python .venv/bin/python]
+    python benchmarks/clients/lm_eval_local.py [--model DIR] --url http://… --name tandem-demo
 
-Serves the model, evaluates three small local tasks (multiple choice, perplexity, generation) once through lm-eval's
-`local-completions` and once through its `hf`, and compares every answer. The last line is the result as JSON. Exit
-status 1 where a log-probability differs by more than 1e-3 or an answer differs.
+Serves the model, or takes a server that computes it in float32, evaluates three small local tasks (multiple choice,
+perplexity, generation) once through lm-eval's `local-completions` and once through its `hf`, and compares every answer.
+The last line is the result as JSON. Exit status 1 where a log-probability differs by more than 1e-3 or an answer
+differs.
 
-It runs where `lm-eval` (0.4.13), `accelerate`, `tenacity`, `aiohttp`, torch and transformers are installed; the server
-may have another Python.
+It runs where `environments.LM_EVAL`, torch and transformers are installed (`make evidence-clients` makes such a place);
+the server may have another Python.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -148,20 +152,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(DEMO))
     parser.add_argument("--server-python", default=sys.executable)
+    parser.add_argument("--url", help="of a server that has the model already")
+    parser.add_argument("--name", default="policy", help="of the model in that server")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         tasks = write_tasks(directory)
         length = 256  # of a window; local-completions takes two tokens off what it is told
-        with Served(options.server_python, options.model, directory / "server.log") as url:
-            arguments = {"model": "policy", "base_url": f"{url}/v1/completions", "tokenizer": options.model}
+        started = Served(options.server_python, options.model, directory / "server.log") if not options.url else None
+        with started or contextlib.nullcontext(options.url) as url:
+            arguments = {"model": options.name, "base_url": f"{url}/v1/completions", "tokenizer": options.model}
             arguments |= {"tokenizer_backend": "huggingface", "max_length": length + 2, "num_concurrent": 1}
             ours = evaluate("local-completions", arguments, tasks, directory)
         reference = {"pretrained": options.model, "dtype": "float32", "device": "cpu", "max_length": length}
         theirs = evaluate("hf", reference, tasks, directory)
     found = compare(ours, theirs)
     passed = all(one["largest difference"] <= CLOSE and not one["answers that differ"] for one in found.values())
-    print(json.dumps({"client": "lm-eval", "passed": passed, "tasks": found}))
+    print(json.dumps({"client": "lm-eval", "version": version("lm-eval"), "passed": passed, "tasks": found}))
     return 0 if passed else 1
 
 

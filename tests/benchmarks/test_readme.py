@@ -18,6 +18,19 @@ def test_a_missed_goal_is_said() -> None:
     assert list(readme.peers({"rows": [row | {"met": True}]})) == [("x / y", "0.50 ×", "x 1, y 2; goal ≥ 0.8")]
 
 
+def test_every_client_has_its_lines() -> None:
+    """Of a record as `clients/matrix.py` prints it."""
+    checks = {"version": "1.2", "passed": ["models", "chat"], "failed": {"abort": "CheckError: too late"}}
+    found = {
+        "openai": checks,
+        "npm openai": checks | {"failed": {}},
+        "langchain": {"react": 9, "tool_calls": 10, "count": 10},
+        "lm-eval": {"version": "0.4", "largest_difference": 1.3e-5, "answers_that_differ": 0},
+    }
+    figures = [figure for _, figure, _ in readme.clients({"clients": found})]
+    assert figures == ["2 of 3", "2 of 2", "9 of 10", "10 of 10", "1.3e-05"]
+
+
 def test_a_readme_without_markers_is_refused() -> None:
     with pytest.raises(ValueError, match="lacks"):
         readme.written("# Tandem")
