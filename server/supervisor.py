@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 from .engine.control import Drain, EngineLost, EngineStarted, Failed, Ready, StartEngine, Stop
@@ -25,6 +25,11 @@ from .options import METRICS_DIRECTORY, ServeOptions, StartWorker
 
 ENGINE = "tandem.server.engine_process"
 WORKER = "tandem.server.worker"
+
+# OpenMP threads that spin for long take the cores from whoever has work: on two busy cores a decode step took nine
+# times as long. Asleep at once they cost a wake-up per operation: 16 clients got 285 tokens per second (125M, two
+# cores), 459 where a thread waits some ten microseconds first. With both cores busy: 278 and 193.
+OPENMP = MappingProxyType({"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"})
 
 CRASHES = 5  # so many within CRASH_SECONDS, and the server gives up
 CRASH_SECONDS = 60.0
@@ -57,10 +62,7 @@ class Child:
     ) -> Child:
         """Must be called on the main thread: the kernel ends the child when the *thread* that started it ends."""
         ours, theirs = Pipe()
-        # OpenMP threads that spin for long take the cores from whoever has work: on two busy cores a decode step took
-        # nine times as long. Asleep at once they cost a wake-up per operation: 16 clients got 285 tokens per second
-        # (125M, two cores), 459 where a thread waits some ten microseconds first. With both cores busy: 278 and 193.
-        variables = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000", **os.environ, **environment}
+        variables = {**OPENMP, **os.environ, **environment}
         with theirs:
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", module, str(theirs.fileno()), str(os.getpid())],

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+from ...server.supervisor import OPENMP
 from .protocol import Child
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,7 +45,7 @@ def vllm_environment(threads: int) -> dict[str, str]:
 
 ENGINES: Mapping[str, Engine] = MappingProxyType(
     {
-        "tandem": Engine("tandem_child.py", own_venv=False),
+        "tandem": Engine("tandem_child.py", own_venv=False, environment=lambda threads: OPENMP),
         "transformers": Engine("transformers_child.py", own_venv=False),
         "vllm": Engine("vllm_child.py", environment=vllm_environment),
         "llama.cpp": Engine("llama_cpp_child.py"),
