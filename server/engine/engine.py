@@ -21,7 +21,7 @@ from .guides import Guides, LoadGrammars
 from .null_runner import NullModel, NullRunner
 from .options import EngineOptions
 from .plan import Executor, Plan, Sampled, Ticket
-from .request import EngineError, Finish, ModelCard, Output, Outputs, Request, Want
+from .request import EngineError, Finish, Group, ModelCard, Output, Outputs, Request, Want
 from .runner import Runner
 from .scheduler import Scheduler
 from .sequence import Flight, Sequence
@@ -63,6 +63,7 @@ class Engine:
         self.last_step = Step()
         self._flight: tuple[Flight, Ticket] | None = None
         self._building = Building(options.max_waiting_requests)
+        self._groups: dict[int, tuple[Group, set[int]]] = {}  # with its members
         follows = grammars is not None and self.card.gives == "text" and bool(card.end_ids)
         self._guides = Guides(grammars(card), card.vocab_size, card.end_ids) if grammars and follows else None
         self.scheduler = Scheduler(
@@ -135,8 +136,23 @@ class Engine:
         """Uses a moment without work for what makes later steps faster; whether more of that is left."""
         return self.runner.idle()
 
+    def open(self, group: Group) -> None:
+        self._groups[group.id] = group, set()
+
+    def close(self, group_id: int) -> list[Output]:
+        _, members = self._groups.pop(group_id, (None, set[int]()))
+        return [output for member in members for output in self.abort(member)]
+
     def add(self, request: Request) -> EngineError | None:
         """Takes a request, or says why it cannot be answered."""
+        if request.group:
+            if request.group not in self._groups:
+                return EngineError("invalid", f"there is no open group {request.group}")
+            group, members = self._groups[request.group]
+            members.add(request.id)
+            first = None if request.want == {"score"} else len(group.token_ids) - 1
+            token_ids = [*group.token_ids, *request.token_ids]
+            request = replace(request, token_ids=token_ids, first_needed_row=first, group=0)
         if "embedding" in request.want and self.card.pooling != "last":  # earlier rows count: none may come from cache
             request = replace(request, first_needed_row=0)
         error = self._refusal(request)

@@ -15,7 +15,7 @@ from .engine import Engine
 from .guides import LoadGrammars
 from .hosting import Progress, load_engines
 from .options import EngineOptions, ModelSpec
-from .request import Catalog, EngineError, Finish, Output, Outputs, Request
+from .request import Catalog, EngineError, Finish, Group, Output, Outputs, Request
 
 NEWEST = 0.2  # weight of the newest step in a running mean
 
@@ -111,6 +111,16 @@ class Hub:
         else:
             error = engine.add(request)
         return [Output(request.id, finish="error", error=error)] if error else []
+
+    def open(self, group: Group) -> None:
+        """Begins a group. Why one cannot be is told to its members."""
+        engine = self.engine(group.model)
+        if engine is not None:  # else members are refused for that
+            engine.open(group)
+
+    def close(self, group_id: int) -> list[Output]:
+        """Ends a group, and what its members have not finished."""
+        return [output for engine in self.engines for output in engine.close(group_id)]
 
     def abort(self, request_id: int, choice: int | None = None, finish: Finish = "abort") -> list[Output]:
         return [output for engine in self.engines for output in engine.abort(request_id, choice, finish)]

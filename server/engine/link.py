@@ -21,8 +21,8 @@ import msgspec
 import zmq
 
 from .counts import ModelStats
-from .messages import Abort, Ask, Beat, Hello, News, Step, Submit, Told, columns_of, row_of
-from .request import Catalog, EngineError, Finish, Output, Outputs, Request, Tokens
+from .messages import Abort, Ask, Beat, Close, Hello, News, Open, Step, Submit, Told, columns_of, row_of
+from .request import Catalog, EngineError, Finish, Group, Output, Outputs, Request, Tokens
 from .stream import Stream, merge
 
 WORKER_SHIFT = 40  # a request id is (worker number << 40) + counter
@@ -108,6 +108,19 @@ class EngineClient:
             )
         stream = self._streams[request.id] = Stream(request, self.abort)
         return stream
+
+    def open_group(self, group: Group) -> None:
+        """Begin a group; `close_group` in a `finally`. Why it cannot be (too long, …) is told to its members.
+
+        Raises EngineUnavailable as `submit` does.
+        """
+        if self.state != "ready" or not self._send(Open(self._epoch, group)):
+            raise EngineUnavailable(self.cause or "the engine is starting")
+
+    def close_group(self, group_id: int) -> None:
+        """Its prompt is forgotten; members that are not finished are aborted, and their streams told so. Unknown ids do
+        nothing."""
+        self._send(Close(self._epoch, group_id))
 
     def abort(self, request_id: int, choice: int | None = None, finish: Finish = "abort") -> None:
         """Stop one choice, or all. Its stream sees nothing more of it. Unknown and finished ids do nothing.
@@ -226,7 +239,7 @@ class EngineClient:
             self._send(Hello(epoch))
             asyncio.get_running_loop().call_later(HELLO_SECONDS, self._hello, epoch)
 
-    def _send(self, message: Hello | Submit | Abort | Ask) -> bool:
+    def _send(self, message: Hello | Submit | Abort | Ask | Open | Close) -> bool:
         if self._socket is None:
             return False
         try:
@@ -286,7 +299,8 @@ class EngineServer:
         self._open: dict[int, dict[int, set[int]]] = {}  # worker -> request id -> unfinished choices
         self._backlog: dict[int, dict[tuple[int, int], Output]] = {}  # of stalled workers
         self._behind: set[int] = set()  # workers that have not got the catalog
-        self._orphans: list[Abort] = []
+        self._groups: dict[int, set[int]] = {}  # worker -> open groups
+        self._orphans: list[Abort | Close] = []
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a worker that is gone shows as an error, not as silence
@@ -298,14 +312,14 @@ class EngineServer:
         if wake is not None:
             self._poller.register(wake, zmq.POLLIN)
         self._encode = msgspec.msgpack.Encoder().encode
-        self._decode = msgspec.msgpack.Decoder(Hello | Submit | Abort | Ask).decode
+        self._decode = msgspec.msgpack.Decoder(Hello | Submit | Abort | Ask | Open | Close).decode
 
-    def receive(self, timeout: float = 0.0) -> list[Request | Abort | Ask]:
+    def receive(self, timeout: float = 0.0) -> list[Request | Abort | Ask | Group | Close]:
         """What came in, in order; waits up to `timeout` seconds when nothing has. The requests of a worker that is
-        gone come as aborts."""
+        gone come as aborts, and its groups close."""
         if timeout and not self._orphans:
             self._poller.poll(int(timeout * 1000))
-        arrived: list[Request | Abort | Ask] = [*self._orphans]
+        arrived: list[Request | Abort | Ask | Group | Close] = [*self._orphans]
         self._orphans.clear()
         while _readable(self._socket):
             identity, payload = self._socket.recv_multipart(zmq.DONTWAIT)
@@ -320,6 +334,12 @@ class EngineServer:
                 self._finished(message.request_id, message.choice)
                 arrived.append(message)
             elif isinstance(message, Ask):
+                arrived.append(message)
+            elif isinstance(message, Open):
+                self._groups.setdefault(worker, set()).add(message.group.id)
+                arrived.append(message.group)
+            elif isinstance(message, Close):
+                self._groups.get(worker, set()).discard(message.group_id)
                 arrived.append(message)
             else:
                 self._behind.add(worker)
@@ -387,6 +407,7 @@ class EngineServer:
             self._backlog.pop(worker, None)
             opened = self._open.pop(worker, {})
             self._orphans += [Abort(self._epoch, request_id, None) for request_id in opened]
+            self._orphans += [Close(self._epoch, group_id) for group_id in self._groups.pop(worker, set())]
         return True
 
     def _inform(self) -> None:

@@ -10,7 +10,7 @@ import msgspec
 
 from . import request as vocabulary
 from .counts import ModelStats
-from .request import Catalog, Finish, Output, Request
+from .request import Catalog, Finish, Group, Output, Request
 
 _NAMES = [field.name for field in fields(Output)]
 row_of = attrgetter(*_NAMES)  # Output -> its fields in order
@@ -71,3 +71,17 @@ class Ask(msgspec.Struct, frozen=True, array_like=True, tag=6):
 class Told(msgspec.Struct, frozen=True, array_like=True, tag=7):
     epoch: int
     models: list[ModelStats]
+
+
+class Open(msgspec.Struct, frozen=True, array_like=True, tag=8):
+    """A group begins. Why one cannot be is told to its members."""
+
+    epoch: int
+    group: Group
+
+
+class Close(msgspec.Struct, frozen=True, array_like=True, tag=9):
+    """A group gets no more members; those that are not finished are aborted."""
+
+    epoch: int
+    group_id: int

@@ -14,9 +14,9 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
 from .control import Failed, HostedModel, Ready, StartEngine, Stop, as_flags, enter, log_to_stderr
-from .link import BEAT_SECONDS, Ask, EngineServer
+from .link import BEAT_SECONDS, Ask, Close, EngineServer
 from .options import OptionsError
-from .request import EngineError, Output, Request
+from .request import EngineError, Group, Output, Request
 
 if TYPE_CHECKING:
     from .guides import LoadGrammars
@@ -60,6 +60,10 @@ def serve(hub: Hub, server: EngineServer, control: Connection[object, object]) -
                 early += _submit(hub, message)
             elif isinstance(message, Ask):
                 server.tell(message.worker, hub.stats())
+            elif isinstance(message, Group):
+                hub.open(message)
+            elif isinstance(message, Close):
+                early += hub.close(message.group_id)
             else:
                 early += hub.abort(message.request_id, message.choice, message.finish)
         early += hub.expire(time.monotonic())

@@ -14,7 +14,7 @@ from typing import Literal
 Role = Literal["policy", "reference", "reward", "value", "embedding"]
 Want = Literal["tokens", "logprobs", "prompt_logprobs", "score", "values", "embedding"]
 LogprobsMode = Literal["raw", "processed"]
-Gives = Literal["text", "scores", "embeddings"]
+Gives = Literal["text", "scores", "embeddings", "values"]
 PoolingMode = Literal["last", "mean", "cls"]
 Finish = Literal["stop", "length", "abort", "error"]
 ErrorKind = Literal["invalid", "not_found", "overloaded", "deadline", "unavailable", "internal"]
@@ -69,12 +69,34 @@ class Request:
     deadline: float | None = None  # time.monotonic() of this machine
     cache_salt: str = ""
     adapter: str = ""
+    temperature: float = 1.0  # the prompt's log-probabilities are those of logits / temperature
+    group: int = 0  # an open `Group`, whose prompt `token_ids` continue; 0: none
 
     @property
     def needed_row(self) -> int:
         """Cached pages are reused only for positions strictly before this one."""
         last = len(self.token_ids) - 1
         return last if self.first_needed_row is None else min(self.first_needed_row, last)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A prompt that stays computed while it is open, for members that continue it with tokens that are there already.
+
+    A member is a `Request` with `group` set, whose `token_ids` (C of them) are the continuation, with neither sampling
+    nor n. Of what it wants, `prompt_logprobs` gives C entries, one per token of its own; `values` C + 1, the first
+    before its first token, the last behind its last; `score` is read at its last token. Prompt and members are computed
+    once each. `id` is unique among groups and requests.
+    """
+
+    id: int
+    model: str
+    token_ids: list[int]
+    longest: int  # the most tokens that a member may have
+    priority: int = 0
+    deadline: float | None = None  # time.monotonic(); then it closes, and members that are not finished fail
+    cache_salt: str = ""
+    adapter: str = ""
 
 
 @dataclass(slots=True)
@@ -117,6 +139,9 @@ class Output:
     weight_version: int = 0
     error: EngineError | None = None
     embedding: list[float] | None = None  # pooled, not normalised
+    values: list[float] | None = (
+        None  # of the positions from the request's first needed row on; see `Group` for members
+    )
 
 
 @dataclass(frozen=True, slots=True)

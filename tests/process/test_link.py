@@ -87,8 +87,8 @@ def full_output(request_id: int) -> Output:
     """Every field differs from its default."""
     tops = Logprobs([-0.5, float("-inf")], [1, 7], [[3, 4], []], [[-0.5, -1.25], []])
     error = EngineError("overloaded", "too much", "prompt", 1.5)
-    scores, embedding = [0.25, -1.0], [0.5, -0.125]
-    return Output(request_id, 0, [8, 9], tops, "error", 9, 16, Logprobs([-2.0]), scores, 12, error, embedding)
+    scores, embedding, values = [0.25, -1.0], [0.5, -0.125], [1.5]
+    return Output(request_id, 0, [8, 9], tops, "error", 9, 16, Logprobs([-2.0]), scores, 12, error, embedding, values)
 
 
 async def test_every_field_of_an_output_arrives(client: EngineClient, server: EngineServer) -> None:
@@ -138,6 +138,8 @@ async def test_every_field_of_a_request_arrives(client: EngineClient, server: En
         deadline=12.5,
         cache_salt="salt",
         adapter="adapter",
+        temperature=0.5,
+        group=7,
     )
     plain, drawn = Request(0, "", []), Sampling(0, 0)
     assert all(getattr(asked, field.name) != getattr(plain, field.name) for field in fields(Request))
