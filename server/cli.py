@@ -81,7 +81,8 @@ def serve(
         typer.Argument(
             metavar="[[NAME=]PATH|ORG/NAME[,role=…,dtype=…,kv=…%,alias=a|b,chat_template=…,max_model_len=…,weight=…,"
             "pooling=…,revision=…,tool_call_parser=…,reasoning_parser=…]]…",
-            help="Directories of Hugging Face checkpoints, or hub ids. None: the bundled demo policy and reward model.",
+            help="Directories of Hugging Face checkpoints, or hub ids. None: the bundled demo policy and reward model. "
+            "kv: the part of the KV caches' memory that the model has for good; what is left is lent as needed.",
             show_default=False,
         ),
     ] = None,
@@ -295,10 +296,11 @@ def _announce(ready: Ready, host: str, port: int) -> None:
     table = Table(caption=ready.division, caption_justify="left", title_justify="left")
     for column in ("model", "role", "architecture", "dtype"):
         table.add_column(column)
-    for column in ("context", "weights MiB", "KV pages", "KV tokens", "KV MiB"):
+    for column in ("context", "weights MiB", "KV pages", "KV tokens", "KV tokens at most", "KV MiB"):
         table.add_column(column, justify="right")
     for model in ready.models:
-        numbers = (model.context, model.weight_bytes / 2**20, model.kv_pages, model.kv_tokens, model.kv_bytes / 2**20)
+        tokens = (model.kv_pages, model.kv_tokens, model.kv_most_tokens)
+        numbers = (model.context, model.weight_bytes / 2**20, *tokens, model.kv_bytes / 2**20)
         shown = [f"{number:,.1f}" if isinstance(number, float) else f"{number:,}" for number in numbers]
         table.add_row(model.name, model.role, model.architecture, model.dtype, *shown)
     console.print(table)

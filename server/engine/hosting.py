@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,11 +20,13 @@ from ...model.kv_cache import KVCache
 from ...model.load import load_model
 from ...model.model import Model
 from ...model.pooling import is_embedding_model
+from .arena import Arena, Lender
+from .arena_layout import Layout
 from .device_memory import MIB, divide, kv_bytes, measure
-from .engine import Engine
+from .engine import Engine, Share
 from .guides import LoadGrammars
 from .heap import keep_heap
-from .memory import available_memory, kv_cache_bytes, page_count, shares
+from .memory import available_memory, divide_arena, kv_cache_bytes, shares
 from .null_runner import NullModel
 from .options import EngineOptions, ModelSpec, OptionsError
 from .request import ModelCard, Role
@@ -50,7 +53,7 @@ def load_engines(
     for name in names:
         if names.count(name) > 1:
             raise OptionsError(f"two hosted models are called {name}: give each its own name")
-    parts = shares(specs)
+    shares(specs)  # what is wrong with them is said before anything is read
     models = [_load(spec, options, on_progress) for spec in specs]
     for spec, model in zip(specs, models, strict=True):
         _check_attention(spec, model, options)
@@ -58,13 +61,53 @@ def load_engines(
     if options.pooling is not None and not any(card.embedding_size for card in cards):
         raise OptionsError(f"pooling is {options.pooling}, but no hosted model embeds: give one role=embedding")
     memory, terms = _memory(models, cards, options)
-    engines: list[Engine] = []
-    for spec, card, model, part in zip(specs, cards, models, parts, strict=True):
-        page = KVCache.bytes_per_page(model.config, options.page_size, model.dtype)
-        pages = page_count(spec.name, int(memory * part), page, options, card.context)
-        engines.append(Engine(card, model, pages=pages, options=options, grammars=grammars))
-    taken = sum(engine.kv_bytes for engine in engines)
-    return engines, f"KV caches take {taken / MIB:,.0f} of {memory / MIB:,.0f} MiB allowed; {terms}"
+    page_bytes = [KVCache.bytes_per_page(model.config, options.page_size, model.dtype) for model in models]
+    layout = divide_arena(specs, [card.context for card in cards], page_bytes, memory, options)
+    engines = _engines(models, cards, layout, options, grammars)
+    return engines, f"{_described(cards, layout, memory)}; {terms}"
+
+
+def _engines(
+    models: list[Model | NullModel],
+    cards: list[ModelCard],
+    layout: Layout,
+    options: EngineOptions,
+    grammars: LoadGrammars | None,
+) -> list[Engine]:
+    """Takes the arena's memory. Where models compute side by side, a slab goes over when the device is idle."""
+    buffer = None
+    if not all(isinstance(model, NullModel) for model in models):
+        buffer = torch.empty(layout.bytes, dtype=torch.uint8, device=options.device)
+    settle = partial(torch.cuda.synchronize, options.device) if options.role_streams else None
+    arena = Arena([place.slabs for place in layout.places], settle)
+    return [
+        Engine(
+            card,
+            model,
+            pages=place.own,
+            options=options,
+            grammars=grammars,
+            share=Share(
+                Lender(arena, number), None if buffer is None else buffer[place.begin :], place.pages, place.most
+            ),
+        )
+        for number, (card, model, place) in enumerate(zip(cards, models, layout.places, strict=True))
+    ]
+
+
+def _described(cards: list[ModelCard], layout: Layout, memory: int) -> str:
+    own = [place.own * place.page_bytes / MIB for place in layout.places]
+    taken = f"KV caches take {sum(own) + layout.shared / MIB:,.0f} of {memory / MIB:,.0f} MiB allowed"
+    if len(cards) == 1:
+        return taken
+    kept = ", ".join(f"{card.name} {size:,.1f}" for card, size in zip(cards, own, strict=True))
+    if not layout.slabs:
+        return f"{taken}, for good {kept}: nothing is left to be lent"
+    parts = ", ".join(f"{layout.usable(number):.1%} by {card.name}" for number, card in enumerate(cards))
+    return (
+        f"{taken}: for good {kept}, and {layout.shared / MIB:,.0f} in {layout.slabs} slabs of "
+        f"{layout.slab_bytes / MIB:,.1f} MiB that are lent ({parts} can be used)"
+    )
 
 
 def _memory(models: list[Model | NullModel], cards: list[ModelCard], options: EngineOptions) -> tuple[int, str]:

@@ -80,8 +80,8 @@ class Running:
         if self._prefix_caching:
             table = pages.match(root, token_ids, job.needed_row if anew else len(token_ids) - 1)
         missing = self.pages_for(sequence) - len(table)
-        if missing + len(self) > pages.available:
-            pages.release(table)
+        if not pages.has_room(missing + len(self)):
+            pages.release(table, told=False)
             return False
         sequence.chain = pages.chain(root, table) if self._prefix_caching else None
         sequence.computed = len(table) * pages.page_size
@@ -97,7 +97,7 @@ class Running:
 
         It will soon need one page of its own; `reserved` of the available ones are spoken for.
         """
-        if not self._slots or self.pages.available <= reserved:
+        if not self._slots or not self.pages.has_room(reserved + 1):
             return None
         child = sequence.sibling(choice)
         child.table = self.pages.fork(sequence.table)
@@ -143,7 +143,7 @@ class Running:
                 return False
             table += fresh
         elif pages.shared(table[index]):
-            if not pages.available:
+            if not pages.has_room(1):
                 return False
             copy = pages.writable(table, index)
             assert copy is not None

@@ -36,7 +36,7 @@ class Scheduler:
 
     Either `plan`, run it, `commit` (or `fail`), and so on. Or one step ahead: `plan`, launch it, `resolve` the flight
     before it, `advance` the plan to a flight, and so on.
-    `pages` pages make up its KV cache; a slot is a place in the runner's buffers that a sequence keeps while it runs.
+    `pages`: of its KV cache, how many or a pool; a slot is a place in the runner's buffers that a sequence keeps.
     `ahead`: the runner runs ahead. `shared_tokens`: plans name groups of decodes that share so many tokens or more.
     `paused` freezes everything: nothing is planned; requests are still taken, aborted and expired.
     """
@@ -44,7 +44,7 @@ class Scheduler:
     def __init__(
         self,
         *,
-        pages: int,
+        pages: int | Pages,
         page_size: int,
         max_seqs: int,
         max_batched_tokens: int,
@@ -58,7 +58,7 @@ class Scheduler:
         weight_version: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.pages = Pages(pages, page_size)
+        self.pages = pages if isinstance(pages, Pages) else Pages(pages, page_size)
         self.weight_version, self.paused = weight_version, False
         self.meter, self._clock = Meter(clock), clock
         self.counts = self.meter.counts
@@ -375,7 +375,7 @@ class Scheduler:
 
     def _start_first(self) -> Sequence | None:
         """Starts the first that waits, if it fits."""
-        sequence = None if self._waiting.stuck else self._waiting.first()
+        sequence = None if self._waiting.stuck and not self.pages.relieved else self._waiting.first()
         if sequence is None or (self._flight and self._flight.holds(sequence)):
             return None  # one that this plan preempted: its last token is not known yet
         if not self._running.start(sequence, self.weight_version):

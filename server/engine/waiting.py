@@ -32,7 +32,7 @@ class Waiting:
 
     The bounds count requests that never ran; what was preempted, and choices that wait for room, were let in before.
     A single request may exceed the bound on tokens. `stuck` says that the first does not fit and nothing has changed
-    since; whoever frees a slot or pages resets it.
+    since; whoever frees a slot or pages resets it, and what other models give up is told by `Pages.relieved`.
     """
 
     def __init__(self, max_requests: int, max_tokens: int, on_refusal: Callable[[str], None]) -> None:

@@ -12,7 +12,7 @@ from types import ModuleType
 
 from tandem.server.engine import counts, meter, plan, request, scheduler
 
-MUTATED = ("pages", "prefixes", "sequence", "columns", "waiting", "running", "scheduler")  # in order of import
+MUTATED = ("arena", "pages", "prefixes", "sequence", "columns", "waiting", "running", "scheduler")  # in order of import
 # Types alone, and what only watches; the tests use the same ones.
 SHARED = {"counts": counts, "meter": meter, "plan": plan, "request": request}
 SOURCES = Path(str(scheduler.__file__)).parent
