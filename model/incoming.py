@@ -64,6 +64,14 @@ def from_shared_memory(name: str, size: int = 0) -> Incoming:
     return Incoming(list(read_safetensors(SHARED_MEMORY / name.strip("/"), size).items()))
 
 
+def named_dtype(name: str) -> tuple[torch.dtype | None, str]:
+    """The dtype that torch calls so, `bfloat16` or `torch.bfloat16`, and what safetensors calls it; None: none."""
+    dtype: object = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        return None, name
+    return dtype, next((short for short, known in DTYPES.items() if known == dtype), name)
+
+
 class _Bytes:
     """A regular file that is read at given places. Closed when nobody refers to it any more."""
 
@@ -85,7 +93,7 @@ class _Bytes:
     def read(self, begin: int, count: int) -> Tensor:
         """[count] uint8."""
         found = torch.empty(count, dtype=torch.uint8)
-        view, done = memoryview(found.numpy()), 0
+        view, done = found.numpy().data, 0
         while done < count:
             got = os.preadv(self._descriptor, [view[done:]], begin + done)
             if not got:

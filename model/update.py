@@ -19,8 +19,7 @@ from torch import nn
 from .linear import Linear
 from .load import unfilled
 from .model import Model
-from .slots import HasSlots
-from .weights import DTYPES, Filling, Stored
+from .weights import DTYPES, Filling, Stored, slots_at
 
 
 class Update:
@@ -54,13 +53,12 @@ class Update:
         if not partial:
             self._filling.match((), complete=True)
         for path, live, staged in self._modules():
-            slots = list(staged.slots(path))
+            slots = slots_at(staged, path)
             filled = [self._filling.has(slot) for slot in slots]
             if not any(filled):
                 continue
             if partial and not all(filled):
-                assert isinstance(live, HasSlots)
-                for slot, known, current in zip(slots, filled, live.slots(path), strict=True):
+                for slot, known, current in zip(slots, filled, slots_at(live, path), strict=True):
                     if not known:
                         slot.into.copy_(current.into)
             self._pairs.append((live, staged))
@@ -91,9 +89,8 @@ class Update:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    def _modules(self) -> Iterator[tuple[str, nn.Module, HasSlots]]:
-        """Every module with weights: its place, itself, and the one that is filled for it."""
+    def _modules(self) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+        """The place of every module, itself, and the one that is filled for it."""
         for part, filled in zip((self._model.decoder, self._model.head), self._parts, strict=True):
             for (path, live), staged in zip(part.named_modules(), filled.modules(), strict=True):
-                if isinstance(staged, HasSlots):
-                    yield path, live, staged
+                yield path, live, staged

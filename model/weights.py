@@ -225,8 +225,12 @@ def all_finite(tensor: Tensor) -> bool:
 def slots_of(module: nn.Module) -> Iterator[Slot]:
     """Every slot of a module and its submodules."""
     for path, part in module.named_modules():
-        if isinstance(part, HasSlots):
-            yield from part.slots(path)
+        yield from slots_at(part, path)
+
+
+def slots_at(module: nn.Module, path: str) -> list[Slot]:
+    """The module's own, where it has any."""
+    return list(module.slots(path)) if isinstance(module, HasSlots) else []
 
 
 def digest(files: Iterable[Path]) -> str:
