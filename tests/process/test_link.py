@@ -428,6 +428,7 @@ def test_merging_two_outputs_says_what_both_say() -> None:
         cached_tokens=16,
         prompt_logprobs=Logprobs([-3.0]),
         weight_version=4,
+        earlier_versions=[(0, 1)],
     )
 
 
