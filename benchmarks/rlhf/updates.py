@@ -120,7 +120,7 @@ async def one_chat(client: openai.AsyncOpenAI, text: str, seen: Seen) -> None:
 
 
 def check_spans(ids: Sequence[int], spans: Sequence[dict[str, int]]) -> str | None:
-    """What is wrong: `spans` cover the tokens without a gap, versions rise, and every token is of its version's half."""
+    """What is wrong; None where `spans` cover the tokens, versions rise, and each token is of its version's half."""
     if len(ids) != ANSWER:
         return f"{len(ids)} tokens instead of {ANSWER}"
     reached, version = 0, -1
