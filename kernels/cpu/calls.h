@@ -17,6 +17,19 @@ struct Linear {
     long rows, ins, outs, activation, type, w_type;
 };
 
+struct Lora {
+    const void *x, *a, *b;
+    const int64_t *slots, *outs;
+    void* y;
+    long rows, ins, parts, rank, type;
+};
+
+struct Activate {
+    const void* x;
+    void* y;
+    long rows, outs, activation, type;
+};
+
 struct Norm {
     const void* x;
     void* residual;  // may be null
@@ -48,6 +61,8 @@ struct Attention {
 struct Kernels {
     void (*pack)(const Pack&);
     void (*linear)(const Linear&);
+    void (*lora)(const Lora&);
+    void (*activate)(const Activate&);
     void (*norm)(const Norm&);
     void (*rotary)(const Rotary&);
     void (*attention)(const Attention&);

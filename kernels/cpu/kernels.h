@@ -1,6 +1,7 @@
 // The functions that Python calls (native.py), for one instruction set. Number types: 0 float32, 1 bfloat16.
 
 #include "attention.h"
+#include "low_rank.h"
 
 namespace {
 
@@ -34,6 +35,28 @@ void run_linear(const Linear& a) {
                    a.activation);
 #endif
         }
+    }
+}
+
+void run_lora(const Lora& a) {
+    long width = 0, with_one = 0;
+    for (long p = 0; p < a.parts; ++p) width += a.outs[p];
+    for (long row = 0; row < a.rows; ++row) with_one += a.slots[row] != 0;
+#pragma omp parallel if (with_one > 1 && with_one * a.rank * (a.parts * a.ins + width) >= FEW_PRODUCTS)
+    {
+        if (a.type)
+            lora((const bf16*)a.x, (const bf16*)a.a, (const bf16*)a.b, a.slots, a.outs, (bf16*)a.y, a.rows, a.ins, a.parts, a.rank);
+        else
+            lora((const float*)a.x, (const float*)a.a, (const float*)a.b, a.slots, a.outs, (float*)a.y, a.rows, a.ins, a.parts,
+                 a.rank);
+    }
+}
+
+void run_activate(const Activate& a) {
+#pragma omp parallel if (a.rows * a.outs >= FEW_ELEMENTS)
+    {
+        if (a.type) activate((const bf16*)a.x, (bf16*)a.y, a.rows, a.outs, a.activation);
+        else activate((const float*)a.x, (float*)a.y, a.rows, a.outs, a.activation);
     }
 }
 

@@ -24,6 +24,8 @@ int tandem_best_set() {
 
 void tandem_pack(int set, const Pack* a) { SETS[set]->pack(*a); }
 void tandem_linear(int set, const Linear* a) { SETS[set]->linear(*a); }
+void tandem_lora(int set, const Lora* a) { SETS[set]->lora(*a); }
+void tandem_activate(int set, const Activate* a) { SETS[set]->activate(*a); }
 void tandem_norm(int set, const Norm* a) { SETS[set]->norm(*a); }
 void tandem_rotary(int set, const Rotary* a) { SETS[set]->rotary(*a); }
 void tandem_attention(int set, const Attention* a) { SETS[set]->attention(*a); }

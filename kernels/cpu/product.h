@@ -171,6 +171,26 @@ void linear(const X* x, const W* w, const T* bias, T* y, long rows, long ins, lo
     }
 }
 
+// y [rows, outs] = activation(x), the bits that `linear` gives behind a product. silu_and_mul: x has gate and up beside each other.
+template <class T> void activate(const T* x, T* y, long rows, long outs, int activation) {
+    const bool gated = activation == SILU_AND_MUL;
+#pragma omp for schedule(static)
+    for (long row = 0; row < rows; ++row) {
+        const T* from = x + row * outs * (gated ? 2 : 1);
+        T* to = y + row * outs;
+        for (long column = 0; column < outs; column += COLUMNS) {
+            const long width = outs - column;
+            const bool whole = width >= COLUMNS;
+            Lanes v = whole ? load(from + column) : load_some(from + column, width);
+            if (gated) v = silu(v) * (whole ? load(from + outs + column) : load_some(from + outs + column, width));
+            if (activation == GELU_TANH) v = gelu_tanh(v);
+            if (activation == GELU) v = gelu(v);
+            if (whole) store(to + column, v);
+            else store_some(to + column, v, width);
+        }
+    }
+}
+
 // Panels of W [outs, ins], what is beyond `outs` 0.
 void pack(const bf16* w, bf16* into, long outs, long ins) {
 #pragma omp parallel for schedule(static)
