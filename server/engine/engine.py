@@ -8,12 +8,16 @@ from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 
 from ...kernels.attention import CHUNK
+from ...model.adapters import Adapter
 from ...model.kv_cache import KVCache
+from ...model.lora import read_adapter
 from ...model.model import Model
+from .adapters import LoadedAdapters
 from .building import Building
 from .counts import ModelStats
 from .device_runner import DeviceRunner
@@ -64,6 +68,8 @@ class Engine:
         self._flight: tuple[Flight, Ticket] | None = None
         self._building = Building(options.max_waiting_requests)
         self._groups: dict[int, tuple[Group, set[int]]] = {}  # with its members
+        room = 0 if isinstance(model, NullModel) or model.adapters is None else model.adapters.count
+        self._adapters = LoadedAdapters(card.name, room, self._uses)
         follows = grammars is not None and self.card.gives == "text" and bool(card.end_ids)
         self._guides = Guides(grammars(card), card.vocab_size, card.end_ids) if grammars and follows else None
         self.scheduler = Scheduler(
@@ -99,6 +105,7 @@ class Engine:
             device=options.device,
             attention=options.attention_backend,
             guides=self._guides,
+            adapters=self._adapters.slots,
         )
 
     @property
@@ -152,7 +159,8 @@ class Engine:
             members.add(request.id)
             first = None if request.want == {"score"} else len(group.token_ids) - 1
             token_ids = [*group.token_ids, *request.token_ids]
-            request = replace(request, token_ids=token_ids, first_needed_row=first, group=0)
+            adapter = group.adapter
+            request = replace(request, token_ids=token_ids, first_needed_row=first, group=0, adapter=adapter)
         if "embedding" in request.want and self.card.pooling != "last":  # earlier rows count: none may come from cache
             request = replace(request, first_needed_row=0)
         error = self._refusal(request)
@@ -160,7 +168,63 @@ class Engine:
             future = self._guides.build(request.sampling.grammar)
             if future is not None:
                 return self._building.add(request, future)
-        return error or self.scheduler.add(request)
+        return error or self._admit(request)
+
+    def _admit(self, request: Request) -> EngineError | None:
+        """Hands it to the scheduler. From now on it is for the adapter that has its name now."""
+        key = self._adapters.key(request.adapter)
+        if isinstance(key, EngineError):
+            return key
+        return self.scheduler.add(replace(request, adapter=key) if key else request)
+
+    # Adapters ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def takes_adapters(self) -> bool:
+        """Whether room was made for any."""
+        return self._adapters.count > 0
+
+    def adapter_refusal(self, name: str, replace: bool = False) -> EngineError | None:
+        """Why no adapter of that name can be loaded now."""
+        room = self._adapters.room(name, replace)
+        return room if isinstance(room, EngineError) else None
+
+    def read_adapter(self, path: str) -> Adapter:
+        """Reads and checks an adapter; in any thread. Raises CheckpointError."""
+        model = self.runner.model
+        assert isinstance(model, Model) and model.adapters is not None
+        return read_adapter(Path(path), model.decoder, model.adapters)
+
+    def load_adapter(self, name: str, adapter: Adapter, replace: bool = False) -> EngineError | None:
+        """Makes it the model's under that name. No step may be on its way (`settle`).
+
+        An adapter that is replaced changes under its requests: those that decode go on with the keys and values they
+        have.
+        """
+        slot = self._adapters.room(name, replace)
+        if isinstance(slot, EngineError):
+            return slot
+        model = self.runner.model
+        assert isinstance(model, Model) and model.adapters is not None
+        self.runner.write(partial(model.adapters.write, slot, adapter))
+        before, now = self._adapters.put(name, str(adapter.path), adapter.rank, slot)
+        if before is not None:
+            self.scheduler.set_adapter(before, now)
+        self._show_adapters()
+        return None
+
+    def unload_adapter(self, name: str) -> EngineError | None:
+        """New requests do not find it any more. Those that it has go on, and its room is free after the last."""
+        error = self._adapters.unload(name)
+        self._show_adapters()
+        return error
+
+    def _show_adapters(self) -> None:
+        self.card = replace(self.card, adapters=self._adapters.cards)
+
+    def _uses(self, key: str) -> bool:
+        """Whether a request for that load of an adapter is not finished."""
+        return any(request.adapter == key for request in self.scheduler.requests)
 
     def abort(self, request_id: int, choice: int | None = None, finish: Finish = "abort") -> list[Output]:
         early = self._building.abort(request_id, choice, finish, self.scheduler.weight_version)
@@ -188,7 +252,7 @@ class Engine:
         """Hands the scheduler the requests whose grammars are built."""
         outputs: list[Output] = []
         for request, error, aborted in self._building.built():
-            error = error or self.scheduler.add(request)
+            error = error or self._admit(request)
             if error is not None:
                 outputs.append(self._fail(request, error))
             for choice in aborted:  # told already
@@ -198,22 +262,22 @@ class Engine:
     def _step(self, budget: int | None) -> Outputs:
         plan = self.scheduler.plan(budget)
         if plan is None:
-            return self._settle()
+            return self.settle()
         try:
             ticket = self.runner.launch(plan)
         except Exception as error:
-            outputs = self._settle()
+            outputs = self.settle()
             if self.scheduler.planned:
                 outputs.others += self._fail_step(plan, error)
             return outputs
-        outputs = self._settle()
+        outputs = self.settle()
         if self.scheduler.planned:  # not failed together with the step before
             self._flight = (self.scheduler.advance(plan), ticket)
             if not self.runner.ahead:
-                outputs.extend(self._settle())
+                outputs.extend(self.settle())
         return outputs
 
-    def _settle(self) -> Outputs:
+    def settle(self) -> Outputs:
         """Waits for the launched step, if there is one, and brings in what came of it."""
         if self._flight is None:
             return Outputs()
@@ -244,8 +308,8 @@ class Engine:
         card, sampling, want = self.card, request.sampling, request.want
         if isinstance(self.runner, NullRunner) and (error := self.runner.refusal(request)):
             return error
-        if request.adapter:
-            return EngineError("not_found", f"model {card.name} has no adapter {request.adapter!r}", "model")
+        if isinstance(unknown := self._adapters.key(request.adapter), EngineError):
+            return unknown
         if "values" in want:
             return EngineError("invalid", f"model {card.name} ({card.role}) gives no values", "model")
         if card.gives == "text" and want & {"score", "embedding"}:

@@ -57,14 +57,36 @@ def load_engines(
     cards = [_card(spec, model, options) for spec, model in zip(specs, models, strict=True)]
     if options.pooling is not None and not any(card.embedding_size for card in cards):
         raise OptionsError(f"pooling is {options.pooling}, but no hosted model embeds: give one role=embedding")
+    if options.max_loras and all(isinstance(model, NullModel) or model.adapters is None for model in models):
+        raise OptionsError(f"max_loras is {options.max_loras}, but no hosted model is a policy that can have adapters")
     memory, terms = _memory(models, cards, options)
     engines: list[Engine] = []
     for spec, card, model, part in zip(specs, cards, models, parts, strict=True):
         page = KVCache.bytes_per_page(model.config, options.page_size, model.dtype)
         pages = page_count(spec.name, int(memory * part), page, options, card.context)
         engines.append(Engine(card, model, pages=pages, options=options, grammars=grammars))
+    _load_adapters(engines, names, options)
     taken = sum(engine.kv_bytes for engine in engines)
     return engines, f"KV caches take {taken / MIB:,.0f} of {memory / MIB:,.0f} MiB allowed; {terms}"
+
+
+def _load_adapters(engines: list[Engine], taken: list[str], options: EngineOptions) -> None:
+    """Those that are named at the start. Raises CheckpointError and OptionsError."""
+    able = [engine for engine in engines if engine.takes_adapters]
+    if options.lora_modules and len(able) != 1:
+        names = ", ".join(engine.card.name for engine in able)
+        raise OptionsError(
+            f"lora_modules is for one policy, and there are {names}; load their adapters once they serve"
+        )
+    for name, path in options.lora_modules:
+        if name in taken:
+            raise OptionsError(f"lora_modules: {name} is the name of a hosted model; give the adapter another one")
+        try:
+            error = able[0].load_adapter(name, able[0].read_adapter(path))
+        except CheckpointError as broken:
+            raise CheckpointError(f"adapter {name}: {broken}") from broken
+        if error is not None:
+            raise OptionsError(f"lora_modules: {error.message}")
 
 
 def _memory(models: list[Model | NullModel], cards: list[ModelCard], options: EngineOptions) -> tuple[int, str]:
@@ -108,8 +130,8 @@ def _load(spec: ModelSpec, options: EngineOptions, on_progress: Progress | None)
             return null
         embedding = spec.role == "embedding" or (spec.role is None and is_embedding_model(Path(spec.path)))
         pooling = spec.pooling or options.pooling
-        _check_role(spec, read_config(spec.path, embedding=embedding, pooling=pooling))
-        return load_model(
+        role = _check_role(spec, read_config(spec.path, embedding=embedding, pooling=pooling))
+        model = load_model(
             spec.path,
             dtype=spec.dtype,
             device=options.device,
@@ -119,6 +141,9 @@ def _load(spec: ModelSpec, options: EngineOptions, on_progress: Progress | None)
             pooling=pooling,
             on_progress=progress,
         )
+        if options.max_loras and role == "policy":
+            model.make_room(options.max_loras, options.max_lora_rank)
+        return model
     except CheckpointError as error:
         raise CheckpointError(f"model {spec.name}: {error}") from error
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from .columns import Columns
 from .meter import Meter
@@ -86,6 +87,11 @@ class Scheduler:
     def has_work(self) -> bool:
         """Whether `plan` would give a step; not while paused."""
         return bool(self._jobs) and not self.paused
+
+    @property
+    def requests(self) -> list[Request]:
+        """Those that are not finished."""
+        return [job.request for job in self._jobs.values()]
 
     @property
     def waiting(self) -> int:
@@ -174,6 +180,19 @@ class Scheduler:
             if not keep:
                 self._preempt(sequence)
         self.pages.drop()
+
+    def set_adapter(self, before: str, now: str) -> None:
+        """Requests that carry one adapter's key carry another one's: its weights have changed, between two steps, and
+        nothing is published that both have computed. Decodes go on, prompts are computed anew."""
+        assert self._plan is None and self._flight is None, "weights change between steps"
+        for job in self._jobs.values():
+            if job.request.adapter == before:
+                job.request = replace(job.request, adapter=now)
+        for sequence in self._running.all():
+            if sequence.job.request.adapter == now:
+                sequence.chain = None
+                if not sequence.decoding:
+                    self._preempt(sequence)
 
     def plan(self, budget: int | None = None) -> Plan | None:
         """The next step, of at most `budget` tokens. None while paused, without a budget, and without anything to
@@ -277,11 +296,8 @@ class Scheduler:
         self._base, running.changed = base if whole else None, False
         self._rows = self._sampling = self._columns.rows
         if ready := [sequence for sequence in ready if sequence.decoding]:  # beside them the others' steps stay steady
-            base, self._rows = (
-                base.with_synchronous([(one.slot, len(one.token_ids) - 1) for one in ready]),
-                [*self._rows, *ready],
-            )
-            self._sampling = self._rows
+            base = base.with_synchronous([(one.slot, len(one.token_ids) - 1) for one in ready])
+            self._rows = self._sampling = [*self._rows, *ready]
         return base
 
     def _plan_prompts(self, base: Plan, budget: int) -> Plan:
@@ -389,10 +405,8 @@ class Scheduler:
         return self._waiting.pop()
 
     def _start_urgent(self) -> None:
-        """Starts what waits with a better priority than something that runs, ahead of everything else.
-
-        The last running ones are preempted for it, unless even all of worse priority would not make enough room.
-        """
+        """Starts what waits with a better priority than something that runs, ahead of everything else. The last running
+        ones are preempted for it, unless even all of worse priority would not make enough room."""
         running = self._running
         while (first := self._waiting.first()) and (last := running.last()) and first.rank[0] < last.rank[0]:
             if self._start_first():

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -36,10 +36,10 @@ def targets(model: PreTrainedModel, *names: str) -> dict[str, tuple[int, int]]:
     """(ins, outs) of the matrices of the model's layers by place, of those whose place ends with one of the names."""
     found: dict[str, tuple[int, int]] = {}
     for place, module in model.named_modules():
-        if isinstance(module, (torch.nn.Linear, Conv1D)) and ".layers." in f".{place}." or ".h." in f".{place}.":
-            if isinstance(module, (torch.nn.Linear, Conv1D)) and (not names or place.endswith(names)):
-                outs, ins = module.weight.shape if isinstance(module, torch.nn.Linear) else module.weight.T.shape
-                found[place] = ins, outs
+        inside = ".layers." in place or ".h." in place
+        if inside and isinstance(module, (torch.nn.Linear, Conv1D)) and (not names or place.endswith(names)):
+            outs, ins = module.weight.shape if isinstance(module, torch.nn.Linear) else module.weight.T.shape
+            found[place] = ins, outs
     return found
 
 
@@ -63,8 +63,6 @@ def make_adapter(
 
 def merge(model: PreTrainedModel, path: Path) -> PreTrainedModel:
     """The model with W + scale · B A in each place, by PEFT's definition; in place."""
-    from safetensors.torch import load_file
-
     config = json.loads((path / "adapter_config.json").read_text())
     tensors = load_file(path / "adapter_model.safetensors")
     modules = dict(model.named_modules())

@@ -1,0 +1,199 @@
+"""Adapters of a hosted model: batched together, replaced and unloaded under load, and no page of another's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import make_model, write_checkpoint
+from hubs import answer, assert_nothing_is_held, collect, generate, make_hub, prompt
+from lora import make_adapter, merge
+
+from tandem.model.errors import CheckpointError
+from tandem.server.engine.hub import Hub
+from tandem.server.engine.options import EngineOptions, OptionsError
+from tandem.server.engine.request import EngineError, Request
+
+BASE = "llama-gqa"
+ROOM: dict[str, Any] = {"max_loras": 3, "max_lora_rank": 8, "max_model_len": 200}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base, three adapters, and a checkpoint with each of them merged in."""
+    path = tmp_path_factory.mktemp("adapters")
+    write_checkpoint(path / BASE, BASE)
+    for seed, name in enumerate(("a", "b", "c"), 1):
+        make_adapter(path / name, make_model(BASE), seed=seed, r=2 * seed, size=0.5)
+        merge(make_model(BASE), path / name).save_pretrained(path / f"merged-{name}")
+    return path
+
+
+def load(hub: Hub, name: str, path: Path, replace: bool = False) -> EngineError | None:
+    engine = hub.engines[0]
+    assert not list(engine.settle()) or True
+    return engine.load_adapter(name, engine.read_adapter(str(path)), replace)
+
+
+def with_adapters(directory: Path, *names: str, **options: Any) -> Hub:
+    hub = make_hub(directory / BASE, **(ROOM | options))
+    for name in names:
+        assert load(hub, name, directory / name) is None
+    return hub
+
+
+def ask(number: int, adapter: str = "", length: int = 9, **given: Any) -> Request:
+    return replace(generate(number, BASE, prompt(length), max_tokens=12, **given), adapter=adapter)
+
+
+def alone(directory: Path, adapter: str, length: int = 9, **given: Any) -> list[int]:
+    """What merged weights write."""
+    path = directory / (f"merged-{adapter}" if adapter else BASE)
+    request = replace(ask(1, length=length, **given), model=path.name)
+    return answer(make_hub(path, enable_prefix_caching=False), request)[0].token_ids
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["waits", "ahead"])
+def test_base_and_three_adapters_in_one_batch(directory: Path, ahead: bool) -> None:
+    """Tokens of merged weights, whoever else is in the batch, after preemptions, by the adapter's name or both names."""
+    hub = with_adapters(directory, "a", "b", "c", run_ahead=ahead)
+    names = ["", "a", "b", "c"] * 3
+    requests = [ask(number, name, length=9 + number) for number, name in enumerate(names)]
+    requests[1] = replace(requests[1], model="a", adapter="")
+    for number, found in enumerate(answer(hub, *requests)):
+        assert found.token_ids == alone(directory, names[number], length=9 + number), names[number]
+    while hub.idle():
+        pass
+    assert answer(hub, requests[5])[0].token_ids == alone(directory, "a", length=14)
+
+
+def test_choices_and_preemptions_keep_their_adapter(directory: Path) -> None:
+    small = make_hub(directory / BASE, pages=14, **(ROOM | {"max_num_seqs": 6}))
+    roomy = make_hub(directory / BASE, **ROOM)
+    given: dict[str, Any] = {"n": 3, "temperature": 1.0, "seed": 3}
+    requests = [ask(number, name, length=40, **given) for number, name in enumerate(["a", "", "b"])]
+    found: list[list[list[int]]] = []
+    for hub in (small, roomy):
+        for name in ("a", "b"):
+            assert load(hub, name, directory / name) is None
+        outputs = hub.run(requests)
+        found.append([[choice.token_ids for choice in collect(outputs[r.id]).values()] for r in requests])
+        assert_nothing_is_held(hub)
+    assert found[0] == found[1] and small.engines[0].stats.counts.preemptions > 0
+
+
+def cached(hub: Hub, request: Request) -> tuple[int, list[int]]:
+    (found,) = answer(hub, request)
+    assert found.cached_tokens is not None
+    return found.cached_tokens, found.token_ids
+
+
+def test_pages_are_an_adapters_and_a_loads_own(directory: Path) -> None:
+    hub = with_adapters(directory, "a", "b")
+    for number, name in enumerate(("", "a", "b")):
+        assert cached(hub, ask(number, name, length=50)) == (0, alone(directory, name, length=50))
+    for number, name in enumerate(("", "a", "b"), 3):
+        assert cached(hub, ask(number, name, length=50)) == (48, alone(directory, name, length=50))
+    assert load(hub, "a", directory / "c", replace=True) is None
+    assert cached(hub, ask(6, "a", length=50)) == (0, alone(directory, "c", length=50))
+    assert cached(hub, ask(7, "b", length=50))[0] == cached(hub, ask(8, length=50))[0] == 48
+    hub.engines[0].unload_adapter("b")
+    assert load(hub, "b", directory / "a") is None
+    assert cached(hub, ask(9, "b", length=50)) == (0, alone(directory, "a", length=50))
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["waits", "ahead"])
+def test_replaced_while_requests_run_and_wait(directory: Path, ahead: bool) -> None:
+    """A decode goes on with the new weights; what waits begins with them, and what both computed is published by none."""
+    hub = with_adapters(directory, "a", run_ahead=ahead, max_num_seqs=1)
+    running, waiting = ask(1, "a", length=40), ask(2, "a", length=60)
+    outputs = {1: hub.submit(running), 2: hub.submit(waiting), 3: []}
+
+    def step() -> None:
+        for output in hub.step():
+            outputs[output.request_id].append(output)
+
+    for _ in range(6):
+        step()
+    assert load(hub, "a", directory / "b", replace=True) is None
+    while hub.has_work:
+        step()
+    before, after = alone(directory, "a", length=40), alone(directory, "b", length=40)
+    (first,), (second,) = (collect(outputs[number]).values() for number in (1, 2))
+    same = next(place for place, (x, y) in enumerate(zip(first.token_ids, before, strict=True)) if x != y)
+    assert 4 <= same < 12 and first.token_ids != after
+    assert second.token_ids == alone(directory, "b", length=60) and second.cached_tokens == 0
+    assert cached(hub, ask(3, "a", length=40)) == (0, after)
+
+
+def test_unloaded_while_requests_run(directory: Path) -> None:
+    """They go on to their end. New ones do not find it, and its room is free when the last has ended."""
+    hub = with_adapters(directory, "a", "b", "c")
+    engine = hub.engines[0]
+    outputs = hub.submit(ask(1, "a"))
+    for _ in range(3):
+        outputs += hub.step()
+    assert engine.unload_adapter("a") is None
+    assert [card.name for card in engine.card.adapters] == ["b", "c"]
+    (refused,) = hub.submit(ask(2, "a"))
+    assert refused.error == EngineError("not_found", f"model {BASE} has no adapter 'a'; it has b, c", "model")
+    full = engine.adapter_refusal("d")
+    assert full is not None and full.kind == "overloaded" and "2 adapters and room for 3" in full.message
+    while hub.has_work:
+        outputs += hub.step()
+    assert collect(outputs)[0].token_ids == alone(directory, "a")
+    assert load(hub, "a", directory / "b") is None  # another one of that name
+    assert answer(hub, ask(3, "a"))[0].token_ids == alone(directory, "b")
+
+
+def test_what_cannot_be_loaded(directory: Path) -> None:
+    hub = with_adapters(directory, "a", "b", "c")
+    engine = hub.engines[0]
+    again, full, unknown = engine.adapter_refusal("a"), engine.adapter_refusal("d"), engine.unload_adapter("d")
+    assert (
+        again is not None and (again.kind, again.param) == ("invalid", "lora_name") and "'a' already" in again.message
+    )
+    assert full is not None and full.kind == "invalid" and "3 adapters and room for 3 (--max-loras)" in full.message
+    assert unknown is not None and unknown.kind == "not_found" and "it has a, b, c" in unknown.message
+    with pytest.raises(CheckpointError, match="is no LoRA adapter"):
+        engine.read_adapter(str(directory / BASE))
+    none = make_hub(directory / BASE).engines[0].adapter_refusal("a")
+    assert none is not None and "--enable-lora" in none.message
+
+
+def test_the_catalog_finds_adapters_like_models(directory: Path) -> None:
+    hub = with_adapters(directory, "a", "b")
+    catalog = replace(hub.catalog, models=(hub.engines[0].card,))
+    assert [card.name for card in catalog.listed] == [BASE, "a", "b"]
+    found, base = catalog.find("b"), catalog.find(BASE)
+    assert found is not None and base is not None
+    assert (found.name, found.parent, base.parent) == ("b", BASE, "")
+    assert (found.path, found.context, found.adapters) == (base.path, base.context, ())
+    assert [(card.name, card.rank) for card in base.adapters] == [("a", 2), ("b", 4)]
+
+
+def hosted(directory: Path, modules: Sequence[tuple[str, str]], **options: Any) -> Hub:
+    return make_hub(directory / BASE, lora_modules=tuple(modules), **(ROOM | options))
+
+
+def test_adapters_from_the_start(directory: Path) -> None:
+    hub = hosted(directory, [("poet", str(directory / "a"))])
+    assert [card.name for card in hub.catalog.listed] == [BASE, "poet"]
+    assert answer(hub, ask(1, "poet"))[0].token_ids == alone(directory, "a")
+    cases: list[tuple[list[tuple[str, str]], dict[str, Any], str]] = [
+        ([(BASE, str(directory / "a"))], {}, f"lora_modules: {BASE} is the name of a hosted model"),
+        ([("a", str(directory / "a"))] * 2, {}, "lora_modules: .* has an adapter 'a' already"),
+        ([("a", "")] * 4, {}, "max_loras is 3, but lora_modules names 4"),
+        ([("b", str(directory / "b"))], {"max_lora_rank": 3}, "adapter b: .*rank 4; there is room for 3"),
+    ]
+    for modules, options, message in cases:
+        with pytest.raises((OptionsError, CheckpointError), match=message):
+            hosted(directory, modules, **options)
+    write_checkpoint(directory / "judge", "llama-reward")
+    with pytest.raises(OptionsError, match="max_loras is 3, but no hosted model is a policy"):
+        make_hub(directory / "judge", **ROOM)
+    with pytest.raises(OptionsError, match="max_lora_rank 0"):
+        EngineOptions(max_lora_rank=0)
