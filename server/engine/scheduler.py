@@ -166,20 +166,20 @@ class Scheduler:
             self._running.undelivered(plan)
         return outputs
 
-    def set_version(self, version: int, keep: bool = True) -> None:
-        """The weights have changed, between two steps. Prefixes that the old ones computed are forgotten.
+    def set_version(self, version: int, keep: bool = True) -> int:
+        """The weights have changed, between two steps. What the old ones published, so many pages, is forgotten.
 
-        Running sequences go on with the keys and values they have and publish none of them from now on; with
-        `keep=False` they give them up and are computed again.
+        Decodes go on with the keys and values they have and publish none of them from now on; with `keep=False` they
+        give them up and are computed again, as prompts that are half computed are in any case: nothing of them is told.
         """
         assert self._plan is None and self._flight is None, "weights change between steps"
         self.weight_version = version
         self.counts.weight_updates += 1
         for sequence in self._running.all():
             sequence.chain = None
-            if not keep:
+            if not (keep and sequence.decoding):
                 self._preempt(sequence)
-        self.pages.drop()
+        return self.pages.drop()
 
     def set_adapter(self, before: str, now: str) -> None:
         """Requests that carry one adapter's key carry another one's: its weights have changed, between two steps, and
@@ -249,7 +249,7 @@ class Scheduler:
         outputs = Outputs(self._resolve_prompts(flight, sampled))
         columns, first, apart = flight.columns, 0, list[int]()
         if sampled.logprobs is None:  # of most decodes there is nothing to say but a token
-            moved = columns is not self._columns or self._running.changed
+            moved = columns is not self._columns or self._running.changed or self._base is None
             first, apart = len(columns.rows), columns.tell(sampled.tokens, moved, version, outputs)
         self.meter.told_all(columns if first else None)
         for number in (*apart, *range(first, len(sampled.tokens))):
