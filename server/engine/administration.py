@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
+from ...model.errors import CheckpointError
 from . import commands
 from .commands import AnyCommand, Refused
 from .engine import Engine
@@ -88,6 +91,10 @@ class Administration:
                 return self._reset(command)
             case commands.Normalize():
                 return self._normalize(command)
+            case commands.LoadAdapter():
+                return (yield from self._load_adapter(command))
+            case commands.UnloadAdapter():
+                return self._unload_adapter(command)
             case _:
                 what = f"{type(command).__name__} cannot be carried out by this engine"
                 raise Refused(EngineError("invalid", what))
@@ -160,6 +167,39 @@ class Administration:
         engine.card = replace(engine.card, reward_mean=mean, reward_std=std)
         return commands.Normalized(mean, std)
 
+    # Adapters ---------------------------------------------------------------------------------------------------------
+
+    def _load_adapter(self, command: commands.LoadAdapter) -> Work[commands.Adapters]:
+        """It is read in another thread, while steps go on."""
+        (engine,), name = self._named(command.model), command.name
+        self._check_name(engine, name)
+        _insist(engine.adapter_refusal(name, command.replace))
+        try:
+            adapter = yield from _in_thread(partial(engine.read_adapter, command.path))
+        except CheckpointError as error:
+            raise Refused(EngineError("invalid", str(error), "lora_path")) from None
+        self._check_name(engine, name)
+        self.said += engine.settle()
+        _insist(engine.load_adapter(name, adapter, command.replace))
+        return commands.Adapters(tuple(card.name for card in engine.card.adapters))
+
+    def _unload_adapter(self, command: commands.UnloadAdapter) -> commands.Adapters:
+        (engine,) = self._named(command.model)
+        _insist(engine.unload_adapter(command.name))
+        return commands.Adapters(tuple(card.name for card in engine.card.adapters))
+
+    def _check_name(self, engine: Engine, name: str) -> None:
+        """Requests find an adapter by its name alone: nothing else may have it."""
+        taken = not name
+        for other in self._engines:
+            adapters = [] if other is engine else [adapter.name for adapter in other.card.adapters]
+            taken = taken or name in (other.card.name, *other.card.aliases, *adapters)
+        if taken:
+            message = (
+                f"{name!r} is the name of something else here; give the adapter another one" if name else "no name"
+            )
+            raise Refused(EngineError("invalid", message, "lora_name"))
+
     def _named(self, name: str | None) -> list[Engine]:
         """The engine of a model, by its name or an alias; None: all."""
         found = [e for e in self._engines if name is None or name == e.card.name or name in e.card.aliases]
@@ -167,6 +207,19 @@ class Administration:
             known = ", ".join(engine.card.name for engine in self._engines)
             raise Refused(EngineError("not_found", f"no model {name!r} is hosted here; there are {known}", "model"))
         return found
+
+
+def _insist(error: EngineError | None) -> None:
+    if error is not None:
+        raise Refused(error)
+
+
+def _in_thread(work: Callable[[], Result]) -> Work[Result]:
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(work)
+        while not future.done():
+            yield
+    return future.result()
 
 
 def _closed(engine: Engine, why: str) -> EngineError:

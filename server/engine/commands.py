@@ -151,15 +151,24 @@ class Normalize:
 
 @dataclass(frozen=True, slots=True)
 class LoadAdapter:
+    """The directory's LoRA adapter, read and checked while others serve, is one of the model's: requests name it
+    instead of the model.
+
+    `replace`: it takes the place of one of that name, if there is one. Decodes of that one go on with the new weights
+    and the keys and values that they have; what is computed anew shares no page with what the old ones computed.
+    """
+
     reply: ClassVar = Adapters
     model: str
     name: str
     path: str
-    replace: bool = False  # one of that name
+    replace: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class UnloadAdapter:
+    """No new request finds it. Those that it has go on with it, and its room is free after the last of them."""
+
     reply: ClassVar = Adapters
     model: str
     name: str

@@ -13,6 +13,7 @@ from hubs import answer, assert_nothing_is_held, collect, generate, make_hub, pr
 from lora import make_adapter, merge
 
 from tandem.model.errors import CheckpointError
+from tandem.server.engine.commands import LoadAdapter, Pause, Refused, Resume, UnloadAdapter
 from tandem.server.engine.hub import Hub
 from tandem.server.engine.options import EngineOptions, OptionsError
 from tandem.server.engine.request import EngineError, Request
@@ -32,16 +33,20 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def load(hub: Hub, name: str, path: Path, replace: bool = False) -> EngineError | None:
-    engine = hub.engines[0]
-    assert not list(engine.settle()) or True
-    return engine.load_adapter(name, engine.read_adapter(str(path)), replace)
+def load(hub: Hub, name: str, path: Path, replace: bool = False) -> tuple[str, ...]:
+    return hub.execute(LoadAdapter(BASE, name, str(path), replace)).names
+
+
+def refused(hub: Hub, command: LoadAdapter | UnloadAdapter) -> EngineError:
+    with pytest.raises(Refused) as found:
+        hub.execute(command)
+    return found.value.error
 
 
 def with_adapters(directory: Path, *names: str, **options: Any) -> Hub:
     hub = make_hub(directory / BASE, **(ROOM | options))
     for name in names:
-        assert load(hub, name, directory / name) is None
+        load(hub, name, directory / name)
     return hub
 
 
@@ -58,7 +63,7 @@ def alone(directory: Path, adapter: str, length: int = 9, **given: Any) -> list[
 
 @pytest.mark.parametrize("ahead", [False, True], ids=["waits", "ahead"])
 def test_base_and_three_adapters_in_one_batch(directory: Path, ahead: bool) -> None:
-    """Tokens of merged weights, whoever else is in the batch, after preemptions, by the adapter's name or both names."""
+    """The tokens of merged weights, by the adapter's name or both names, also once all decodes are recorded."""
     hub = with_adapters(directory, "a", "b", "c", run_ahead=ahead)
     names = ["", "a", "b", "c"] * 3
     requests = [ask(number, name, length=9 + number) for number, name in enumerate(names)]
@@ -78,7 +83,7 @@ def test_choices_and_preemptions_keep_their_adapter(directory: Path) -> None:
     found: list[list[list[int]]] = []
     for hub in (small, roomy):
         for name in ("a", "b"):
-            assert load(hub, name, directory / name) is None
+            load(hub, name, directory / name)
         outputs = hub.run(requests)
         found.append([[choice.token_ids for choice in collect(outputs[r.id]).values()] for r in requests])
         assert_nothing_is_held(hub)
@@ -97,17 +102,17 @@ def test_pages_are_an_adapters_and_a_loads_own(directory: Path) -> None:
         assert cached(hub, ask(number, name, length=50)) == (0, alone(directory, name, length=50))
     for number, name in enumerate(("", "a", "b"), 3):
         assert cached(hub, ask(number, name, length=50)) == (48, alone(directory, name, length=50))
-    assert load(hub, "a", directory / "c", replace=True) is None
+    assert load(hub, "a", directory / "c", replace=True) == ("a", "b")
     assert cached(hub, ask(6, "a", length=50)) == (0, alone(directory, "c", length=50))
     assert cached(hub, ask(7, "b", length=50))[0] == cached(hub, ask(8, length=50))[0] == 48
-    hub.engines[0].unload_adapter("b")
-    assert load(hub, "b", directory / "a") is None
+    hub.execute(UnloadAdapter(BASE, "b"))
+    load(hub, "b", directory / "a")
     assert cached(hub, ask(9, "b", length=50)) == (0, alone(directory, "a", length=50))
 
 
 @pytest.mark.parametrize("ahead", [False, True], ids=["waits", "ahead"])
 def test_replaced_while_requests_run_and_wait(directory: Path, ahead: bool) -> None:
-    """A decode goes on with the new weights; what waits begins with them, and what both computed is published by none."""
+    """A decode goes on with the new weights; what waits begins with them. What both computed is not published."""
     hub = with_adapters(directory, "a", run_ahead=ahead, max_num_seqs=1)
     running, waiting = ask(1, "a", length=40), ask(2, "a", length=60)
     outputs = {1: hub.submit(running), 2: hub.submit(waiting), 3: []}
@@ -118,7 +123,9 @@ def test_replaced_while_requests_run_and_wait(directory: Path, ahead: bool) -> N
 
     for _ in range(6):
         step()
-    assert load(hub, "a", directory / "b", replace=True) is None
+    hub.execute(Pause(BASE))
+    load(hub, "a", directory / "b", replace=True)
+    hub.execute(Resume(BASE))
     while hub.has_work:
         step()
     before, after = alone(directory, "a", length=40), alone(directory, "b", length=40)
@@ -132,41 +139,46 @@ def test_replaced_while_requests_run_and_wait(directory: Path, ahead: bool) -> N
 def test_unloaded_while_requests_run(directory: Path) -> None:
     """They go on to their end. New ones do not find it, and its room is free when the last has ended."""
     hub = with_adapters(directory, "a", "b", "c")
-    engine = hub.engines[0]
     outputs = hub.submit(ask(1, "a"))
     for _ in range(3):
         outputs += hub.step()
-    assert engine.unload_adapter("a") is None
-    assert [card.name for card in engine.card.adapters] == ["b", "c"]
-    (refused,) = hub.submit(ask(2, "a"))
-    assert refused.error == EngineError("not_found", f"model {BASE} has no adapter 'a'; it has b, c", "model")
-    full = engine.adapter_refusal("d")
-    assert full is not None and full.kind == "overloaded" and "2 adapters and room for 3" in full.message
+    assert hub.execute(UnloadAdapter(BASE, "a")).names == ("b", "c")
+    (unknown,) = hub.submit(ask(2, "a"))
+    assert unknown.error == EngineError("not_found", f"model {BASE} has no adapter 'a'; it has b, c", "model")
+    full = refused(hub, LoadAdapter(BASE, "d", str(directory / "a")))
+    assert full.kind == "overloaded" and "2 adapters and room for 3 (--max-loras); 1 more" in full.message
     while hub.has_work:
         outputs += hub.step()
     assert collect(outputs)[0].token_ids == alone(directory, "a")
-    assert load(hub, "a", directory / "b") is None  # another one of that name
+    load(hub, "a", directory / "b")  # another one of that name
     assert answer(hub, ask(3, "a"))[0].token_ids == alone(directory, "b")
 
 
 def test_what_cannot_be_loaded(directory: Path) -> None:
     hub = with_adapters(directory, "a", "b", "c")
-    engine = hub.engines[0]
-    again, full, unknown = engine.adapter_refusal("a"), engine.adapter_refusal("d"), engine.unload_adapter("d")
-    assert (
-        again is not None and (again.kind, again.param) == ("invalid", "lora_name") and "'a' already" in again.message
-    )
-    assert full is not None and full.kind == "invalid" and "3 adapters and room for 3 (--max-loras)" in full.message
-    assert unknown is not None and unknown.kind == "not_found" and "it has a, b, c" in unknown.message
-    with pytest.raises(CheckpointError, match="is no LoRA adapter"):
-        engine.read_adapter(str(directory / BASE))
-    none = make_hub(directory / BASE).engines[0].adapter_refusal("a")
-    assert none is not None and "--enable-lora" in none.message
+    path = str(directory / "a")
+    cases: list[tuple[LoadAdapter | UnloadAdapter, str, str]] = [
+        (LoadAdapter(BASE, "a", path), "invalid", "has an adapter 'a' already; unload it first, or load it in place"),
+        (LoadAdapter(BASE, "d", path), "invalid", "3 adapters and room for 3 (--max-loras); unload one first"),
+        (
+            LoadAdapter(BASE, "a", str(directory / BASE), True),
+            "invalid",
+            "is no LoRA adapter: it has no adapter_config",
+        ),
+        (LoadAdapter(BASE, BASE, path), "invalid", f"'{BASE}' is the name of something else here"),
+        (LoadAdapter("poet", "d", path), "not_found", "no model 'poet'"),
+        (UnloadAdapter(BASE, "d"), "not_found", "has no adapter 'd'; it has a, b, c"),
+    ]
+    for command, kind, message in cases:
+        error = refused(hub, command)
+        assert error.kind == kind and message in error.message
+    assert "--enable-lora" in refused(make_hub(directory / BASE), LoadAdapter(BASE, "a", path)).message
+    assert answer(hub, ask(1, "a"))[0].token_ids == alone(directory, "a")
 
 
 def test_the_catalog_finds_adapters_like_models(directory: Path) -> None:
     hub = with_adapters(directory, "a", "b")
-    catalog = replace(hub.catalog, models=(hub.engines[0].card,))
+    catalog = hub.catalog
     assert [card.name for card in catalog.listed] == [BASE, "a", "b"]
     found, base = catalog.find("b"), catalog.find(BASE)
     assert found is not None and base is not None
