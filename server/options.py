@@ -115,7 +115,7 @@ def parse_model(text: str) -> ModelSpec:
 def parse_adapter(text: str) -> tuple[str, str]:
     """`NAME=PATH` of `--lora-modules`. Raises OptionsError."""
     name, _, path = text.partition("=")
-    if not name or not Path(path).is_dir():
+    if not name or not path or not Path(path).is_dir():
         raise OptionsError(f"--lora-modules {text}: NAME=PATH is needed, PATH being the directory of a LoRA adapter")
     return name, str(Path(path).resolve())
 

@@ -19,6 +19,7 @@ class Loaded:
 class LoadedAdapters:
     """At most `count`, in slots 1 … count; slot 0 is the model alone.
 
+    The one without a name is the model's own: what names no adapter is for it.
     One that is unloaded takes no new requests and keeps its slot until those it has are done, which `in_use(key)`
     knows. `slots`: of every key that a request may carry.
     """
@@ -32,14 +33,14 @@ class LoadedAdapters:
 
     @property
     def cards(self) -> tuple[AdapterCard, ...]:
-        return tuple(loaded.card for loaded in self._named.values())
+        return tuple(loaded.card for name, loaded in self._named.items() if name)
 
     def key(self, name: str) -> str | EngineError:
-        """What a request for the adapter carries; nothing for none."""
-        if not name:
-            return ""
+        """What a request for the adapter carries; nothing where there is none to name."""
         loaded = self._named.get(name)
-        return self._unknown(name) if loaded is None else loaded.key
+        if loaded is None:
+            return self._unknown(name) if name else ""
+        return loaded.key
 
     def room(self, name: str, replace: bool) -> int | EngineError:
         """The slot that an adapter of that name would get: its own, where it is to be replaced, or a free one."""
@@ -62,15 +63,16 @@ class LoadedAdapters:
             return EngineError("overloaded", message, "lora_name", retry_after=1.0)
         return EngineError("invalid", f"{message}; unload one first", "lora_name")
 
-    def put(self, name: str, path: str, rank: int, slot: int) -> tuple[str | None, str]:
-        """The adapter lies in that slot now. Gives the key of the one that it replaces, if it does, and its own."""
+    def put(self, name: str, path: str, rank: int, slot: int) -> tuple[str, str]:
+        """The adapter lies in that slot now. Gives the key of the one that it replaces, empty if it does not, and its
+        own."""
         before = self._named.get(name)
         self._loads += 1
         loaded = Loaded(AdapterCard(name, path, rank, int(time.time())), f"{self._loads}:{name}", slot)
         self._named[name] = loaded
         self.slots[loaded.key] = slot
         if before is None:
-            return None, loaded.key
+            return "", loaded.key
         del self.slots[before.key]
         return before.key, loaded.key
 
@@ -82,5 +84,5 @@ class LoadedAdapters:
         return None
 
     def _unknown(self, name: str, param: str = "model") -> EngineError:
-        known = ", ".join(self._named) or "none"
+        known = ", ".join(card.name for card in self.cards) or "none"
         return EngineError("not_found", f"model {self._model} has no adapter {name!r}; it has {known}", param)

@@ -212,14 +212,39 @@ class Engine:
         slot = self._adapters.room(name, replace)
         if isinstance(slot, EngineError):
             return slot
-        model = self.runner.model
-        assert isinstance(model, Model) and model.adapters is not None
-        self.runner.write(partial(model.adapters.write, slot, adapter))
-        before, now = self._adapters.put(name, str(adapter.path), adapter.rank, slot)
-        if before is not None:
+        before, now = self._put(name, adapter, slot)
+        if before:
             self.scheduler.set_adapter(before, now)
         self._show_adapters()
         return None
+
+    def adopt_adapter(self, adapter: Adapter, version: int, keep: bool = True) -> int | EngineError:
+        """Makes it the model's own, in place of the one before: an update of the weights that changes no base. Gives
+        how many pages are forgotten. No step may be on its way.
+
+        What names no adapter is for it from now on. `keep` is that of `Scheduler.set_version`; without an adapter
+        before, everything is computed again.
+        """
+        slot = self._adapters.room("", True)
+        if isinstance(slot, EngineError):
+            return slot
+        before, now = self._put("", adapter, slot)
+        self.scheduler.set_adapter(before, now, keep and bool(before))
+        self.card = replace(self.card, weight_version=version)
+        return self.scheduler.set_version(version, keep)
+
+    def disown_adapter(self) -> None:
+        """The model's own adapter, where it has one, is no longer used: other weights take over. No step may be on its
+        way."""
+        key = self._adapters.key("")
+        if key and not self._adapters.unload(""):
+            self.scheduler.set_adapter(str(key), "", keep=False)
+
+    def _put(self, name: str, adapter: Adapter, slot: int) -> tuple[str, str]:
+        model = self.runner.model
+        assert isinstance(model, Model) and model.adapters is not None
+        self.runner.write(partial(model.adapters.write, slot, adapter))
+        return self._adapters.put(name, str(adapter.path), adapter.rank, slot)
 
     def unload_adapter(self, name: str) -> EngineError | None:
         """New requests do not find it any more. Those that it has go on, and its room is free after the last."""

@@ -181,9 +181,10 @@ class Scheduler:
                 self._preempt(sequence)
         return self.pages.drop()
 
-    def set_adapter(self, before: str, now: str) -> None:
-        """Requests that carry one adapter's key carry another one's: its weights have changed, between two steps, and
-        nothing is published that both have computed. Decodes go on, prompts are computed anew."""
+    def set_adapter(self, before: str, now: str, keep: bool = True) -> None:
+        """Requests that carry one adapter's key carry another one's: they are for other weights, from this step on.
+
+        To those that run it happens as by `set_version`. `keep` is for keys of one place in the model's tensors."""
         assert self._plan is None and self._flight is None, "weights change between steps"
         for job in self._jobs.values():
             if job.request.adapter == before:
@@ -191,7 +192,7 @@ class Scheduler:
         for sequence in self._running.all():
             if sequence.job.request.adapter == now:
                 sequence.chain = None
-                if not sequence.decoding:
+                if not (keep and sequence.decoding):
                     self._preempt(sequence)
 
     def plan(self, budget: int | None = None) -> Plan | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from tandem.model.errors import CheckpointError
 from tandem.server.engine.commands import LoadAdapter, Pause, Refused, Resume, UnloadAdapter
 from tandem.server.engine.hub import Hub
 from tandem.server.engine.options import EngineOptions, OptionsError
-from tandem.server.engine.request import EngineError, Request
+from tandem.server.engine.request import EngineError, Output, Request
 
 BASE = "llama-gqa"
 ROOM: dict[str, Any] = {"max_loras": 3, "max_lora_rank": 8, "max_model_len": 200}
@@ -209,3 +209,34 @@ def test_adapters_from_the_start(directory: Path) -> None:
         make_hub(directory / "judge", **ROOM)
     with pytest.raises(OptionsError, match="max_lora_rank 0"):
         EngineOptions(max_lora_rank=0)
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["waits", "ahead"])
+def test_an_adapter_that_is_the_models_own(directory: Path, ahead: bool) -> None:
+    """Requests that name the model get it, those that run are computed again; the base itself never changes."""
+    hub = with_adapters(directory, "c", run_ahead=ahead)
+    engine = hub.engines[0]
+    outputs = {number: hub.submit(ask(number, name, length=40)) for number, name in ((1, ""), (2, "c"))}
+
+    def note(said: Iterable[Output]) -> None:
+        for output in said:
+            outputs.setdefault(output.request_id, []).append(output)
+
+    for version, name in enumerate(("a", "b"), 1):
+        for _ in range(4):
+            note(hub.step())
+        note(engine.settle())
+        engine.adopt_adapter(engine.read_adapter(str(directory / name)), version)
+        note(hub.submit(ask(10 + version, length=40)))
+    while hub.has_work:
+        note(hub.step())
+    first, second, third, fourth = (collect(outputs[number])[0] for number in (1, 2, 11, 12))
+    assert third.token_ids[:2] == alone(directory, "a", length=40)[:2] and third.cached_tokens == 0
+    assert fourth.token_ids == alone(directory, "b", length=40) and fourth.cached_tokens == 0
+    assert second.token_ids == alone(directory, "c", length=40)
+    assert first.token_ids[:3] == alone(directory, "", length=40)[:3] and len(first.token_ids) == 12
+    assert [card.name for card in engine.card.adapters] == ["c"] and engine.card.weight_version == 2
+    assert cached(hub, ask(3, length=40)) == (32, alone(directory, "b", length=40))
+    engine.disown_adapter()
+    engine.scheduler.set_version(3)
+    assert cached(hub, ask(4, length=40)) == (0, alone(directory, "", length=40))
