@@ -1,6 +1,6 @@
 """Low-rank adapters, a slot per row: y += B · (A · x).
 
-`_shrink_kernel`: a program takes ROWS neighbouring rows, LINES rows of A and CHUNK columns, and writes partial sums in
+`_shrink_kernel`: a program takes ROWS neighbouring rows, a block of A and CHUNK columns, and writes partial sums in
 float32. For each adapter among its rows it reads that part of A once: rows of one adapter that stand together, as those
 of a prompt do, share it. `_expand_kernel` adds up the partial sums in order, multiplies them with a block of B, and
 adds the result to y, which is read and written once. Rows of slot 0 cost their slot. Per step and matrix: n r D + r O
@@ -14,6 +14,10 @@ Letters: T rows, D = ins, O = outs, n matrices in one, r rank, S adapters.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -22,10 +26,18 @@ from torch import Tensor
 from .launch import options
 from .write import check_index
 
+
+class Block(NamedTuple):
+    """Of `_shrink_kernel`: rows of A at most, columns of a chunk at a time, and how many such are on their way."""
+
+    lines: int
+    columns: int
+    stages: int
+
+
 ROWS = 16  # of a program: what a matrix instruction takes at least
-LINES = 64  # rows of A at most
 CHUNK = 512  # columns of x and A; with D = 4096 a step of 16 rows is 8 programs
-COLUMNS = 128  # of a chunk at a time
+BLOCKS: Mapping[int, Block] = MappingProxyType({2: Block(64, 128, 3), 4: Block(32, 64, 2)})  # by bytes of an element
 RANKS = 32  # of B at a time
 OUTS = 64  # of a program
 MOST_MATRICES = 3
@@ -134,7 +146,8 @@ def lora(x: Tensor, a: Tensor, b: Tensor, outs: tuple[int, ...], slots: Tensor, 
     if not rows:
         return
     chunks, blocks = triton.cdiv(ins, CHUNK), triton.cdiv(rows, ROWS)
-    block_lines = max(16, min(LINES, triton.next_power_of_2(lines)))
+    block = BLOCKS[x.element_size()]
+    block_lines = max(16, min(block.lines, triton.next_power_of_2(lines)))
     partial = x.new_empty((chunks, rows, lines), dtype=torch.float32)
     _shrink_kernel[(blocks, chunks, triton.cdiv(lines, block_lines))](
         x,
@@ -142,8 +155,8 @@ def lora(x: Tensor, a: Tensor, b: Tensor, outs: tuple[int, ...], slots: Tensor, 
         slots,
         partial,
         *(rows, ins, lines, x.stride(0)),
-        *(ROWS, block_lines, COLUMNS, CHUNK),
-        **options(4, 3 if x.element_size() == 2 else 2),
+        *(ROWS, block_lines, block.columns, CHUNK),
+        **options(4, block.stages),
     )
     second = outs[0]
     third = second + (outs[1] if matrices > 1 else 0)

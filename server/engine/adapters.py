@@ -1,12 +1,21 @@
-"""The adapters of one hosted model: by name, with the number under which the model's tensors know each."""
+"""The adapters of one hosted model: by name, with the number under which the model's tensors know each, and how they
+come and go between two steps."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
+from ...model.adapters import Adapter
+from ...model.lora import read_adapter
+from ...model.model import Model
+from .null_runner import NullModel
+from .plan import Executor
 from .request import AdapterCard, EngineError
+from .scheduler import Scheduler
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,13 +29,13 @@ class LoadedAdapters:
     """At most `count`, in slots 1 … count; slot 0 is the model alone.
 
     The one without a name is the model's own: what names no adapter is for it.
-    One that is unloaded takes no new requests and keeps its slot until those it has are done, which `in_use(key)`
-    knows. `slots`: of every key that a request may carry.
+    One that is unloaded takes no new requests and keeps its slot until those it has are done. `slots`: of every key
+    that a request may carry.
     """
 
-    def __init__(self, model: str, count: int, in_use: Callable[[str], bool]) -> None:
+    def __init__(self, model: str, count: int) -> None:
         self.slots: dict[str, int] = {"": 0}
-        self.count, self._model, self._in_use = count, model, in_use
+        self.count, self._model = count, model
         self._named: dict[str, Loaded] = {}
         self._leaving: set[str] = set()  # keys
         self._loads = 0
@@ -42,8 +51,11 @@ class LoadedAdapters:
             return self._unknown(name) if name else ""
         return loaded.key
 
-    def room(self, name: str, replace: bool) -> int | EngineError:
-        """The slot that an adapter of that name would get: its own, where it is to be replaced, or a free one."""
+    def room(self, name: str, replace: bool, in_use: Callable[[str], bool]) -> int | EngineError:
+        """The slot that an adapter of that name would get: its own, where it is to be replaced, or a free one.
+
+        `in_use`: whether a request that carries the key is not finished.
+        """
         if not self.count:
             return EngineError("invalid", f"model {self._model} was started without room for adapters: --enable-lora")
         if (known := self._named.get(name)) is not None:
@@ -51,7 +63,7 @@ class LoadedAdapters:
                 return known.slot
             message = f"model {self._model} has an adapter {name!r} already; unload it first, or load it in place"
             return EngineError("invalid", message, "lora_name")
-        for key in [key for key in self._leaving if not self._in_use(key)]:
+        for key in [key for key in self._leaving if not in_use(key)]:
             self._leaving.remove(key)
             del self.slots[key]
         taken = set(self.slots.values())
@@ -86,3 +98,76 @@ class LoadedAdapters:
     def _unknown(self, name: str, param: str = "model") -> EngineError:
         known = ", ".join(card.name for card in self.cards) or "none"
         return EngineError("not_found", f"model {self._model} has no adapter {name!r}; it has {known}", param)
+
+
+class Adapters:
+    """What is done with them. No step may be on its way meanwhile (`Engine.settle`), but for `read`."""
+
+    def __init__(
+        self, loaded: LoadedAdapters, model: Model | NullModel, scheduler: Scheduler, runner: Executor
+    ) -> None:
+        self.possible = loaded.count > 0
+        self._loaded, self._model, self._scheduler, self._runner = loaded, model, scheduler, runner
+
+    @property
+    def cards(self) -> tuple[AdapterCard, ...]:
+        return self._loaded.cards
+
+    def key(self, name: str) -> str | EngineError:
+        """What a request for the adapter of that name carries."""
+        return self._loaded.key(name)
+
+    def refusal(self, name: str, replace: bool = False) -> EngineError | None:
+        """Why no adapter of that name can be loaded now."""
+        room = self._room(name, replace)
+        return room if isinstance(room, EngineError) else None
+
+    def read(self, path: str) -> Adapter:
+        """Reads and checks one; in any thread. Raises CheckpointError."""
+        model = self._model
+        assert isinstance(model, Model) and model.adapters is not None
+        return read_adapter(Path(path), model.decoder, model.adapters)
+
+    def load(self, name: str, adapter: Adapter, replace: bool = False) -> EngineError | None:
+        """Makes it the model's under that name. Requests that decode with one that is replaced go on, with the keys and
+        values they have."""
+        slot = self._room(name, replace)
+        if isinstance(slot, EngineError):
+            return slot
+        before, now = self._put(name, adapter, slot)
+        if before:
+            self._scheduler.set_adapter(before, now)
+        return None
+
+    def unload(self, name: str) -> EngineError | None:
+        """New requests do not find it any more. Those that it has go on, and its room is free after the last."""
+        return self._loaded.unload(name)
+
+    def adopt(self, adapter: Adapter, version: int, keep: bool = True) -> int | EngineError:
+        """Makes it the model's own, in place of the one before: an update of the weights that changes no base. Gives
+        how many pages are forgotten.
+
+        What names no adapter is for it from now on. `keep` is that of `Scheduler.set_version`; without an adapter
+        before, everything is computed again.
+        """
+        slot = self._room("", replace=True)
+        if isinstance(slot, EngineError):
+            return slot
+        before, now = self._put("", adapter, slot)
+        self._scheduler.set_adapter(before, now, keep and bool(before))
+        return self._scheduler.set_version(version, keep)
+
+    def disown(self) -> None:
+        """The model's own adapter, where it has one, is no longer used: other weights take over."""
+        key = self._loaded.key("")
+        if key and not self._loaded.unload(""):
+            self._scheduler.set_adapter(str(key), "", keep=False)
+
+    def _room(self, name: str, replace: bool) -> int | EngineError:
+        requests = self._scheduler.requests
+        return self._loaded.room(name, replace, lambda key: any(request.adapter == key for request in requests))
+
+    def _put(self, name: str, adapter: Adapter, slot: int) -> tuple[str, str]:
+        assert isinstance(self._model, Model) and self._model.adapters is not None
+        self._runner.write(partial(self._model.adapters.write, slot, adapter))
+        return self._loaded.put(name, str(adapter.path), adapter.rank, slot)

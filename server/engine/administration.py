@@ -173,20 +173,20 @@ class Administration:
         """It is read in another thread, while steps go on."""
         (engine,), name = self._named(command.model), command.name
         self._check_name(engine, name)
-        _insist(engine.adapter_refusal(name, command.replace))
+        _insist(engine.adapters.refusal(name, command.replace))
         try:
-            adapter = yield from _in_thread(partial(engine.read_adapter, command.path))
+            adapter = yield from _in_thread(partial(engine.adapters.read, command.path))
         except CheckpointError as error:
             raise Refused(EngineError("invalid", str(error), "lora_path")) from None
         self._check_name(engine, name)
         self.said += engine.settle()
-        _insist(engine.load_adapter(name, adapter, command.replace))
-        return commands.Adapters(tuple(card.name for card in engine.card.adapters))
+        _insist(engine.adapters.load(name, adapter, command.replace))
+        return _shown(engine)
 
     def _unload_adapter(self, command: commands.UnloadAdapter) -> commands.Adapters:
         (engine,) = self._named(command.model)
-        _insist(engine.unload_adapter(command.name))
-        return commands.Adapters(tuple(card.name for card in engine.card.adapters))
+        _insist(engine.adapters.unload(command.name))
+        return _shown(engine)
 
     def _check_name(self, engine: Engine, name: str) -> None:
         """Requests find an adapter by its name alone: nothing else may have it."""
@@ -207,6 +207,12 @@ class Administration:
             known = ", ".join(engine.card.name for engine in self._engines)
             raise Refused(EngineError("not_found", f"no model {name!r} is hosted here; there are {known}", "model"))
         return found
+
+
+def _shown(engine: Engine) -> commands.Adapters:
+    """The card says which adapters there are."""
+    engine.card = replace(engine.card, adapters=engine.adapters.cards)
+    return commands.Adapters(tuple(card.name for card in engine.adapters.cards))
 
 
 def _insist(error: EngineError | None) -> None:

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from ...kernels.attention import CHUNK
-from ...model.adapters import Adapter
 from ...model.kv_cache import KVCache
-from ...model.lora import read_adapter
 from ...model.model import Model
-from .adapters import LoadedAdapters
+from .adapters import Adapters, LoadedAdapters
 from .building import Building
 from .counts import ModelStats
 from .device_runner import DeviceRunner
@@ -69,7 +66,7 @@ class Engine:
         self._building = Building(options.max_waiting_requests)
         self._groups: dict[int, tuple[Group, set[int]]] = {}  # with its members
         room = 0 if isinstance(model, NullModel) or model.adapters is None else model.adapters.count
-        self._adapters = LoadedAdapters(card.name, room, self._uses)
+        loaded = LoadedAdapters(card.name, room)
         self.refused: EngineError | None = None  # what new requests are told; None: they are taken
         follows = grammars is not None and self.card.gives == "text" and bool(card.end_ids)
         self._guides = Guides(grammars(card), card.vocab_size, card.end_ids) if grammars and follows else None
@@ -87,10 +84,13 @@ class Engine:
             shared_tokens=CHUNK if options.groups_decodes else None,
             weight_version=card.weight_version,
         )
-        self.runner = self._make_runner(model, pages, options)
+        self.runner = self._make_runner(model, pages, options, loaded.slots)
+        self.adapters = Adapters(loaded, model, self.scheduler, self.runner)
         self.runner.prepare()
 
-    def _make_runner(self, model: Model | NullModel, pages: int, options: EngineOptions) -> Executor:
+    def _make_runner(
+        self, model: Model | NullModel, pages: int, options: EngineOptions, adapters: Mapping[str, int]
+    ) -> Executor:
         ahead = options.runs_ahead
         if isinstance(model, NullModel):
             return NullRunner(model, options.max_num_seqs, ahead)
@@ -106,7 +106,7 @@ class Engine:
             device=options.device,
             attention=options.attention_backend,
             guides=self._guides,
-            adapters=self._adapters.slots,
+            adapters=adapters,
         )
 
     @property
@@ -180,84 +180,10 @@ class Engine:
 
     def _admit(self, request: Request) -> EngineError | None:
         """Hands it to the scheduler. From now on it is for the adapter that has its name now."""
-        key = self._adapters.key(request.adapter)
+        key = self.adapters.key(request.adapter)
         if isinstance(key, EngineError):
             return key
         return self.scheduler.add(replace(request, adapter=key) if key else request)
-
-    # Adapters ---------------------------------------------------------------------------------------------------------
-
-    @property
-    def takes_adapters(self) -> bool:
-        """Whether room was made for any."""
-        return self._adapters.count > 0
-
-    def adapter_refusal(self, name: str, replace: bool = False) -> EngineError | None:
-        """Why no adapter of that name can be loaded now."""
-        room = self._adapters.room(name, replace)
-        return room if isinstance(room, EngineError) else None
-
-    def read_adapter(self, path: str) -> Adapter:
-        """Reads and checks an adapter; in any thread. Raises CheckpointError."""
-        model = self.runner.model
-        assert isinstance(model, Model) and model.adapters is not None
-        return read_adapter(Path(path), model.decoder, model.adapters)
-
-    def load_adapter(self, name: str, adapter: Adapter, replace: bool = False) -> EngineError | None:
-        """Makes it the model's under that name. No step may be on its way (`settle`).
-
-        An adapter that is replaced changes under its requests: those that decode go on with the keys and values they
-        have.
-        """
-        slot = self._adapters.room(name, replace)
-        if isinstance(slot, EngineError):
-            return slot
-        before, now = self._put(name, adapter, slot)
-        if before:
-            self.scheduler.set_adapter(before, now)
-        self._show_adapters()
-        return None
-
-    def adopt_adapter(self, adapter: Adapter, version: int, keep: bool = True) -> int | EngineError:
-        """Makes it the model's own, in place of the one before: an update of the weights that changes no base. Gives
-        how many pages are forgotten. No step may be on its way.
-
-        What names no adapter is for it from now on. `keep` is that of `Scheduler.set_version`; without an adapter
-        before, everything is computed again.
-        """
-        slot = self._adapters.room("", True)
-        if isinstance(slot, EngineError):
-            return slot
-        before, now = self._put("", adapter, slot)
-        self.scheduler.set_adapter(before, now, keep and bool(before))
-        self.card = replace(self.card, weight_version=version)
-        return self.scheduler.set_version(version, keep)
-
-    def disown_adapter(self) -> None:
-        """The model's own adapter, where it has one, is no longer used: other weights take over. No step may be on its
-        way."""
-        key = self._adapters.key("")
-        if key and not self._adapters.unload(""):
-            self.scheduler.set_adapter(str(key), "", keep=False)
-
-    def _put(self, name: str, adapter: Adapter, slot: int) -> tuple[str, str]:
-        model = self.runner.model
-        assert isinstance(model, Model) and model.adapters is not None
-        self.runner.write(partial(model.adapters.write, slot, adapter))
-        return self._adapters.put(name, str(adapter.path), adapter.rank, slot)
-
-    def unload_adapter(self, name: str) -> EngineError | None:
-        """New requests do not find it any more. Those that it has go on, and its room is free after the last."""
-        error = self._adapters.unload(name)
-        self._show_adapters()
-        return error
-
-    def _show_adapters(self) -> None:
-        self.card = replace(self.card, adapters=self._adapters.cards)
-
-    def _uses(self, key: str) -> bool:
-        """Whether a request for that load of an adapter is not finished."""
-        return any(request.adapter == key for request in self.scheduler.requests)
 
     def abort(self, request_id: int, choice: int | None = None, finish: Finish = "abort") -> list[Output]:
         early = self._building.abort(request_id, choice, finish, self.scheduler.weight_version)
@@ -360,7 +286,7 @@ class Engine:
         card, sampling, want = self.card, request.sampling, request.want
         if isinstance(self.runner, NullRunner) and (error := self.runner.refusal(request)):
             return error
-        if isinstance(unknown := self._adapters.key(request.adapter), EngineError):
+        if isinstance(unknown := self.adapters.key(request.adapter), EngineError):
             return unknown
         if "values" in want:
             return EngineError("invalid", f"model {card.name} ({card.role}) gives no values", "model")

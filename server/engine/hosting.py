@@ -72,7 +72,7 @@ def load_engines(
 
 def _load_adapters(engines: list[Engine], taken: list[str], options: EngineOptions) -> None:
     """Those that are named at the start. Raises CheckpointError and OptionsError."""
-    able = [engine for engine in engines if engine.takes_adapters]
+    able = [engine for engine in engines if engine.adapters.possible]
     if options.lora_modules and len(able) != 1:
         names = ", ".join(engine.card.name for engine in able)
         raise OptionsError(
@@ -82,11 +82,13 @@ def _load_adapters(engines: list[Engine], taken: list[str], options: EngineOptio
         if name in taken:
             raise OptionsError(f"lora_modules: {name} is the name of a hosted model; give the adapter another one")
         try:
-            error = able[0].load_adapter(name, able[0].read_adapter(path))
+            error = able[0].adapters.load(name, able[0].adapters.read(path))
         except CheckpointError as broken:
             raise CheckpointError(f"adapter {name}: {broken}") from broken
         if error is not None:
             raise OptionsError(f"lora_modules: {error.message}")
+    for engine in able:
+        engine.card = replace(engine.card, adapters=engine.adapters.cards)
 
 
 def _memory(models: list[Model | NullModel], cards: list[ModelCard], options: EngineOptions) -> tuple[int, str]:

@@ -226,7 +226,7 @@ def test_an_adapter_that_is_the_models_own(directory: Path, ahead: bool) -> None
         for _ in range(4):
             note(hub.step())
         note(engine.settle())
-        engine.adopt_adapter(engine.read_adapter(str(directory / name)), version)
+        engine.adapters.adopt(engine.adapters.read(str(directory / name)), version)
         note(hub.submit(ask(10 + version, length=40)))
     while hub.has_work:
         note(hub.step())
@@ -235,8 +235,8 @@ def test_an_adapter_that_is_the_models_own(directory: Path, ahead: bool) -> None
     assert fourth.token_ids == alone(directory, "b", length=40) and fourth.cached_tokens == 0
     assert second.token_ids == alone(directory, "c", length=40)
     assert first.token_ids[:3] == alone(directory, "", length=40)[:3] and len(first.token_ids) == 12
-    assert [card.name for card in engine.card.adapters] == ["c"] and engine.card.weight_version == 2
+    assert [card.name for card in engine.card.adapters] == ["c"]
     assert cached(hub, ask(3, length=40)) == (32, alone(directory, "b", length=40))
-    engine.disown_adapter()
+    engine.adapters.disown()
     engine.scheduler.set_version(3)
     assert cached(hub, ask(4, length=40)) == (0, alone(directory, "", length=40))
