@@ -5,7 +5,7 @@ Letters: T rows of a step, S adapters, n matrices of the checkpoint in one `Line
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -57,7 +57,7 @@ class Adapters:
             beside.write(slot, adapter.matrices.get(path))
 
     @contextmanager
-    def beside(self, slots: Tensor | None) -> Iterator[None]:
+    def beside(self, slots: Tensor | None) -> Generator[None]:
         """Inside, the rows of the step have these adapters: [T] int64, 0 is none; None: no row has one."""
         self._rows.slots = slots
         try:

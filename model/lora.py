@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -137,7 +137,7 @@ class _Matrix(NamedTuple):
     """Where the A and the B of one of the checkpoint's matrices go: which `Linear`, and which part of it."""
 
     path: str
-    index: int
+    part: int
     halves: dict[str, Stored]
 
 
@@ -190,12 +190,12 @@ def _laid_out(
 ) -> tuple[Tensor, Tensor]:
     """A and B of one `Linear`; `parts`: of its matrices, by number, the stored halves and the scale."""
     a, b = room.staged(linear)
-    inner, outer = a.split(room.rank), b.split_with_sizes(linear.outs, 1)
+    inner, outer = a.split_with_sizes([room.rank] * len(linear.outs)), b.split_with_sizes(linear.outs, 1)
     for index, (halves, scale) in parts.items():
         down, up = halves["A"].read(), halves["B"].read().float() * scale
         up = up if linear.reordered is None else linear.reordered(up)
         inner[index][: len(down)].copy_(down)
-        cast(Tensor, outer[index])[: len(down)].copy_(up.T)
+        outer[index][: len(down)].copy_(up.T)
     if not (bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all())):
         names = ", ".join(linear.names)
         raise CheckpointError(f"{file}: the matrices beside {names} are not finite in {a.dtype}")
