@@ -59,11 +59,11 @@ struct Attention {
 };
 
 struct Kernels {
-    void (*pack)(const Pack&);
-    void (*linear)(const Linear&);
-    void (*lora)(const Lora&);
-    void (*activate)(const Activate&);
-    void (*norm)(const Norm&);
-    void (*rotary)(const Rotary&);
-    void (*attention)(const Attention&);
+    void (*pack)(const Pack&, int threads);
+    void (*linear)(const Linear&, int threads);
+    void (*lora)(const Lora&, int threads);
+    void (*activate)(const Activate&, int threads);
+    void (*norm)(const Norm&, int threads);
+    void (*rotary)(const Rotary&, int threads);
+    void (*attention)(const Attention&, int threads);
 };

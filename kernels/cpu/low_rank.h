@@ -1,6 +1,6 @@
-// Low-rank adapters: y += B · (A · x), row by row, with the A and B of the row's own adapter. A row is one thread's. A sum over D
-// runs over 16 lanes, one over r in order. What is between A and B stays float32. Memory: a row reads its adapter once, from L2
-// where the row before had the same one.
+// Low-rank adapters: y += B · (A · x) for a row, with the A and B of its own adapter. A row is one thread's. A sum over D runs over
+// 16 lanes, one over r in order. What is between A and B stays float32. Memory: a row reads its adapter once, from L2 where the
+// row before had the same one.
 
 #pragma once
 
@@ -50,27 +50,17 @@ template <class T> void widen_some(const float* inner, const T* b, long rank, lo
     store_some(y, load_some(y, count) + sums, count);
 }
 
-// x [rows, ins], a [S, parts · rank, ins], b [S, rank, sum of outs], y [rows, sum of outs]; rank is a multiple of 4.
+// One row: x [ins], a [parts · rank, ins], b [rank, width], y [width] of `outs` outputs each; rank is a multiple of 4.
 template <class T>
-void lora(const T* x, const T* a, const T* b, const int64_t* slots, const int64_t* outs, T* y, long rows, long ins, long parts,
-          long rank) {
-    const long lines = parts * rank;
-    long width = 0;
-    for (long p = 0; p < parts; ++p) width += outs[p];
-#pragma omp for schedule(dynamic, 4)
-    for (long row = 0; row < rows; ++row) {
-        if (slots[row] == 0) continue;
-        const T *from = x + row * ins, *down = a + (slots[row] - 1) * lines * ins, *up = b + (slots[row] - 1) * rank * width;
-        T* to = y + row * width;
-        float inner[MOST_INNER];
-        for (long j = 0; j < lines; j += 4) dots<4>(from, down + j * ins, ins, inner + j);
-        for (long p = 0; p < parts; up += outs[p], to += outs[p], ++p) {
-            const float* own = inner + p * rank;
-            long o = 0;
-            for (; o + 64 <= outs[p]; o += 64) widen<4>(own, up + o, rank, width, to + o);
-            for (; o + 16 <= outs[p]; o += 16) widen<1>(own, up + o, rank, width, to + o);
-            if (o < outs[p]) widen_some(own, up + o, rank, width, to + o, outs[p] - o);
-        }
+void lora(const T* x, const T* a, const T* b, const int64_t* outs, T* y, long ins, long parts, long rank, long width) {
+    float inner[MOST_INNER];
+    for (long j = 0; j < parts * rank; j += 4) dots<4>(x, a + j * ins, ins, inner + j);
+    for (long p = 0; p < parts; b += outs[p], y += outs[p], ++p) {
+        const float* own = inner + p * rank;
+        long o = 0;
+        for (; o + 64 <= outs[p]; o += 64) widen<4>(own, b + o, rank, width, y + o);
+        for (; o + 16 <= outs[p]; o += 16) widen<1>(own, b + o, rank, width, y + o);
+        if (o < outs[p]) widen_some(own, b + o, rank, width, y + o, outs[p] - o);
     }
 }
 
