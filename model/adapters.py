@@ -27,6 +27,9 @@ class Adapter(NamedTuple):
     path: Path
     rank: int  # its own largest one
     matrices: Mapping[str, tuple[Tensor, Tensor]]
+    tensors: int  # in its file, and
+    bytes: int  # of these
+    digest: str  # of its files
 
 
 class Adapters:

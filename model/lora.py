@@ -11,6 +11,7 @@ Conv1D, PEFT's fan_in_fan_out).
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,9 +23,10 @@ from torch import Tensor
 from .adapters import Adapter, Adapters
 from .errors import CheckpointError
 from .fields import Fields
+from .incoming import read_safetensors
 from .linear import Linear, linears
 from .registry import Decoder
-from .weights import DTYPES, Stored, listed, open_file
+from .weights import DTYPES, Stored, digest, listed, open_file
 
 CONFIG = "adapter_config.json"
 FILES = ("adapter_model.safetensors", "adapter_model.bin")  # in the order in which they are looked for
@@ -130,7 +132,9 @@ def read_adapter(directory: Path, decoder: Decoder, room: Adapters) -> Adapter:
         if parts:
             halves = {index: (found[place].halves, config.scale_of(place)) for index, place in parts.items()}
             matrices[path] = _laid_out(file, linear, halves, room)
-    return Adapter(directory, rank, matrices)
+    halves = [half for matrix in found.values() for half in matrix.halves.values()]
+    size = sum(math.prod(half.shape) * DTYPES[half.dtype].itemsize for half in halves)
+    return Adapter(directory, rank, matrices, len(halves), size, digest([directory / CONFIG, file]))
 
 
 class _Matrix(NamedTuple):
@@ -151,7 +155,7 @@ def _halves(file: Path, config: LoraConfig, decoder: Decoder) -> dict[str, _Matr
     prefixes = (decoder.PREFIX,) if isinstance(decoder.PREFIX, str) else decoder.PREFIX
     found: dict[str, _Matrix] = {}
     problems: dict[str, list[str]] = {}
-    for name, stored in open_file(file).items():
+    for name, stored in (read_safetensors if file.suffix == ".safetensors" else open_file)(file).items():
         match = NAME.fullmatch(name)
         place = match["place"] if match else ""
         inside = place.removeprefix(next((prefix for prefix in prefixes if place.startswith(prefix)), ""))

@@ -21,6 +21,7 @@ from .scheduler import Scheduler
 @dataclass(frozen=True, slots=True)
 class Loaded:
     card: AdapterCard
+    digest: str  # of its files
     key: str  # of this load alone: requests carry it, so that no page which other weights computed is theirs
     slot: int
 
@@ -43,6 +44,11 @@ class LoadedAdapters:
     @property
     def cards(self) -> tuple[AdapterCard, ...]:
         return tuple(loaded.card for name, loaded in self._named.items() if name)
+
+    @property
+    def sources(self) -> tuple[tuple[str, str, str], ...]:
+        """(name, path, digest) of each."""
+        return tuple((name, loaded.card.path, loaded.digest) for name, loaded in self._named.items() if name)
 
     def key(self, name: str) -> str | EngineError:
         """What a request for the adapter carries; nothing where there is none to name."""
@@ -75,12 +81,13 @@ class LoadedAdapters:
             return EngineError("overloaded", message, "lora_name", retry_after=1.0)
         return EngineError("invalid", f"{message}; unload one first", "lora_name")
 
-    def put(self, name: str, path: str, rank: int, slot: int) -> tuple[str, str]:
+    def put(self, name: str, adapter: Adapter, slot: int) -> tuple[str, str]:
         """The adapter lies in that slot now. Gives the key of the one that it replaces, empty if it does not, and its
         own."""
         before = self._named.get(name)
         self._loads += 1
-        loaded = Loaded(AdapterCard(name, path, rank, int(time.time())), f"{self._loads}:{name}", slot)
+        card = AdapterCard(name, str(adapter.path), adapter.rank, int(time.time()))
+        loaded = Loaded(card, adapter.digest, f"{self._loads}:{name}", slot)
         self._named[name] = loaded
         self.slots[loaded.key] = slot
         if before is None:
@@ -113,6 +120,10 @@ class Adapters:
     def cards(self) -> tuple[AdapterCard, ...]:
         return self._loaded.cards
 
+    @property
+    def sources(self) -> tuple[tuple[str, str, str], ...]:
+        return self._loaded.sources
+
     def key(self, name: str) -> str | EngineError:
         """What a request for the adapter of that name carries."""
         return self._loaded.key(name)
@@ -143,19 +154,17 @@ class Adapters:
         """New requests do not find it any more. Those that it has go on, and its room is free after the last."""
         return self._loaded.unload(name)
 
-    def adopt(self, adapter: Adapter, version: int, keep: bool = True) -> int | EngineError:
-        """Makes it the model's own, in place of the one before: an update of the weights that changes no base. Gives
-        how many pages are forgotten.
+    def adopt(self, adapter: Adapter) -> EngineError | None:
+        """Makes it the model's own, in place of the one before: what names no adapter is for it from now on.
 
-        What names no adapter is for it from now on. `keep` is that of `Scheduler.set_version`; without an adapter
-        before, everything is computed again.
+        The version is the caller's to change. Without one before, what runs is computed again.
         """
         slot = self._room("", replace=True)
         if isinstance(slot, EngineError):
             return slot
         before, now = self._put("", adapter, slot)
-        self._scheduler.set_adapter(before, now, keep and bool(before))
-        return self._scheduler.set_version(version, keep)
+        self._scheduler.set_adapter(before, now, keep=bool(before))
+        return None
 
     def disown(self) -> None:
         """The model's own adapter, where it has one, is no longer used: other weights take over."""
@@ -170,4 +179,4 @@ class Adapters:
     def _put(self, name: str, adapter: Adapter, slot: int) -> tuple[str, str]:
         assert isinstance(self._model, Model) and self._model.adapters is not None
         self._runner.write(partial(self._model.adapters.write, slot, adapter))
-        return self._loaded.put(name, str(adapter.path), adapter.rank, slot)
+        return self._loaded.put(name, adapter, slot)

@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import TypeVar
 
-from ...model.errors import CheckpointError
 from . import commands
+from .adapting import Adapting
 from .commands import AnyCommand, Refused
+from .control import ModelState, Standing
 from .engine import Engine
+from .hosted import Hosted, Work, closed
 from .request import EngineError, Output
+from .updates import Updates
 
 log = logging.getLogger(__name__)
-
-Result = TypeVar("Result")
-Work = Generator[None, None, Result]
 
 
 @dataclass(eq=False, slots=True)
@@ -57,12 +54,15 @@ class Task:
 
 
 class Administration:
-    """`said`: what requests are told because of commands, until somebody takes it."""
-
     def __init__(self, engines: Sequence[Engine]) -> None:
-        self._engines = engines
+        self._hosted = Hosted(engines)
+        self._adapting = Adapting(self._hosted)
+        self.updates = Updates(self._hosted, self._adapting)
         self._tasks: list[Task] = []
-        self.said: list[Output] = []
+
+    @property
+    def standing(self) -> Standing:
+        return Standing(tuple(map(_state_of, self._hosted.engines)), self.updates.changes)
 
     def begin(self, command: AnyCommand) -> Task:
         task = Task(self._work(command))
@@ -76,8 +76,13 @@ class Administration:
         self._tasks = [task for task in self._tasks if not task.done]
 
     def take(self) -> list[Output]:
-        said, self.said = self.said, []
+        """What requests are told because of commands."""
+        said, self._hosted.said = self._hosted.said, []
         return said
+
+    def give_back(self, outputs: list[Output]) -> None:
+        """They are taken first the next time."""
+        self._hosted.said[:0] = outputs
 
     def _work(self, command: AnyCommand) -> Work[object]:
         match command:
@@ -86,76 +91,56 @@ class Administration:
             case commands.Resume():
                 return self._resume(command)
             case commands.AbortAll():
-                return commands.Aborted(self._abort(self._named(command.model)))
+                return commands.Aborted(self._hosted.abort(self._hosted.named(command.model)))
             case commands.ResetPrefixCache():
                 return self._reset(command)
             case commands.Normalize():
                 return self._normalize(command)
+            case commands.StartUpdate():
+                return self.updates.start(command)
+            case commands.UpdateWeights():
+                return (yield from self.updates.update(command))
+            case commands.FinishUpdate():
+                return (yield from self.updates.finish(command))
+            case commands.LabelWeights():
+                return self.updates.label(command)
+            case commands.InitTransfer():
+                return (yield from self.updates.join(command))
+            case commands.DestroyTransfer():
+                return self.updates.leave(command)
             case commands.LoadAdapter():
-                return (yield from self._load_adapter(command))
+                return (yield from self._adapting.load(command))
             case commands.UnloadAdapter():
-                return self._unload_adapter(command)
-            case _:
-                what = f"{type(command).__name__} cannot be carried out by this engine"
-                raise Refused(EngineError("invalid", what))
-
-    # Pausing ----------------------------------------------------------------------------------------------------------
+                return self._adapting.unload(command)
 
     def _pause(self, command: commands.Pause) -> Work[commands.Paused]:
-        engines, aborted = self._named(command.model), 0
+        engines, aborted = self._hosted.named(command.model), 0
         if command.mode == "wait":
-            yield from self._finished(engines)
+            yield from self._hosted.finished(engines, "after it was paused and resumed")
         for engine in engines:
             if command.mode != "keep":
-                engine.refused = _closed(engine, "is paused")
+                engine.refused = closed(engine, "is paused", "after resume")
             if command.mode == "abort":
-                aborted += self._abort([engine])
-            self.said += engine.pause()
+                aborted += self._hosted.abort([engine])
+            self._hosted.said += engine.pause()
             if command.clear_cache:
                 engine.scheduler.pages.drop()
         names = tuple(engine.card.name for engine in engines)
         return commands.Paused(names, aborted, sum(engine.requests for engine in engines))
 
-    def _finished(self, engines: Iterable[Engine]) -> Work[None]:
-        """Waits until these have no request left, and lets none in meanwhile. Raises Refused where that will not be."""
-        frozen = next((engine for engine in engines if engine.card.paused and engine.requests), None)
-        if frozen is not None:
-            message = f"model {frozen.card.name} is paused with {frozen.requests} requests, which do not finish"
-            raise Refused(EngineError("conflict", f"{message}; resume it first, or abort them", "mode"))
-        told = [(engine, _closed(engine, "finishes what it has and then pauses")) for engine in engines]
-        for engine, error in told:
-            engine.refused = error
-        while any(engine.requests for engine, _ in told):
-            yield
-            for engine, error in told:
-                if engine.refused is not error:
-                    what = f"model {engine.card.name} was resumed or paused before its requests had finished"
-                    raise Refused(EngineError("conflict", what))
-
     def _resume(self, command: commands.Resume) -> commands.Resumed:
-        engines = self._named(command.model)
+        engines = self._hosted.named(command.model)
         for engine in engines:
             engine.resume()
         return commands.Resumed(tuple(engine.card.name for engine in engines))
 
-    def _abort(self, engines: Iterable[Engine]) -> int:
-        """How many requests that were."""
-        count = 0
-        for engine in engines:
-            count += engine.requests
-            why = f"the requests of model {engine.card.name} were aborted by a command"
-            self.said += engine.abort_all(EngineError("unavailable", why))
-        return count
-
-    # What a model keeps -----------------------------------------------------------------------------------------------
-
     def _reset(self, command: commands.ResetPrefixCache) -> commands.CacheReset:
-        engines = self._named(command.model)
+        engines = self._hosted.named(command.model)
         pages = sum(engine.scheduler.pages.drop() for engine in engines)
         return commands.CacheReset(pages, sum(engine.requests for engine in engines))
 
     def _normalize(self, command: commands.Normalize) -> commands.Normalized:
-        (engine,) = self._named(command.model)
+        (engine,) = self._hosted.named(command.model)
         mean, std = command.mean, command.std
         if engine.card.gives not in ("scores", "values"):
             what = f"model {engine.card.name} gives {engine.card.gives}: there is no reward to normalise"
@@ -167,66 +152,8 @@ class Administration:
         engine.card = replace(engine.card, reward_mean=mean, reward_std=std)
         return commands.Normalized(mean, std)
 
-    # Adapters ---------------------------------------------------------------------------------------------------------
 
-    def _load_adapter(self, command: commands.LoadAdapter) -> Work[commands.Adapters]:
-        """It is read in another thread, while steps go on."""
-        (engine,), name = self._named(command.model), command.name
-        self._check_name(engine, name)
-        _insist(engine.adapters.refusal(name, command.replace))
-        try:
-            adapter = yield from _in_thread(partial(engine.adapters.read, command.path))
-        except CheckpointError as error:
-            raise Refused(EngineError("invalid", str(error), "lora_path")) from None
-        self._check_name(engine, name)
-        self.said += engine.settle()
-        _insist(engine.adapters.load(name, adapter, command.replace))
-        return _shown(engine)
-
-    def _unload_adapter(self, command: commands.UnloadAdapter) -> commands.Adapters:
-        (engine,) = self._named(command.model)
-        _insist(engine.adapters.unload(command.name))
-        return _shown(engine)
-
-    def _check_name(self, engine: Engine, name: str) -> None:
-        """Requests find an adapter by its name alone: nothing else may have it."""
-        taken = not name
-        for other in self._engines:
-            adapters = [] if other is engine else [adapter.name for adapter in other.card.adapters]
-            taken = taken or name in (other.card.name, *other.card.aliases, *adapters)
-        if taken:
-            message = (
-                f"{name!r} is the name of something else here; give the adapter another one" if name else "no name"
-            )
-            raise Refused(EngineError("invalid", message, "lora_name"))
-
-    def _named(self, name: str | None) -> list[Engine]:
-        """The engine of a model, by its name or an alias; None: all."""
-        found = [e for e in self._engines if name is None or name == e.card.name or name in e.card.aliases]
-        if not found:
-            known = ", ".join(engine.card.name for engine in self._engines)
-            raise Refused(EngineError("not_found", f"no model {name!r} is hosted here; there are {known}", "model"))
-        return found
-
-
-def _shown(engine: Engine) -> commands.Adapters:
-    """The card says which adapters there are."""
-    engine.card = replace(engine.card, adapters=engine.adapters.cards)
-    return commands.Adapters(tuple(card.name for card in engine.adapters.cards))
-
-
-def _insist(error: EngineError | None) -> None:
-    if error is not None:
-        raise Refused(error)
-
-
-def _in_thread(work: Callable[[], Result]) -> Work[Result]:
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(work)
-        while not future.done():
-            yield
-    return future.result()
-
-
-def _closed(engine: Engine, why: str) -> EngineError:
-    return EngineError("unavailable", f"model {engine.card.name} {why}; it takes requests again after resume")
+def _state_of(engine: Engine) -> ModelState:
+    card = engine.card
+    about = card.weight_version, card.weight_label, card.reward_mean, card.reward_std, card.paused
+    return ModelState(card.name, engine.digest, *about, adapters=engine.adapters.sources)

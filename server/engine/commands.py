@@ -12,7 +12,7 @@ from typing import ClassVar, Literal, Protocol, TypeVar
 from .request import EngineError
 
 InFlight = Literal["keep", "abort", "wait"]
-Source = Literal["disk", "shm", "cuda_ipc", "distributed"]
+Source = Literal["disk", "lora", "shm", "cuda_ipc", "distributed"]
 Backend = Literal["gloo", "nccl"]
 
 Reply = TypeVar("Reply", covariant=True)
@@ -68,6 +68,12 @@ class Adapters:
     """All of the model's."""
 
     names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    version: int
+    label: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,10 +218,11 @@ class StartUpdate:
 class UpdateWeights:
     """New weights: staged while the old ones serve, then committed between two steps, unless an update is started.
 
-    `disk`: `path` is a checkpoint directory or one safetensors file. `shm`: safetensors bytes, the first `size` of the
-    POSIX shared memory named `path` (0: all). `cuda_ipc`: `handles`. `distributed`: `tensors`, in the order in which
-    rank 0 of transfer group `group` broadcasts them: one by one, or `packed` as bytes one behind the other in
-    chunks that are closed once they exceed `chunk_bytes`.
+    `disk`: `path` is a checkpoint directory or one safetensors file. `lora`: `path` is a LoRA adapter's directory, and
+    that adapter becomes the model's own until other weights come: what names no adapter is for it, the base stays as it
+    is. `shm`: safetensors bytes, the first `size` of the POSIX shared memory named `path` (0: all). `cuda_ipc`:
+    `handles`. `distributed`: `tensors`, in the order in which rank 0 of transfer group `group` broadcasts them: one by
+    one, or `packed` as bytes one behind the other in chunks that are closed once they exceed `chunk_bytes`.
 
     `partial`: tensors that do not come stay what they are. `also`: other models whose weights these are, too; all that
     share a tensor with the model must be named. `in_flight` is as `Pause.mode`; requests that are kept go on with the
@@ -251,6 +258,15 @@ class FinishUpdate:
 
 
 @dataclass(frozen=True, slots=True)
+class LabelWeights:
+    """The trainer's name for the weights that are served now."""
+
+    reply: ClassVar = Labelled
+    model: str
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
 class InitTransfer:
     """The engine joins a group of processes, in which rank 0, the trainer, broadcasts weights; its own rank is
     `rank_offset`. Answered when all are there. A group of that name is left first."""
@@ -282,6 +298,7 @@ AnyCommand = (
     | StartUpdate
     | UpdateWeights
     | FinishUpdate
+    | LabelWeights
     | InitTransfer
     | DestroyTransfer
 )

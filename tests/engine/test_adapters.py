@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +14,11 @@ from hubs import answer, assert_nothing_is_held, collect, generate, make_hub, pr
 from lora import make_adapter, merge
 
 from tandem.model.errors import CheckpointError
-from tandem.server.engine.commands import LoadAdapter, Pause, Refused, Resume, UnloadAdapter
+from tandem.server.engine.commands import LoadAdapter, Pause, Refused, Resume, UnloadAdapter, UpdateWeights
 from tandem.server.engine.hub import Hub
 from tandem.server.engine.options import EngineOptions, OptionsError
 from tandem.server.engine.request import EngineError, Output, Request
+from tandem.server.engine.standing import WeightsLost, restore
 
 BASE = "llama-gqa"
 ROOM: dict[str, Any] = {"max_loras": 3, "max_lora_rank": 8, "max_model_len": 200}
@@ -225,8 +227,10 @@ def test_an_adapter_that_is_the_models_own(directory: Path, ahead: bool) -> None
     for version, name in enumerate(("a", "b"), 1):
         for _ in range(4):
             note(hub.step())
-        note(engine.settle())
-        engine.adapters.adopt(engine.adapters.read(str(directory / name)), version)
+        hub.execute(Pause(BASE))
+        told = hub.execute(UpdateWeights(BASE, "lora", str(directory / name), label=name))
+        hub.execute(Resume(BASE))
+        assert (told.version, told.label, told.tensors, told.committed) == (version, name, 28, True)
         note(hub.submit(ask(10 + version, length=40)))
     while hub.has_work:
         note(hub.step())
@@ -237,6 +241,27 @@ def test_an_adapter_that_is_the_models_own(directory: Path, ahead: bool) -> None
     assert first.token_ids[:3] == alone(directory, "", length=40)[:3] and len(first.token_ids) == 12
     assert [card.name for card in engine.card.adapters] == ["c"]
     assert cached(hub, ask(3, length=40)) == (32, alone(directory, "b", length=40))
-    engine.adapters.disown()
-    engine.scheduler.set_version(3)
+    hub.execute(UpdateWeights(BASE, "disk", str(directory / BASE)))
     assert cached(hub, ask(4, length=40)) == (0, alone(directory, "", length=40))
+
+
+def test_a_restarted_engine_has_them_again(directory: Path, tmp_path: Path) -> None:
+    """If their files are what they were; the model's own must be, others are missed by their requests alone."""
+    shutil.copytree(directory / "a", tmp_path / "own")
+    shutil.copytree(directory / "b", tmp_path / "poet")
+    hub = hosted(directory, [("first", str(directory / "c"))])
+    load(hub, "poet", tmp_path / "poet")
+    hub.execute(UpdateWeights(BASE, "lora", str(tmp_path / "own")))
+    again = hosted(directory, [("first", str(directory / "c"))])
+    restore(again, hub.standing)
+    assert again.catalog.models[0].adapters[1].name == "poet" and again.catalog.models[0].weight_version == 1
+    for number, (name, path) in enumerate((("", "a"), ("poet", "b"), ("first", "c"))):
+        assert answer(again, ask(number, name))[0].token_ids == alone(directory, path)
+    make_adapter(tmp_path / "poet", make_model(BASE), seed=9)
+    again = hosted(directory, [("first", str(directory / "c"))])
+    restore(again, hub.standing)
+    (missed,) = again.submit(ask(1, "poet"))
+    assert missed.error is not None and "it has first" in missed.error.message
+    make_adapter(tmp_path / "own", make_model(BASE), seed=9)
+    with pytest.raises(WeightsLost, match=r"version 1 of model llama-gqa: the files of .*own have changed"):
+        restore(hosted(directory, []), hub.standing)

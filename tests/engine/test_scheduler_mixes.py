@@ -75,6 +75,7 @@ def test_what_takes_turns_ends_at_its_limit_when_no_step_follows():
     machine = scheduler_machine(scheduler_module)()
     machine.engine(pages=4, size=2, seqs=2, budget=1, caching=True, ahead=True)
     machine.add(seed=327)
-    machine.step(budget=None, steps=3)
+    machine.step(budget=None, steps=2)
+    machine.step(budget=None, steps=1)
     machine.settle()
     machine.teardown()
