@@ -23,9 +23,8 @@ from torch import Tensor
 from ...model.errors import CheckpointError
 from ...model.incoming import named_dtype
 from ...model.weights import Stored
-from .commands import Backend, InitTransfer, TensorSpec
+from .commands import InitTransfer, TensorSpec
 
-DEVICES: dict[Backend, tuple[str, ...]] = {"gloo": ("cpu", "cuda"), "nccl": ("cuda",)}  # torch makes one for each
 Named = list[tuple[str, Stored]]
 
 
@@ -42,28 +41,23 @@ class Transfer:
         self._timeout = timedelta(seconds=command.seconds)
         self._device = device if command.backend == "nccl" else torch.device("cpu")
         try:
-            self._groups = self._join()
+            self._group = self._join()
         except RuntimeError as error:
             what = f"no group of {command.world_size} came together at {command.master_address}:{command.master_port}"
             raise TransferFailed(f"{what}: {_first(error)}") from error
 
-    def _join(self) -> list[Any]:
+    def _join(self) -> Any:
         order = self.command
         rank, size = order.rank_offset, order.world_size
         store: Any = dist.TCPStore(order.master_address, order.master_port, size, timeout=self._timeout)
-        store = dist.PrefixStore(order.group or "default_pg", store)
-        store = dist.PrefixStore(f"{order.group or 0}/", store)
-        groups: list[Any] = []
-        for name in DEVICES[order.backend]:
-            own = dist.PrefixStore(f"{name}/", store)
-            if order.backend == "gloo":
-                groups.append(dist.ProcessGroupGloo(own, rank, size, self._timeout))
-            else:
-                torch.cuda.set_device(self._device)  # of this thread
-                options = dist.ProcessGroupNCCL.Options()
-                options._timeout = self._timeout
-                groups.append(dist.ProcessGroupNCCL(own, rank, size, options))
-        return groups
+        for prefix in (order.group or "default_pg", f"{order.group or 0}/", f"{self._device.type}/"):
+            store = dist.PrefixStore(prefix, store)
+        if order.backend == "gloo":
+            return dist.ProcessGroupGloo(store, rank, size, self._timeout)
+        torch.cuda.set_device(self._device)  # of this thread
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = self._timeout
+        return dist.ProcessGroupNCCL(store, rank, size, options)
 
     def receive(self, specs: Sequence[TensorSpec], packed: bool, chunk_bytes: int) -> Iterator[Named]:
         """The tensors, a few at a time, in the order in which they are broadcast. See `UpdateWeights`."""
@@ -85,7 +79,7 @@ class Transfer:
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
         try:
-            self._groups[0].broadcast([into], options).wait(self._timeout)
+            self._group.broadcast([into], options).wait(self._timeout)
             return into.cpu()
         except RuntimeError as error:
             raise TransferFailed(f"the broadcast of {into.nbytes} bytes did not come: {_first(error)}") from error

@@ -76,7 +76,7 @@ class Updates:
                 what = f"an update of model {name} is started; finish it before the model gets an adapter"
                 raise Refused(EngineError("conflict", what, "source"))
             return (yield from self._adapt(command))
-        rounds = self._rounds(command)
+        rounds = self._rounds(command, model)
         self._stagings[name] = staging
         staging.busy, kept = True, False
         try:
@@ -150,13 +150,13 @@ class Updates:
             raise Refused(EngineError("conflict", f"another command is staging or committing weights of model {name}"))
         return staging
 
-    def _rounds(self, command: UpdateWeights) -> Callable[[], Rounds]:
+    def _rounds(self, command: UpdateWeights, model: Model) -> Callable[[], Rounds]:
         """What gives the tensors, in another thread. Raises Refused where that is known already to fail."""
         match command.source:
             case "lora":
                 raise AssertionError("an adapter is no tensors of the model")
             case "disk":
-                return lambda: iter([from_disk(command.path).tensors])
+                return lambda: iter([from_disk(command.path, model.config.labels > 0).tensors])
             case "shm":
                 return lambda: iter([from_shared_memory(command.path, command.size).tensors])
             case "cuda_ipc":
