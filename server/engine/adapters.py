@@ -63,7 +63,8 @@ class LoadedAdapters:
         `in_use`: whether a request that carries the key is not finished.
         """
         if not self.count:
-            return EngineError("invalid", f"model {self._model} was started without room for adapters: --enable-lora")
+            message = f"model {self._model} has no room for adapters; policies get it by --enable-lora"
+            return EngineError("invalid", message, "model")
         if (known := self._named.get(name)) is not None:
             if replace:
                 return known.slot

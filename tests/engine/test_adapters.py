@@ -16,7 +16,7 @@ from lora import make_adapter, merge
 from tandem.model.errors import CheckpointError
 from tandem.server.engine.commands import LoadAdapter, Pause, Refused, Resume, UnloadAdapter, UpdateWeights
 from tandem.server.engine.hub import Hub
-from tandem.server.engine.options import EngineOptions, OptionsError
+from tandem.server.engine.options import EngineOptions, ModelSpec, OptionsError
 from tandem.server.engine.request import EngineError, Output, Request
 from tandem.server.engine.standing import WeightsLost, restore
 
@@ -265,3 +265,23 @@ def test_a_restarted_engine_has_them_again(directory: Path, tmp_path: Path) -> N
     make_adapter(tmp_path / "own", make_model(BASE), seed=9)
     with pytest.raises(WeightsLost, match=r"version 1 of model llama-gqa: the files of .*own have changed"):
         restore(hosted(directory, []), hub.standing)
+
+
+def test_the_reference_is_the_base_of_an_adapted_policy(directory: Path) -> None:
+    """One set of weights: its log-probabilities stay bit for bit, whatever adapter the policy has."""
+    specs = [ModelSpec(BASE, str(directory / BASE)), ModelSpec("reference", "", base_of=BASE)]
+    hub = Hub.load(specs, EngineOptions(kv_cache_memory_bytes=8 << 20, **ROOM))
+
+    def logprobs(number: int, model: str) -> list[float]:
+        request = Request(number, model, prompt(30), None, frozenset({"prompt_logprobs"}), prompt_logprobs=0)
+        (found,) = answer(hub, request)
+        assert found.prompt_logprobs is not None
+        return found.prompt_logprobs.values
+
+    before = [logprobs(number, model) for number, model in enumerate((BASE, "reference"))]
+    assert before[0] == before[1]
+    hub.execute(UpdateWeights(BASE, "lora", str(directory / "a")))
+    load(hub, "poet", directory / "b")
+    found = [logprobs(number, model) for number, model in enumerate((BASE, "reference", "poet"), 2)]
+    assert found[1] == before[1] and len({tuple(one) for one in found}) == 3
+    assert refused(hub, LoadAdapter("reference", "c", str(directory / "c"))).kind == "invalid"
