@@ -19,6 +19,7 @@ from .options import (
     ServeOptions,
     bundled_models,
     has_gpu,
+    parse_adapter,
     parse_model,
     parse_quantity,
     read_config_file,
@@ -37,6 +38,7 @@ app = typer.Typer(
 
 ENGINE, API = EngineOptions(), ApiOptions()
 GPU_SEQS, GPU_TOKENS = 256, 8192  # where a GPU is used and nothing else is said
+LORAS = 8  # of `--enable-lora`: trainers keep the last few versions (6 by default in TRL's AsyncGRPO)
 
 
 def _show_version(wanted: bool) -> None:
@@ -80,9 +82,10 @@ def serve(
         list[str] | None,
         typer.Argument(
             metavar="[[NAME=]PATH|ORG/NAME[,role=…,dtype=…,kv=…%,alias=a|b,chat_template=…,max_model_len=…,weight=…,"
-            "pooling=…,revision=…,tool_call_parser=…,reasoning_parser=…]]…",
-            help="Directories of Hugging Face checkpoints, or hub ids. None: the bundled demo policy and reward model. "
-            "kv: the part of the KV caches' memory that the model has for good; what is left is lent as needed.",
+            "pooling=…,trunk=OTHER,revision=…,tool_call_parser=…,reasoning_parser=…]|NAME=base-of:OTHER]…",
+            help="Directories of Hugging Face checkpoints, or hub ids; models that share the weights of another one: a "
+            "reference as base-of:OTHER, a value head with trunk=OTHER. None: the bundled policy and reward model. kv: "
+            "the part of the KV caches' memory that a model has for good; what is left is lent as needed.",
             show_default=False,
         ),
     ] = None,
@@ -148,6 +151,16 @@ def serve(
     ] = ENGINE.enable_prefix_caching,
     pooling: Annotated[
         str | None, typer.Option(help="Of embedding models: last, mean or cls. None: as the checkpoint says, or last.")
+    ] = None,
+    enable_lora: Annotated[
+        bool, typer.Option("--enable-lora", help=f"Room for {LORAS} LoRA adapters, or for as many as is said.")
+    ] = False,
+    max_loras: Annotated[
+        int | None, typer.Option(min=1, help="LoRA adapters that are loaded at once.", show_default=False)
+    ] = None,
+    max_lora_rank: Annotated[int | None, typer.Option(help=f"None: {ENGINE.max_lora_rank}.")] = None,
+    lora_modules: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=PATH", help="An adapter of the policy. Repeatable.")
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the engine.")] = None,
     step_target_ms: Annotated[
@@ -218,6 +231,7 @@ def serve(
                 max_waiting_tokens=parse_quantity(max_waiting_tokens, "--max-waiting-tokens"),
                 pooling=_one_of("--pooling", pooling, get_args(PoolingMode)),
                 step_target_ms=step_target_ms,
+                **_loras(enable_lora, max_loras, max_lora_rank, lora_modules or []),
             ),
             api=ApiOptions(
                 api_keys=_api_keys(api_key or [], api_key_file),
@@ -263,6 +277,20 @@ def _models(words: list[str], names: list[str], defaults: dict[str, Any]) -> tup
     )
 
 
+def _loras(enabled: bool, most: int | None, rank: int | None, modules: list[str]) -> dict[str, Any]:
+    """The engine's options for adapters. Any of the flags but the rank's makes room for some."""
+    if not (enabled or most or modules):
+        if rank is not None:
+            raise OptionsError(f"--max-lora-rank {rank} is for --enable-lora; give that, too")
+        return {}
+    adapters = tuple(map(parse_adapter, modules))
+    return {
+        "max_loras": most or max(LORAS, len(adapters)),
+        "max_lora_rank": ENGINE.max_lora_rank if rank is None else rank,
+        "lora_modules": adapters,
+    }
+
+
 def _one_of(flag: str, value: str | None, allowed: tuple[str, ...]) -> Any:
     if value is not None and value not in allowed:
         raise OptionsError(f"{flag} {value}: one of {', '.join(allowed)}")
@@ -292,9 +320,9 @@ def _announce(ready: Ready, host: str, port: int) -> None:
     age = process_age()
     console = Console()
     if not console.is_terminal:
-        console = Console(width=140)
+        console = Console(width=160)
     table = Table(caption=ready.division, caption_justify="left", title_justify="left")
-    for column in ("model", "role", "architecture", "dtype"):
+    for column in ("model", "role", "architecture", "head", "dtype"):
         table.add_column(column)
     for column in ("context", "weights MiB", "KV pages", "KV tokens", "KV tokens at most", "KV MiB"):
         table.add_column(column, justify="right")
@@ -302,7 +330,9 @@ def _announce(ready: Ready, host: str, port: int) -> None:
         tokens = (model.kv_pages, model.kv_tokens, model.kv_most_tokens)
         numbers = (model.context, model.weight_bytes / 2**20, *tokens, model.kv_bytes / 2**20)
         shown = [f"{number:,.1f}" if isinstance(number, float) else f"{number:,}" for number in numbers]
-        table.add_row(model.name, model.role, model.architecture, model.dtype, *shown)
+        if model.shares:  # what it has of its own stands there
+            shown[1] += f" + {model.shares}'s"
+        table.add_row(model.name, model.role, model.architecture, model.head, model.dtype, *shown)
     console.print(table)
     parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in ready.seconds.items())
     address = f"[{host}]" if ":" in host else host

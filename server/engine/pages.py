@@ -211,13 +211,16 @@ class Pages:
             self._published[chain.digest] = page
             self._digests[page] = chain.digest
 
-    def drop(self) -> None:
-        """Forgets every published prefix: cached pages become free, used ones when they are released."""
+    def drop(self) -> int:
+        """Forgets every published prefix: cached pages become free, used ones when they are released. Gives the number
+        of pages that were published."""
+        count = len(self._published)
         self._free.extend(self._idle)
         heapify(self._free)
         self._idle.clear()
         self._published.clear()
         self._digests = [None] * len(self._digests)
+        return count
 
     def take(self, number: int, pages: range) -> None:
         """A slab comes, with free pages."""

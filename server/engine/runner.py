@@ -12,7 +12,9 @@ Letters: T tokens of the step, B rows of the plan, S page size, M page-table wid
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -32,6 +34,7 @@ from .request import Logprobs, Request
 from .sampler import Sampler
 
 Integers = NDArray[np.int64]
+NO_ADAPTERS: Mapping[str, int] = MappingProxyType({"": 0})
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +49,11 @@ class Done:
 
 
 class Runner:
-    """`context` is the most tokens of one sequence; slots go from 0 to `max_seqs` - 1.
+    """`context` is the most tokens of one sequence; slots go from 0 to `max_seqs` - 1. `adapters`: the number of each
+    that a request may carry, as `Batch.adapters` has it; it may change between steps.
 
-    What a Sampled holds for a failed computation is visible as such: token -1, NaN or infinite scores and
-    log-probabilities, embeddings. The engine turns them into errors.
+    What a Sampled holds for a failed computation is visible as such: token -1, NaN or infinite scores, values,
+    log-probabilities and embeddings. The engine turns them into errors.
     """
 
     def __init__(
@@ -63,9 +67,10 @@ class Runner:
         device: str = "cpu",
         attention: AttentionBackend = "triton",
         guides: Guides | None = None,
+        adapters: Mapping[str, int] = NO_ADAPTERS,
     ) -> None:
         self.model, self._cache = model, cache
-        self._guides = guides
+        self._guides, self._adapters = guides, adapters
         self._page_size = cache.page_size
         self._context = context
         self._device = torch.device(device)
@@ -73,11 +78,13 @@ class Runner:
         self._history = np.zeros((max_seqs, context), np.int32)
         self._table = np.zeros((max_seqs, -(-context // cache.page_size)), np.int32)
         self._requests: list[Request | None] = [None] * max_seqs
+        self._adapter = np.zeros(max_seqs, np.int64)
         self._sampler = Sampler(self._history, model.config.vocab_size, end_ids)
-        self._pooled = None if model.config.pooling is None else Pooled(model, max_seqs, self._device)
+        self._pooled = None if model.config.pools is None else Pooled(model, max_seqs, self._device)
         self._row_numbers = np.arange(max_seqs + 1, dtype=np.int32)
-        # Of the last pure decode: slots, positions, and the page table while it still holds.
+        # Of the last pure decode: slots, their adapters, positions, and the page table while it still holds.
         self._slots = self._starts = np.zeros(0, np.int64)
+        self._row_adapters: Tensor | None = None
         self._pages: Tensor | None = None
 
     def request(self, slot: int) -> Request:
@@ -97,6 +104,9 @@ class Runner:
     def idle(self) -> bool:
         return False
 
+    def write(self, work: Callable[[], None]) -> None:
+        work()
+
     @torch.inference_mode()
     def execute(self, plan: Plan) -> Sampled:
         self._apply(plan)
@@ -112,13 +122,18 @@ class Runner:
             assert ends is not None
             rows = ends[[row for row, _ in plan.scores]]
             result.scores = self.model.scores(hidden[self._tensor(rows)]).tolist()
+        if plan.values:
+            assert ends is not None
+            places = places_of(plan, plan.values, ends)
+            values = self.model.values(hidden[self._tensor(np.concatenate(places))])
+            result.values = [part.tolist() for part in values.split(list(map(len, places)))]
         if plan.prompt_logprobs:
             assert ends is not None
             result.prompt_logprobs = self._prompt_logprobs(plan, hidden, ends)
-        if plan.embeddings:
+        if plan.pooled:
             assert ends is not None and self._pooled is not None
             found = self._pooled.take(plan, hidden, ends.tolist())
-            result.embeddings = [] if found is None else found.tolist()
+            result.pooled = [] if found is None else found.tolist()
         return result
 
     def _apply(self, plan: Plan) -> None:
@@ -134,6 +149,7 @@ class Runner:
             if generated:
                 self._history[slot, prompt : prompt + generated] = entered.generated
             self._requests[slot] = request
+            self._adapter[slot] = self._adapters[request.adapter]
             if request.sampling is not None:
                 self._sampler.enter(slot, request.sampling, entered.choice, prompt)
             if self._guides is not None:
@@ -152,6 +168,7 @@ class Runner:
             self._starts += 1
         else:
             self._slots, self._starts = np.array(plan.slots), np.array(plan.starts)
+            self._row_adapters = self._adapters_of(self._slots)
             self._pages = None
         slots, starts = self._slots, self._starts
         rows, longest = len(slots), int(starts.max()) + 1
@@ -173,6 +190,7 @@ class Runner:
                 backend=self._attention,
                 memo={},
             ),
+            self._row_adapters,
         )
 
     def _mixed_batch(self, plan: Plan) -> tuple[Batch, Integers]:
@@ -201,8 +219,14 @@ class Runner:
                 backend=self._attention,
                 memo={},
             ),
+            self._adapters_of(slot),
         )
         return batch, firsts[1:] - 1
+
+    def _adapters_of(self, slots: Integers) -> Tensor | None:
+        """[T] int64, None where no row has one."""
+        adapters = self._adapter[slots]
+        return self._tensor(adapters) if adapters.any() else None
 
     def _page_table(self, slots: Integers, longest: int) -> Tensor:
         """[B, M] int32, as wide as the longest sequence needs."""
@@ -236,15 +260,10 @@ class Runner:
 
     def _prompt_logprobs(self, plan: Plan, hidden: Tensor, ends: Integers) -> list[Logprobs]:
         """The columns of each entry of `plan.prompt_logprobs`; all entries go through the head together."""
-
-        def rows(wanted: PromptRows) -> Integers:
-            last = ends[wanted.row] - (plan.starts[wanted.row] + plan.counts[wanted.row] - 1)
-            return np.arange(last + wanted.first, last + wanted.end)
-
         entries = plan.prompt_logprobs
         slots = [plan.slots[wanted.row] for wanted in entries]
         top = [self.request(slot).prompt_logprobs or 0 for slot in slots]
-        index = np.concatenate([rows(wanted) for wanted in entries])
+        index = np.concatenate(places_of(plan, entries, ends))
         targets = np.concatenate(
             [
                 self._history[slot, wanted.first + 1 : wanted.end + 1]
@@ -265,3 +284,9 @@ class Runner:
 
     def _tensor(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(self._device)
+
+
+def places_of(plan: Plan, entries: list[PromptRows], ends: Integers) -> list[Integers]:
+    """Where the positions of each entry stand in the batch; `ends`: where each row has its last token."""
+    firsts = [ends[one.row] + 1 - plan.counts[one.row] - plan.starts[one.row] for one in entries]
+    return [first + np.arange(one.first, one.end) for first, one in zip(firsts, entries, strict=True)]

@@ -19,13 +19,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from .columns import Columns
 from .meter import Meter
 from .pages import Pages
-from .plan import Plan, PromptRows, Sampled
+from .plan import Plan, Sampled
 from .prefixes import groups_of
-from .request import EngineError, Finish, Logprobs, Output, Outputs, Request
+from .request import EngineError, Finish, Output, Outputs, Request
 from .running import Running, by_rank
 from .sequence import UNKNOWN, Flight, Job, Sequence
 from .waiting import Deadlines, Waiting, too_long
@@ -37,7 +38,8 @@ class Scheduler:
     Either `plan`, run it, `commit` (or `fail`), and so on. Or one step ahead: `plan`, launch it, `resolve` the flight
     before it, `advance` the plan to a flight, and so on.
     `pages`: of its KV cache, how many or a pool; a slot is a place in the runner's buffers that a sequence keeps.
-    `ahead`: the runner runs ahead. `shared_tokens`: plans name groups of decodes that share so many tokens or more.
+    `ahead`: the runner runs ahead. `pools`: scores are made of all rows of a text. `shared_tokens`: plans name groups
+    of decodes that share so many tokens or more.
     `paused` freezes everything: nothing is planned; requests are still taken, aborted and expired.
     """
 
@@ -54,6 +56,7 @@ class Scheduler:
         max_waiting_tokens: int = 1 << 22,
         prefix_caching: bool = True,
         ahead: bool = False,
+        pools: bool = False,
         shared_tokens: int | None = None,
         weight_version: int = 0,
         clock: Callable[[], float] = time.monotonic,
@@ -63,7 +66,7 @@ class Scheduler:
         self.meter, self._clock = Meter(clock), clock
         self.counts = self.meter.counts
         self._max_tokens, self._shared_tokens, self._ahead = max_batched_tokens, shared_tokens, ahead
-        self._context, self._end_ids = context, frozenset(end_ids)
+        self._context, self._end_ids, self._pools = context, frozenset(end_ids), pools
         self._jobs, self._arrivals = dict[int, Job](), 0
         self._deadlines = Deadlines()
         self._waiting = Waiting(max_waiting_requests, max_waiting_tokens, self.meter.refused)
@@ -86,6 +89,11 @@ class Scheduler:
     def has_work(self) -> bool:
         """Whether `plan` would give a step; not while paused."""
         return bool(self._jobs) and not self.paused
+
+    @property
+    def requests(self) -> list[Request]:
+        """Those that are not finished."""
+        return [job.request for job in self._jobs.values()]
 
     @property
     def waiting(self) -> int:
@@ -160,20 +168,34 @@ class Scheduler:
             self._running.undelivered(plan)
         return outputs
 
-    def set_version(self, version: int, keep: bool = True) -> None:
-        """The weights have changed, between two steps. Prefixes that the old ones computed are forgotten.
+    def set_version(self, version: int, keep: bool = True) -> int:
+        """The weights have changed, between two steps. What the old ones published, so many pages, is forgotten.
 
-        Running sequences go on with the keys and values they have and publish none of them from now on; with
-        `keep=False` they give them up and are computed again.
+        Decodes go on with the keys and values they have and publish none of them from now on; with `keep=False` they
+        give them up and are computed again, as prompts that are half computed are in any case: nothing of them is told.
         """
         assert self._plan is None and self._flight is None, "weights change between steps"
         self.weight_version = version
         self.counts.weight_updates += 1
         for sequence in self._running.all():
             sequence.chain = None
-            if not keep:
+            if not (keep and sequence.decoding):
                 self._preempt(sequence)
-        self.pages.drop()
+        return self.pages.drop()
+
+    def set_adapter(self, before: str, now: str, keep: bool = True) -> None:
+        """Requests that carry one adapter's key carry another one's: they are for other weights, from this step on.
+
+        To those that run it happens as by `set_version`. `keep` is for keys of one place in the model's tensors."""
+        assert self._plan is None and self._flight is None, "weights change between steps"
+        for job in self._jobs.values():
+            if job.request.adapter == before:
+                job.request = replace(job.request, adapter=now)
+        for sequence in self._running.all():
+            if sequence.job.request.adapter == now:
+                sequence.chain = None
+                if not (keep and sequence.decoding):
+                    self._preempt(sequence)
 
     def plan(self, budget: int | None = None) -> Plan | None:
         """The next step, of at most `budget` tokens. None while paused, without a budget, and without anything to
@@ -230,7 +252,7 @@ class Scheduler:
         outputs = Outputs(self._resolve_prompts(flight, sampled))
         columns, first, apart = flight.columns, 0, list[int]()
         if sampled.logprobs is None:  # of most decodes there is nothing to say but a token
-            moved = columns is not self._columns or self._running.changed
+            moved = columns is not self._columns or self._running.changed or self._base is None
             first, apart = len(columns.rows), columns.tell(sampled.tokens, moved, version, outputs)
         self.meter.told_all(columns if first else None)
         for number in (*apart, *range(first, len(sampled.tokens))):
@@ -277,11 +299,8 @@ class Scheduler:
         self._base, running.changed = base if whole else None, False
         self._rows = self._sampling = self._columns.rows
         if ready := [sequence for sequence in ready if sequence.decoding]:  # beside them the others' steps stay steady
-            base, self._rows = (
-                base.with_synchronous([(one.slot, len(one.token_ids) - 1) for one in ready]),
-                [*self._rows, *ready],
-            )
-            self._sampling = self._rows
+            base = base.with_synchronous([(one.slot, len(one.token_ids) - 1) for one in ready])
+            self._rows = self._sampling = [*self._rows, *ready]
         return base
 
     def _plan_prompts(self, base: Plan, budget: int) -> Plan:
@@ -299,19 +318,16 @@ class Scheduler:
         return plan or base
 
     def _add_chunk(self, plan: Plan, sequence: Sequence, count: int) -> None:
-        start, job = sequence.computed, sequence.job
+        start, job, want = sequence.computed, sequence.job, sequence.job.request.want
         row = plan.add_row(sequence.slot, start, count)
         self._rows.append(sequence)
-        if sequence.rows_from is not None:
-            first, end = max(start, sequence.rows_from), min(start + count, sequence.prompt - 1)
-            if first < end:
-                plan.prompt_logprobs.append(PromptRows(row, first, end))
+        sequence.name_rows(plan, row, start, start + count)
         complete = start + count == len(sequence.token_ids)
-        if "embedding" in job.request.want:
-            plan.embeddings.append((row, complete))
+        if "embedding" in want or (self._pools and "score" in want):
+            plan.pooled.append((row, complete))
         if not complete:
             return
-        if "score" in job.request.want and not job.announced:
+        if "score" in want and not self._pools and not job.announced:
             plan.scores.append((row, sequence.slot))
         if sequence.draws:
             for one in [sequence, *self._fork(sequence)]:
@@ -360,12 +376,11 @@ class Scheduler:
         """Outputs of the sequences that end with their prompt."""
         outputs: list[Output] = []
         flight.keep(sampled)
-        for values in sampled.scores:
-            self.meter.scored(values)
         for sequence in flight.complete:
             job = sequence.job
-            if sequence.rows_from is not None:
-                job.prompt_logprobs = sequence.prompt_logprobs or Logprobs()
+            if job.scores is not None and not job.announced:
+                self.meter.scored(job.scores)
+            sequence.hand_rows()
             if not sequence.draws and not sequence.gone:
                 finish: Finish = "length" if job.request.sampling else "stop"
                 outputs.append(Output(sequence.id, finish=finish, weight_version=self.weight_version))
@@ -389,10 +404,8 @@ class Scheduler:
         return self._waiting.pop()
 
     def _start_urgent(self) -> None:
-        """Starts what waits with a better priority than something that runs, ahead of everything else.
-
-        The last running ones are preempted for it, unless even all of worse priority would not make enough room.
-        """
+        """Starts what waits with a better priority than something that runs, ahead of everything else. The last running
+        ones are preempted for it, unless even all of worse priority would not make enough room."""
         running = self._running
         while (first := self._waiting.first()) and (last := running.last()) and first.rank[0] < last.rank[0]:
             if self._start_first():
