@@ -101,10 +101,11 @@ def _described(cards: list[ModelCard], layout: Layout, memory: int) -> str:
     kept = ", ".join(f"{card.name} {size:,.1f}" for card, size in zip(cards, own, strict=True))
     if not layout.slabs:
         return f"{taken}, for good {kept}: nothing is left to be lent"
-    parts = ", ".join(f"{layout.usable(number):.1%} by {card.name}" for number, card in enumerate(cards))
+    parts = [(card.name, f"{layout.usable(number):.1%}") for number, card in enumerate(cards)]
+    less = ", ".join(f"{name} can use {part} of a slab" for name, part in parts if part != "100.0%")
     return (
-        f"{taken}: for good {kept}, and {layout.shared / MIB:,.0f} in {layout.slabs} slabs of "
-        f"{layout.slab_bytes / MIB:,.1f} MiB that are lent ({parts} can be used)"
+        f"{taken}: for good {kept}, and {layout.shared / MIB:,.1f} to be lent in {layout.slabs} slabs of "
+        f"{layout.slab_bytes / MIB:,.2f} MiB{less and f' ({less})'}"
     )
 
 
