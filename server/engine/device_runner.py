@@ -35,6 +35,7 @@ from .launched import Clock, Launched, logprobs_to_host, to_host
 from .options import AttentionBackend
 from .plan import Plan
 from .pooled import Pooled
+from .prompt_rows import Pinned, Rows, factors_of
 from .request import Request
 from .staging import Staging
 
@@ -88,6 +89,7 @@ class DeviceRunner:
         self._drawn = torch.zeros(max_seqs, dtype=torch.int64, device=self._device)
         self._prefixes = torch.zeros(2, max_seqs, dtype=torch.int32, device=self._device)  # see ops.attention_work
         self._pooled = None if model.config.pooling is None else Pooled(model, max_seqs, self._device)
+        self._pinned = Pinned(max_seqs, model, self._device)
         self._row_numbers = torch.arange(max_seqs + 1, dtype=torch.int32, device=self._device)
         self._rows = 0  # of that decode, without synchronous ones; 0 where its slots no longer stand there
         self._behind = 0  # synchronous ones
@@ -312,10 +314,9 @@ class DeviceRunner:
         drawing = np.array(plan.samples, np.int64).reshape(-1, 2)
         needed, copies = np.unique(drawing[:, 0], return_inverse=True)
         scored = ends[[row for row, _ in plan.scores]]
-        asked = [
-            ends[wanted.row] - (lengths[wanted.row] - 1) + np.arange(wanted.first, wanted.end)
-            for wanted in plan.prompt_logprobs
-        ]
+        asked = Rows.of(plan, plan.prompt_logprobs, ends)
+        requests = [self.request(plan.slots[rows.row]) for rows in plan.prompt_logprobs]
+        factors = factors_of(requests, plan.prompt_logprobs)
         targets = [  # where they stand in the history
             plan.slots[wanted.row] * self._history.shape[1] + np.arange(wanted.first + 1, wanted.end + 1)
             for wanted in plan.prompt_logprobs
@@ -324,10 +325,13 @@ class DeviceRunner:
             plan,
             *(slots, starts, counts, firsts, lengths, _prefixes(plan, plan.decodes)),
             *(ends[needed], copies.reshape(-1), drawing[:, 1], lengths[drawing[:, 0]]),
-            *(scored, np.concatenate([NONE, *asked]), np.concatenate([NONE, *targets])),
+            *(scored, *asked, np.concatenate([NONE, *targets])),
+            NONE if factors is None else factors.view(np.int32),
+            *np.array([(ends[row], pin) for row, pin in plan.pins], np.int64).reshape(-1, 2).T,
         )
         hidden = self._forward(plan, int(lengths.max()), *sent[:6])
-        rows, places, drawers, histories, scored_rows, asked_rows, target_places = sent[6:]
+        rows, places, drawers, histories, scored_rows, *rest = sent[6:]
+        *asked_rows, target_places, sent_factors, last_rows, pins = rest
         if plan.samples:
             logits = self.model.logits(hidden[rows])
             if len(needed) < len(drawing):  # several choices draw from one row
@@ -340,12 +344,15 @@ class DeviceRunner:
             found = self._pooled.take(plan, hidden, ends.tolist())
             step.embeddings = None if found is None else to_host(found)
         if plan.prompt_logprobs:
-            wanted = [self.request(plan.slots[rows.row]).prompt_logprobs or 0 for rows in plan.prompt_logprobs]
+            wanted = [request.prompt_logprobs or 0 for request in requests]
             ids = self._history.view(-1)[target_places].long()
-            found = self.model.logprobs_of(hidden[asked_rows], ids, max(wanted))
+            scales = None if factors is None else sent_factors.int().view(torch.float32)
+            found = self.model.logprobs_of(self._pinned.gather(hidden, *asked_rows), ids, max(wanted), scales)
             step.prompt_logprobs = logprobs_to_host(found)
-            edges = np.cumsum([0, *map(len, asked)]).tolist()
+            edges = np.cumsum([0, *map(len, targets)]).tolist()
             step.prompts = list(zip(edges, edges[1:], wanted, strict=False))
+        if plan.pins:
+            self._pinned.keep(pins, hidden[last_rows])
 
     def _forward(
         self,

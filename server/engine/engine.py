@@ -63,7 +63,6 @@ class Engine:
         self.last_step = Step()
         self._flight: tuple[Flight, Ticket] | None = None
         self._building = Building(options.max_waiting_requests)
-        self._groups: dict[int, tuple[Group, set[int]]] = {}  # with its members
         follows = grammars is not None and self.card.gives == "text" and bool(card.end_ids)
         self._guides = Guides(grammars(card), card.vocab_size, card.end_ids) if grammars and follows else None
         self.scheduler = Scheduler(
@@ -137,22 +136,15 @@ class Engine:
         return self.runner.idle()
 
     def open(self, group: Group) -> None:
-        self._groups[group.id] = group, set()
+        """Begins a group. Why it cannot be is told to its members."""
+        self.scheduler.open(group, self._no_adapter(group.adapter) or self._outside("prompt", group.token_ids))
 
     def close(self, group_id: int) -> list[Output]:
-        _, members = self._groups.pop(group_id, (None, set[int]()))
-        return [output for member in members for output in self.abort(member)]
+        """Ends a group; its members that are not finished are aborted."""
+        return self.scheduler.close(group_id)
 
     def add(self, request: Request) -> EngineError | None:
         """Takes a request, or says why it cannot be answered."""
-        if request.group:
-            if request.group not in self._groups:
-                return EngineError("invalid", f"there is no open group {request.group}")
-            group, members = self._groups[request.group]
-            members.add(request.id)
-            first = None if request.want == {"score"} else len(group.token_ids) - 1
-            token_ids = [*group.token_ids, *request.token_ids]
-            request = replace(request, token_ids=token_ids, first_needed_row=first, group=0)
         if "embedding" in request.want and self.card.pooling != "last":  # earlier rows count: none may come from cache
             request = replace(request, first_needed_row=0)
         error = self._refusal(request)
@@ -244,8 +236,11 @@ class Engine:
         card, sampling, want = self.card, request.sampling, request.want
         if isinstance(self.runner, NullRunner) and (error := self.runner.refusal(request)):
             return error
-        if request.adapter:
-            return EngineError("not_found", f"model {card.name} has no adapter {request.adapter!r}", "model")
+        if request.group and (sampling is not None or request.n != 1 or "embedding" in want):
+            message = "a member of a group is given with its tokens: it has neither sampling nor n, and no embedding"
+            return EngineError("invalid", message, "group")
+        if error := self._no_adapter(request.adapter):
+            return error
         if "values" in want:
             return EngineError("invalid", f"model {card.name} ({card.role}) gives no values", "model")
         if card.gives == "text" and want & {"score", "embedding"}:
@@ -281,6 +276,11 @@ class Engine:
             or (sampling and self._outside("allowed_token_ids", sampling.allowed_ids))
             or (sampling and self._outside("bad_words", (token for word in sampling.bad_words for token in word)))
         )
+
+    def _no_adapter(self, name: str) -> EngineError | None:
+        if not name:
+            return None
+        return EngineError("not_found", f"model {self.card.name} has no adapter {name!r}", "model")
 
     def _outside(self, param: str, token_ids: Iterable[int]) -> EngineError | None:
         """An id that the model does not have would end the whole step."""

@@ -12,6 +12,8 @@ parameters) and applies a plan in this order:
    of a text that is embedded every chunk is named, because what is pooled may have to be carried on. A token
    sampled for a slot from row r stands at position `starts[r] + counts[r]` of *that slot's* history; the slot's next
    row starts exactly there, so the runner writes it into the history without being told.
+6. `pins`: the hidden states of these rows' last positions are kept, each in the place of the one that was kept under
+   its number before.
 
 Lists of a plan may be reused by the next one: read them before `Scheduler.plan` is called again; do not change them.
 """
@@ -44,12 +46,14 @@ class PromptRows:
     """Positions `first <= p < end` of row `row` (all inside it) whose next token's log-probability is wanted.
 
     Entry i of the answer is the log-probability of prompt token `first + i + 1` given the tokens up to `first + i`.
-    `end` never exceeds the prompt's length - 1.
+    `end` never exceeds the prompt's length - 1. With `pin`, position `first` is the one before the row, and its hidden
+    state what an earlier plan pinned under that number.
     """
 
     row: int
     first: int
     end: int
+    pin: int | None = None
 
 
 @dataclass(slots=True)
@@ -69,6 +73,7 @@ class Plan:
     scores: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])  # (row, slot): the row's last position
     prompt_logprobs: list[PromptRows] = field(default_factory=list[PromptRows])
     embeddings: list[tuple[int, bool]] = field(default_factory=list[tuple[int, bool]])  # (row, whether it is the last)
+    pins: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])  # (row, pin)
     left: list[int] = field(default_factory=list[int])
     entered: list[Entered] = field(default_factory=list[Entered])
     page_updates: list[tuple[int, int, int]] = field(default_factory=list[tuple[int, int, int]])  # (slot, index, page)

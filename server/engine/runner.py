@@ -26,8 +26,9 @@ from ...model.kv_cache import KVCache
 from ...model.model import Model
 from .guides import Guides
 from .options import AttentionBackend
-from .plan import Plan, PromptRows, Sampled
+from .plan import Plan, Sampled
 from .pooled import Pooled
+from .prompt_rows import Pinned, Rows, factors_of
 from .request import Logprobs, Request
 from .sampler import Sampler
 
@@ -75,6 +76,7 @@ class Runner:
         self._requests: list[Request | None] = [None] * max_seqs
         self._sampler = Sampler(self._history, model.config.vocab_size, end_ids)
         self._pooled = None if model.config.pooling is None else Pooled(model, max_seqs, self._device)
+        self._pinned = Pinned(max_seqs, model, self._device)
         self._row_numbers = np.arange(max_seqs + 1, dtype=np.int32)
         # Of the last pure decode: slots, positions, and the page table while it still holds.
         self._slots = self._starts = np.zeros(0, np.int64)
@@ -119,6 +121,10 @@ class Runner:
             assert ends is not None and self._pooled is not None
             found = self._pooled.take(plan, hidden, ends.tolist())
             result.embeddings = [] if found is None else found.tolist()
+        if plan.pins:
+            assert ends is not None
+            rows, pins = np.array(plan.pins).T
+            self._pinned.keep(self._tensor(pins), hidden[self._tensor(ends[rows])])
         return result
 
     def _apply(self, plan: Plan) -> None:
@@ -236,23 +242,20 @@ class Runner:
 
     def _prompt_logprobs(self, plan: Plan, hidden: Tensor, ends: Integers) -> list[Logprobs]:
         """The columns of each entry of `plan.prompt_logprobs`; all entries go through the head together."""
-
-        def rows(wanted: PromptRows) -> Integers:
-            last = ends[wanted.row] - (plan.starts[wanted.row] + plan.counts[wanted.row] - 1)
-            return np.arange(last + wanted.first, last + wanted.end)
-
         entries = plan.prompt_logprobs
         slots = [plan.slots[wanted.row] for wanted in entries]
-        top = [self.request(slot).prompt_logprobs or 0 for slot in slots]
-        index = np.concatenate([rows(wanted) for wanted in entries])
+        requests = [self.request(slot) for slot in slots]
+        top = [request.prompt_logprobs or 0 for request in requests]
         targets = np.concatenate(
             [
                 self._history[slot, wanted.first + 1 : wanted.end + 1]
                 for slot, wanted in zip(slots, entries, strict=True)
             ]
         )
+        rows = self._pinned.gather(hidden, *map(self._tensor, Rows.of(plan, entries, ends)))
+        factors = factors_of(requests, entries)
         chosen = self._tensor(targets.astype(np.int64))
-        found = self.model.logprobs_of(hidden[self._tensor(index)], chosen, max(top))
+        found = self.model.logprobs_of(rows, chosen, max(top), None if factors is None else self._tensor(factors))
         values, ranks, top_values, top_ids = (column.tolist() for column in found)
         columns: list[Logprobs] = []
         begin = 0

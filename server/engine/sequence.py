@@ -11,6 +11,7 @@ from .request import Logprobs, Output, Request
 
 if TYPE_CHECKING:
     from .columns import Columns
+    from .groups import OpenGroup
 
 UNKNOWN = -1  # a token that is drawn, but has not come back from the device yet
 Rank = tuple[int, int, int]  # priority, arrival, choice: the lower goes first; no two sequences have the same
@@ -22,6 +23,7 @@ class Job:
 
     request: Request
     arrived: float
+    shared: int = 0  # tokens of the prompt that are its group's
     sequences: dict[int, Sequence] = field(default_factory=dict[int, "Sequence"])
     cached_tokens: int | None = None  # None until it runs for the first time
     prompt_logprobs: Logprobs | None = None
@@ -40,13 +42,20 @@ class Job:
         return len(self.request.token_ids)
 
     @property
+    def own(self) -> int:
+        """Tokens of the prompt that are not its group's."""
+        return self.prompt - self.shared
+
+    @property
     def needed_row(self) -> int:
         """The request's, and 0 where the prompt's log-probabilities are wanted and nothing says from which row."""
         if self.request.prompt_logprobs is not None and self.request.first_needed_row is None:
             return 0
         return self.request.needed_row
 
-    def first_sequence(self, arrival: int, context: int, end_ids: frozenset[int], ahead: bool = False) -> Sequence:
+    def first_sequence(
+        self, rank: Rank, context: int, end_ids: frozenset[int] = frozenset(), ahead: bool = False
+    ) -> Sequence:
         """The one that computes the prompt; with n > 1 the other choices fork from it.
 
         `ahead`: the device runs ahead of the host, which a grammar cannot do.
@@ -58,7 +67,7 @@ class Job:
             self,
             request.id,
             choice=0,
-            rank=(request.priority, arrival, 0),
+            rank=rank,
             token_ids=list(request.token_ids),
             prompt=prompt,
             draws=answer > 0,
@@ -100,6 +109,7 @@ class Sequence:
     stops_from: int  # a stop counts once there are more tokens than this
     synchronous: bool = False  # it has a row only once its last token is known, because its mask follows from that
     siblings: list[int] = field(default_factory=list[int])  # choices that fork from this one at the prompt's end
+    group: OpenGroup | None = None  # whose anchor or member it is
     slot: int = -1
     table: list[int] = field(default_factory=list[int])
     computed: int = 0
@@ -112,6 +122,20 @@ class Sequence:
     landed: bool = False  # nothing is left to compute; it has neither slot nor pages and does not wait
     began: float = 0.0  # when its first token was told, and
     told: float = 0.0  # when its last one was, as far as `meter` does not know it better
+
+    @property
+    def anchors(self) -> OpenGroup | None:
+        """The group whose prompt it computes."""
+        return None if self.member else self.group
+
+    @property
+    def member(self) -> bool:
+        return self.shared > 0
+
+    @property
+    def shared(self) -> int:
+        """So many of its tokens, the first ones, are computed by its group's anchor."""
+        return self.job.shared
 
     @property
     def known(self) -> bool:

@@ -18,6 +18,13 @@ def follow(state: int, token: int) -> int:
     return hash((state, token))
 
 
+def state_of(tokens: list[int]) -> int:
+    state = 0
+    for token in tokens:
+        state = follow(state, token)
+    return state
+
+
 def draw(state: int, seed: int, choice: int, number: int) -> int:
     """Token `number` of a choice's answer after tokens that hash to `state`."""
     return hash((state, seed, choice, number)) % VOCABULARY
@@ -27,9 +34,7 @@ def answer(request: Request, choice: int, context: int, end_ids: frozenset[int])
     """What a request must get, by the plainest way: tokens and why they end."""
     sampling = request.sampling
     assert sampling is not None
-    state = 0
-    for token in request.token_ids:
-        state = follow(state, token)
+    state = state_of(request.token_ids)
     stops = set(sampling.stop_ids) | (set() if sampling.ignore_eos else end_ids)
     tokens: list[int] = []
     while True:
@@ -68,6 +73,7 @@ class FakeRunner:
         self.slots: dict[int, Slot] = {}
         self.previous: Plan | None = None
         self.unknown: set[int] = set()  # slots whose last token the scheduler has not been told
+        self.pinned: dict[int, tuple[int, int]] = {}  # by pin: (hash, version) of a prompt
         self.pooled: dict[int, tuple[int, int]] = {}  # by slot: whose rows are pooled, and how many
 
     def execute(self, plan: Plan, budget: int | None = None) -> Sampled:
@@ -121,11 +127,20 @@ class FakeRunner:
         for rows in plan.prompt_logprobs:
             start, stop = plan.starts[rows.row], last[rows.row]
             known = self.slots[plan.slots[rows.row]]
-            assert start <= rows.first < rows.end <= stop and rows.end < len(known.request.token_ids)
+            if rows.pin is not None:
+                assert rows.first == start - 1
+                state, version = self.pinned[rows.pin]
+                assert state == state_of(known.tokens[:start]), "the hidden state of another prompt"
+                assert version >= known.since, "a hidden state by old weights"
+            else:
+                assert start <= rows.first
+            assert rows.first < rows.end <= stop and rows.end < len(known.request.token_ids)
             sampled.prompt_logprobs.append(
                 Logprobs([float(known.tokens[position + 1]) for position in range(rows.first, rows.end)])
             )
         self.pool(plan, sampled)
+        for row, pin in plan.pins:
+            self.pinned[pin] = states[row], self.version
         self.previous = plan
         if self.ahead:
             self.unknown |= {slot for _, slot in plan.samples}
