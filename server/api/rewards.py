@@ -97,11 +97,10 @@ def entry(index: int, part: Part, request_id: str) -> dict[str, Any]:
     scores = part.scores
     if scores is None or len(scores) != 1 or not math.isfinite(scores[0]):
         raise bug(request_id, f"the model's score of input {index} is no finite number: {scores}")
-    count = len(part.request.token_ids)
     return {
         "index": index,
         "reward": scores[0],
         "raw_reward": scores[0],
-        "pooled_index": count - 1,
-        "prompt_tokens": count,
+        "pooled_index": part.pooled_index,
+        "prompt_tokens": len(part.request.token_ids),
     }

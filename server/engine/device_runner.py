@@ -88,7 +88,7 @@ class DeviceRunner:
         self._lengths = torch.ones(max_seqs, dtype=torch.int64, device=self._device)
         self._drawn = torch.zeros(max_seqs, dtype=torch.int64, device=self._device)
         self._prefixes = torch.zeros(2, max_seqs, dtype=torch.int32, device=self._device)  # see ops.attention_work
-        self._pooled = None if model.config.pooling is None else Pooled(model, max_seqs, self._device)
+        self._pooled = None if model.config.pools is None else Pooled(model, max_seqs, self._device)
         self._pinned = Pinned(max_seqs, model, self._device)
         self._row_numbers = torch.arange(max_seqs + 1, dtype=torch.int32, device=self._device)
         self._rows = 0  # of that decode, without synchronous ones; 0 where its slots no longer stand there
@@ -314,7 +314,7 @@ class DeviceRunner:
         drawing = np.array(plan.samples, np.int64).reshape(-1, 2)
         needed, copies = np.unique(drawing[:, 0], return_inverse=True)
         scored = ends[[row for row, _ in plan.scores]]
-        asked = Rows.of(plan, plan.prompt_logprobs, ends)
+        valued, asked = Rows.of(plan, plan.values, ends), Rows.of(plan, plan.prompt_logprobs, ends)
         requests = [self.request(plan.slots[rows.row]) for rows in plan.prompt_logprobs]
         factors = factors_of(requests, plan.prompt_logprobs)
         targets = [  # where they stand in the history
@@ -325,13 +325,13 @@ class DeviceRunner:
             plan,
             *(slots, starts, counts, firsts, lengths, _prefixes(plan, plan.decodes)),
             *(ends[needed], copies.reshape(-1), drawing[:, 1], lengths[drawing[:, 0]]),
-            *(scored, *asked, np.concatenate([NONE, *targets])),
+            *(scored, *valued, *asked, np.concatenate([NONE, *targets])),
             NONE if factors is None else factors.view(np.int32),
             *np.array([(ends[row], pin) for row, pin in plan.pins], np.int64).reshape(-1, 2).T,
         )
         hidden = self._forward(plan, int(lengths.max()), *sent[:6])
-        rows, places, drawers, histories, scored_rows, *rest = sent[6:]
-        *asked_rows, target_places, sent_factors, last_rows, pins = rest
+        rows, places, drawers, histories, scored_rows = sent[6:11]
+        valued_rows, asked_rows, (target_places, sent_factors, last_rows, pins) = sent[11:14], sent[14:17], sent[17:]
         if plan.samples:
             logits = self.model.logits(hidden[rows])
             if len(needed) < len(drawing):  # several choices draw from one row
@@ -339,10 +339,13 @@ class DeviceRunner:
             self._draw(step, logits, drawers, histories, plan, *self._wanted([slot for _, slot in plan.samples]))
         if plan.scores:
             step.scores = to_host(self.model.scores(hidden[scored_rows]))
-        if plan.embeddings:
+        if plan.values:
+            step.values = to_host(self.model.values(self._pinned.gather(hidden, *valued_rows)))
+            step.parts = [rows.end - rows.first for rows in plan.values]
+        if plan.pooled:
             assert self._pooled is not None
             found = self._pooled.take(plan, hidden, ends.tolist())
-            step.embeddings = None if found is None else to_host(found)
+            step.pooled = None if found is None else to_host(found)
         if plan.prompt_logprobs:
             wanted = [request.prompt_logprobs or 0 for request in requests]
             ids = self._history.view(-1)[target_places].long()

@@ -28,6 +28,7 @@ class Jobs:
         max_waiting_tokens: int,
         prefix_caching: bool,
         ahead: bool,
+        pools: bool,
         version: int,
         meter: Meter,
         clock: Callable[[], float],
@@ -38,6 +39,7 @@ class Jobs:
         self._waiting = Waiting(max_waiting_requests, max_waiting_tokens, meter.refused)
         self.line = Line(self._waiting, self.groups, self.running, meter)
         self._pages, self._context, self._end_ids, self._ahead = pages, context, frozenset(end_ids), ahead
+        self._pools = pools
         self._clock, self._arrivals = clock, 0
         self._jobs = dict[int, Job]()
         self._deadlines = Deadlines()
@@ -85,6 +87,7 @@ class Jobs:
             group.model,
             group.token_ids,
             want=frozenset(),
+            first_needed_row=0 if self._pools else None,
             priority=group.priority,
             deadline=group.deadline,
             cache_salt=group.cache_salt,
@@ -109,6 +112,11 @@ class Jobs:
         self._forget(opened)
         self.groups.close(opened)
         return outputs
+
+    def prompt_of(self, group_id: int) -> list[int]:
+        """Of an open group; of any other nothing."""
+        opened = self.groups.get(group_id)
+        return opened.group.token_ids if opened else []
 
     def abort(self, request_id: int, choice: int | None = None, finish: Finish = "abort") -> list[Output]:
         """Ends a request, or one choice of it, and frees its pages; what is unknown or finished is left alone. Metrics

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from .control import Failed, HostedModel, Ready, StartEngine, Stop, as_flags, enter, log_to_stderr
 from .link import BEAT_SECONDS, Ask, Close, EngineServer
 from .options import OptionsError
-from .request import EngineError, Group, Output, Request
+from .request import EngineError, Group, ModelCard, Output, Request
 
 if TYPE_CHECKING:
     from .guides import LoadGrammars
@@ -91,6 +91,8 @@ def hosted(hub: Hub) -> tuple[HostedModel, ...]:
             name=engine.card.name,
             role=engine.card.role,
             architecture=engine.card.architecture,
+            head=shown_head(engine.card),
+            shares=engine.card.shares,
             dtype=engine.card.dtype,
             context=engine.card.context,
             weight_bytes=engine.weight_bytes,
@@ -101,6 +103,11 @@ def hosted(hub: Hub) -> tuple[HostedModel, ...]:
         )
         for engine in hub.engines
     )
+
+
+def shown_head(card: ModelCard) -> str:
+    """What the head is, and where it is read."""
+    return ", ".join(filter(None, (card.head, card.pooling, "every token" if card.gives == "values" else "")))
 
 
 def explain(error: Exception) -> Failed:

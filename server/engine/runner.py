@@ -49,8 +49,8 @@ class Done:
 class Runner:
     """`context` is the most tokens of one sequence; slots go from 0 to `max_seqs` - 1.
 
-    What a Sampled holds for a failed computation is visible as such: token -1, NaN or infinite scores and
-    log-probabilities, embeddings. The engine turns them into errors.
+    What a Sampled holds for a failed computation is visible as such: token -1, NaN or infinite scores, values,
+    log-probabilities and embeddings. The engine turns them into errors.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Runner:
         self._table = np.zeros((max_seqs, -(-context // cache.page_size)), np.int32)
         self._requests: list[Request | None] = [None] * max_seqs
         self._sampler = Sampler(self._history, model.config.vocab_size, end_ids)
-        self._pooled = None if model.config.pooling is None else Pooled(model, max_seqs, self._device)
+        self._pooled = None if model.config.pools is None else Pooled(model, max_seqs, self._device)
         self._pinned = Pinned(max_seqs, model, self._device)
         self._row_numbers = np.arange(max_seqs + 1, dtype=np.int32)
         # Of the last pure decode: slots, positions, and the page table while it still holds.
@@ -114,13 +114,18 @@ class Runner:
             assert ends is not None
             rows = ends[[row for row, _ in plan.scores]]
             result.scores = self.model.scores(hidden[self._tensor(rows)]).tolist()
+        if plan.values:
+            assert ends is not None
+            rows = self._pinned.gather(hidden, *map(self._tensor, Rows.of(plan, plan.values, ends)))
+            parts = self.model.values(rows).split([wanted.end - wanted.first for wanted in plan.values])
+            result.values = [part.tolist() for part in parts]
         if plan.prompt_logprobs:
             assert ends is not None
             result.prompt_logprobs = self._prompt_logprobs(plan, hidden, ends)
-        if plan.embeddings:
+        if plan.pooled:
             assert ends is not None and self._pooled is not None
             found = self._pooled.take(plan, hidden, ends.tolist())
-            result.embeddings = [] if found is None else found.tolist()
+            result.pooled = [] if found is None else found.tolist()
         if plan.pins:
             assert ends is not None
             rows, pins = np.array(plan.pins).T

@@ -89,8 +89,8 @@ class Running:
         sequence.table = table + (pages.allocate(missing) or [])
         if sequence.group and sequence.computed % pages.page_size:  # a member's; what is looked up are whole pages
             self._copies.append((sequence.group.anchor.table[len(table)], sequence.table[len(table)]))
-        sequence.rows_from = job.needed_row if anew and job.request.prompt_logprobs is not None else None
-        sequence.prompt_logprobs = None
+        sequence.rows_from = job.needed_row if anew and job.wants_rows else None
+        sequence.prompt_logprobs, sequence.values = None, []
         self._enter(sequence)
         insort(self.prefills, sequence, key=by_rank)
         return True

@@ -28,9 +28,9 @@ from .columns import Columns
 from .jobs import Jobs
 from .meter import Meter
 from .pages import Pages
-from .plan import Plan, PromptRows, Sampled
+from .plan import Plan, Sampled
 from .prefixes import groups_of
-from .request import EngineError, Finish, Group, Logprobs, Output, Outputs, Request
+from .request import EngineError, Finish, Group, Output, Outputs, Request
 from .running import by_rank
 from .sequence import UNKNOWN, Flight, Sequence
 
@@ -41,7 +41,8 @@ class Scheduler:
     Either `plan`, run it, `commit` (or `fail`), and so on. Or one step ahead: `plan`, launch it, `resolve` the flight
     before it, `advance` the plan to a flight, and so on.
     `pages` pages make up its KV cache; a slot is a place in the runner's buffers that a sequence keeps while it runs.
-    `ahead`: the runner runs ahead. `shared_tokens`: plans name groups of decodes that share so many tokens or more.
+    `ahead`: the runner runs ahead. `pools`: scores are made of all rows of a text. `shared_tokens`: plans name groups
+    of decodes that share so many tokens or more.
     `paused` freezes everything: nothing is planned; requests are still taken, aborted and expired.
     """
 
@@ -58,6 +59,7 @@ class Scheduler:
         max_waiting_tokens: int = 1 << 22,
         prefix_caching: bool = True,
         ahead: bool = False,
+        pools: bool = False,
         shared_tokens: int | None = None,
         weight_version: int = 0,
         clock: Callable[[], float] = time.monotonic,
@@ -66,7 +68,7 @@ class Scheduler:
         self.paused = False
         self.meter = Meter(clock)
         self.counts = self.meter.counts
-        self._max_tokens, self._shared_tokens = max_batched_tokens, shared_tokens
+        self._max_tokens, self._shared_tokens, self._pools = max_batched_tokens, shared_tokens, pools
         self._jobs = Jobs(
             self.pages,
             max_seqs=max_seqs,
@@ -76,6 +78,7 @@ class Scheduler:
             max_waiting_tokens=max_waiting_tokens,
             prefix_caching=prefix_caching,
             ahead=ahead,
+            pools=pools,
             version=weight_version,
             meter=self.meter,
             clock=clock,
@@ -129,6 +132,10 @@ class Scheduler:
     def close(self, group_id: int) -> list[Output]:
         """Ends a group; its members that are not finished are aborted. Unknown ones are left alone."""
         return self._jobs.close(group_id)
+
+    def prompt_of(self, group_id: int) -> list[int]:
+        """Of an open group; of any other nothing."""
+        return self._jobs.prompt_of(group_id)
 
     def abort(self, request_id: int, choice: int | None = None, finish: Finish = "abort") -> list[Output]:
         """Ends a request, or one choice of it, and frees its pages; what is unknown or finished is left alone. Metrics
@@ -297,24 +304,18 @@ class Scheduler:
         return plan or base
 
     def _add_chunk(self, plan: Plan, sequence: Sequence, count: int) -> None:
-        start, job = sequence.computed, sequence.job
+        start, job, want = sequence.computed, sequence.job, sequence.job.request.want
         row = plan.add_row(sequence.slot, start, count)
         self._rows.append(sequence)
-        if sequence.rows_from is not None:
-            first, end = max(start, sequence.rows_from), min(start + count, sequence.prompt - 1)
-            pin = None
-            if sequence.group and start == sequence.shared:
-                first, pin = start - 1, sequence.group.pin
-            if first < end:
-                plan.prompt_logprobs.append(PromptRows(row, first, end, pin))
+        sequence.name_rows(plan, row, start, start + count)
         complete = start + count == len(sequence.token_ids)
-        if "embedding" in job.request.want:
-            plan.embeddings.append((row, complete))
+        if "embedding" in want or (self._pools and ("score" in want or sequence.anchors)):
+            plan.pooled.append((row, complete and not sequence.anchors, sequence.pin_before(start)))
         if not complete:
             return
         if sequence.anchors:
             plan.pins.append((row, sequence.anchors.pin))
-        if "score" in job.request.want and not job.announced:
+        if "score" in want and not self._pools and not job.announced:
             plan.scores.append((row, sequence.slot))
         if sequence.draws:
             for one in [sequence, *self._fork(sequence)]:
@@ -365,12 +366,11 @@ class Scheduler:
         """Outputs of the sequences that end with their prompt."""
         outputs: list[Output] = []
         flight.keep(sampled)
-        for values in sampled.scores:
-            self.meter.scored(values)
         for sequence in flight.complete:
             job = sequence.job
-            if sequence.rows_from is not None:
-                job.prompt_logprobs = sequence.prompt_logprobs or Logprobs()
+            if job.scores is not None and not job.announced:
+                self.meter.scored(job.scores)
+            sequence.hand_rows()
             if not (sequence.draws or sequence.anchors or sequence.gone):
                 finish: Finish = "length" if job.request.sampling else "stop"
                 outputs.append(Output(sequence.id, finish=finish, weight_version=self.weight_version))

@@ -10,9 +10,11 @@ import pytest
 import torch
 from checkpoints import make_model, write_checkpoint
 from hubs import Answer, answer, assert_nothing_is_held, collect, make_hub, prompt, score
+from reward_formats import write_format
 
 from tandem.server.engine.hub import Hub
-from tandem.server.engine.request import Group, Output, Request
+from tandem.server.engine.options import EngineOptions, ModelSpec
+from tandem.server.engine.request import Group, Output, Request, ScorePoolingMode
 
 GROUP = 1 << 30
 PROMPT = prompt(100)
@@ -25,6 +27,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("checkpoints")
     for variant in ("llama-gqa", "llama-reward"):
         write_checkpoint(directory / variant, variant, tokenizer=False)
+    write_format(directory / "judge", "score", pad_token_id=0, eos_token_id=2, reward_token_id=7)
     return directory
 
 
@@ -73,6 +76,60 @@ def test_scores(checkpoints: Path, ahead: bool) -> None:
     for number, tokens in enumerate(MEMBERS):
         (whole,) = answer(alone, score(number, "llama-reward", PROMPT + tokens))
         assert found[number].scores == pytest.approx(whole.scores, abs=1e-5)
+
+
+POOLINGS = {"last": 99 + 25, "first_eos": 99 + 21, "token_id": 99 + 23, "mean": None}
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_scores_of_every_pooling(checkpoints: Path, pooling: ScorePoolingMode, ahead: bool) -> None:
+    """The prompt has neither an end token nor the marking one; what is behind a member's own is not computed."""
+    hub = pooled_hub(checkpoints, pooling, run_ahead=ahead, max_num_batched_tokens=40)
+    texts = [[*unmarked(tokens[:20]), 2, 11, 7, 12, 13] for tokens in MEMBERS]
+    prompt_ids = unmarked(PROMPT)
+    found = members(hub, [score(number, "judge", tokens) for number, tokens in enumerate(texts)], prompt_ids)
+    place = POOLINGS[pooling]
+    assert hub.engines[0].stats.counts.computed_tokens == 100 + 9 * (25 if place is None else place - 99)
+    alone = pooled_hub(checkpoints, pooling)
+    for number, tokens in enumerate(texts):
+        (whole,) = answer(alone, score(number, "judge", prompt_ids + tokens))
+        assert found[number].scores == pytest.approx(whole.scores, abs=1e-5)
+        assert found[number].pooled_index == whole.pooled_index == place
+
+
+def unmarked(tokens: list[int]) -> list[int]:
+    return [9 if token == 7 else token for token in tokens]
+
+
+def pooled_hub(checkpoints: Path, pooling: ScorePoolingMode, **options: Any) -> Hub:
+    given: dict[str, Any] = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 4} | options
+    return Hub.load([ModelSpec("judge", str(checkpoints / "judge"), pooling=pooling)], EngineOptions(**given))
+
+
+def test_a_score_that_would_be_the_prompts_is_refused(checkpoints: Path) -> None:
+    hub = pooled_hub(checkpoints, "first_eos")
+    hub.open(Group(GROUP, "judge", [5, 2, 6], 5))
+    (output,) = hub.submit(replace(score(1, "judge", [8, 2]), group=GROUP))
+    assert (
+        output.error is not None and output.error.kind == "invalid" and "token 1 of the group's" in output.error.message
+    )
+    hub.close(GROUP)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_values(checkpoints: Path, ahead: bool) -> None:
+    """One before each token of a member, and one behind its last."""
+    spec = ModelSpec("judge", str(checkpoints / "judge"), "value")
+    options: dict[str, Any] = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 4, "max_num_batched_tokens": 40}
+    hub, alone = (Hub.load([spec], EngineOptions(**options, run_ahead=way)) for way in (ahead, False))
+    requests = [Request(n, "judge", tokens, None, frozenset({"values"})) for n, tokens in enumerate(MEMBERS)]
+    found = members(hub, requests)
+    assert hub.engines[0].stats.counts.computed_tokens == 100 + 9 * 25
+    for request, one in zip(requests, found, strict=True):
+        (whole,) = answer(alone, replace(request, token_ids=PROMPT + request.token_ids, first_needed_row=99))
+        assert one.values is not None and len(one.values) == 26
+        assert one.values == pytest.approx(whole.values, abs=1e-5)
 
 
 def test_a_temperature_is_that_of_the_logits(checkpoints: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tandem.server.engine.plan import Plan, Sampled
+from tandem.server.engine.plan import Plan, PromptRows, Sampled
 from tandem.server.engine.request import Logprobs, Request
 
 VOCABULARY = 12
@@ -127,17 +127,17 @@ class FakeRunner:
         for rows in plan.prompt_logprobs:
             start, stop = plan.starts[rows.row], last[rows.row]
             known = self.slots[plan.slots[rows.row]]
-            if rows.pin is not None:
-                assert rows.first == start - 1
-                state, version = self.pinned[rows.pin]
-                assert state == state_of(known.tokens[:start]), "the hidden state of another prompt"
-                assert version >= known.since, "a hidden state by old weights"
-            else:
-                assert start <= rows.first
+            self.check_first(rows, known, start)
             assert rows.first < rows.end <= stop and rows.end < len(known.request.token_ids)
             sampled.prompt_logprobs.append(
                 Logprobs([float(known.tokens[position + 1]) for position in range(rows.first, rows.end)])
             )
+        for rows in plan.values:
+            start, stop = plan.starts[rows.row], last[rows.row]
+            known = self.slots[plan.slots[rows.row]]
+            self.check_first(rows, known, start)
+            assert rows.first < rows.end <= stop
+            sampled.values.append([float(known.tokens[position]) for position in range(rows.first, rows.end)])
         self.pool(plan, sampled)
         for row, pin in plan.pins:
             self.pinned[pin] = states[row], self.version
@@ -145,6 +145,16 @@ class FakeRunner:
         if self.ahead:
             self.unknown |= {slot for _, slot in plan.samples}
         return sampled
+
+    def check_first(self, rows: PromptRows, known: Slot, start: int) -> None:
+        """Rows that are asked for lie in the step, or begin with the right pinned one."""
+        if rows.pin is None:
+            assert start <= rows.first
+            return
+        assert rows.first == start - 1
+        state, version = self.pinned[rows.pin]
+        assert state == state_of(known.tokens[:start]), "the hidden state of another prompt"
+        assert version >= known.since, "a hidden state by old weights"
 
     def told(self, plan: Plan) -> None:
         """The scheduler has been given what this plan, the last or the one before it, brought."""
@@ -154,15 +164,15 @@ class FakeRunner:
     def pool(self, plan: Plan, sampled: Sampled) -> None:
         """Every row of a text that is embedded comes once and in order, whatever else its slot was used for."""
         wanted = [row for row, slot in enumerate(plan.slots) if "embedding" in self.slots[slot].request.want]
-        assert [row for row, _ in plan.embeddings] == wanted
-        for row, complete in plan.embeddings:
+        assert [row for row, _, _ in plan.pooled] == wanted
+        for row, complete, _ in plan.pooled:
             slot, start = plan.slots[row], plan.starts[row]
             request, end = self.slots[slot].request, start + plan.counts[row]
             assert start == 0 or self.pooled[slot] == (request.id, start), "rows that were not pooled"
             self.pooled[slot] = (request.id, end)
             assert complete == (end == len(request.token_ids))
             if complete:
-                sampled.embeddings.append([float(end)])
+                sampled.pooled.append([float(end)])
 
     def compute(self, slot: int, start: int, count: int, prefix: dict[int, int], shared: int) -> int:
         """Attends to what the pages hold, writes the row's positions, gives the hash at its last one.

@@ -22,8 +22,8 @@ def random_request(draw: random.Random, number: int, now: float) -> Request:
     prompt = [draw.randrange(1, 3) for _ in range(draw.choice([1, 2, 3, 5, 8, 12]))]
     want, sampling, n = {"tokens"}, None, 1
     kind = draw.random()
-    if kind < 0.15:
-        want = {"score"} if kind < 0.08 else {"embedding"}
+    if kind < 0.18:
+        want = {"score"} if kind < 0.06 else {"embedding"} if kind < 0.12 else {"values"}
     elif kind < 0.25:
         want = {"prompt_logprobs"}
     else:
@@ -38,7 +38,8 @@ def random_request(draw: random.Random, number: int, now: float) -> Request:
         )
         if draw.random() < 0.1:
             want.add("score")
-    logprobs = 0 if "prompt_logprobs" in want or draw.random() < 0.1 else None
+    logprobs = 0 if "prompt_logprobs" in want or ("values" not in want and draw.random() < 0.1) else None
+    rows = logprobs is not None or "values" in want
     return Request(
         id=number,
         model="m",
@@ -47,7 +48,7 @@ def random_request(draw: random.Random, number: int, now: float) -> Request:
         want=frozenset(want),  # pyright: ignore[reportArgumentType]
         n=n,
         prompt_logprobs=logprobs,
-        first_needed_row=0 if "embedding" in want else draw.choice([None, 0, 2]) if logprobs is not None else None,
+        first_needed_row=0 if "embedding" in want else draw.choice([None, 0, 2]) if rows else None,
         priority=draw.choice([0, 0, 0, 1, -1]),
         deadline=now + draw.randrange(1, 30) if draw.random() < 0.1 else None,
         cache_salt=draw.choice(["", "", "other"]),
@@ -68,7 +69,7 @@ def random_group(draw: random.Random, number: int, now: float, room: int) -> Gro
 
 
 def random_member(draw: random.Random, number: int, group: Group, now: float) -> Request:
-    want = draw.choice(["score", "prompt_logprobs"])
+    want = draw.choice(["score", "values", "prompt_logprobs"])
     return Request(
         id=number,
         model="m",
@@ -118,15 +119,15 @@ class Ledger:
             assert (output.scores is not None) == ("score" in request.want)
             assert output.embedding == ([float(len(request.token_ids))] if "embedding" in request.want else None)
             assert (output.prompt_logprobs is not None) == (request.prompt_logprobs is not None)
-            if request.group:
-                whole = [*self.groups[request.group].token_ids, *request.token_ids]
-                assert output.cached_tokens == 0
-                assert output.scores == ([float(state_of(whole))] if "score" in request.want else None)
-                own = output.prompt_logprobs
-                assert own is None or own.values == [float(token) for token in request.token_ids]
-            elif output.prompt_logprobs is not None:
-                row = min(request.first_needed_row or 0, len(request.token_ids) - 1)
-                assert output.prompt_logprobs.values == [float(token) for token in request.token_ids[row + 1 :]]
+            prompt = self.groups[request.group].token_ids if request.group else []
+            whole, row = [*prompt, *request.token_ids], request.first_needed_row or 0
+            row = len(prompt) - 1 if prompt else min(row, len(whole) - 1)
+            assert output.pooled_index == (len(whole) - 1 if "score" in request.want else None)
+            assert output.values == ([float(token) for token in whole[row:]] if "values" in request.want else None)
+            if output.prompt_logprobs is not None:
+                assert output.prompt_logprobs.values == [float(token) for token in whole[row + 1 :]]
+            if prompt:
+                assert output.cached_tokens == 0 and output.scores in (None, [float(state_of(whole))])
         if request.sampling:
             known = self.tokens.setdefault((number, choice), [])
             known += output.token_ids
