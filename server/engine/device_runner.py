@@ -326,7 +326,7 @@ class DeviceRunner:
             *(slots, starts, counts, firsts, lengths, _prefixes(plan, plan.decodes)),
             *(ends[needed], copies.reshape(-1), drawing[:, 1], lengths[drawing[:, 0]]),
             *(scored, *valued, *asked, np.concatenate([NONE, *targets])),
-            NONE if factors is None else factors.view(np.int32),
+            NONE if factors is None else factors.view(np.int32).astype(np.int64),
             *np.array([(ends[row], pin) for row, pin in plan.pins], np.int64).reshape(-1, 2).T,
         )
         hidden = self._forward(plan, int(lengths.max()), *sent[:6])

@@ -22,9 +22,9 @@ Integers = NDArray[np.int64]
 
 
 class Rows(NamedTuple):
-    """Hidden states that are asked for: number i is row `index[i]` of the step's, but at `places` are pinned ones."""
+    """Hidden states that are asked for: number i is row `numbers[i]` of the step's, but at `places` are pinned ones."""
 
-    index: Integers  # [R]
+    numbers: Integers  # [R]
     places: Integers  # [pinned ones]
     pins: Integers  # as many
 
@@ -59,9 +59,9 @@ class Pinned:
         """hidden [R, D] under `pins` [R]."""
         self._kept[pins] = hidden
 
-    def gather(self, hidden: Tensor, index: Tensor, places: Tensor, pins: Tensor) -> Tensor:
+    def gather(self, hidden: Tensor, numbers: Tensor, places: Tensor, pins: Tensor) -> Tensor:
         """The hidden states [R, D] that `Rows` names; hidden [T, D] are the step's."""
-        found = hidden[index]
+        found = hidden[numbers]
         if len(places):
             found[places] = self._kept[pins]
         return found
