@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..kernels import ops
 from ..kernels.ops import TokenLogprobs
+from .adapters import Adapters
 from .batch import Batch
 from .config import ModelConfig
 from .heads import EmbedHead, LMHead, ScoreHead
@@ -17,6 +18,7 @@ from .kv_cache import KVCache
 from .linear import linears
 from .registry import Decoder
 from .slots import Place
+from .weights import Naming
 
 AnyHead = LMHead | ScoreHead | EmbedHead
 
@@ -25,25 +27,40 @@ class Model:
     """Weights, no state: everything that a step needs or changes beside them is in its batch and cache.
 
     `deterministic`: results of a row have the same bits whatever rows are computed with it, if the batches say
-    `Sequences.deterministic`, too.
+    `Sequences.deterministic`, too. `adapters`: None until there is room for any.
     """
 
-    def __init__(self, config: ModelConfig, decoder: Decoder, head: AnyHead, place: Place, digest: str) -> None:
+    adapters: Adapters | None = None
+
+    def __init__(
+        self, config: ModelConfig, decoder: Decoder, head: AnyHead, place: Place, naming: Naming, digest: str
+    ) -> None:
         self.config, self.decoder, self.head = config, decoder, head
         self.place, self.dtype, self.deterministic = place, place.dtype, place.deterministic
+        self.naming = naming  # of the tensors of an update
         self.digest = digest  # of the files it was loaded from
         self.weight_bytes = _bytes(decoder, head)
 
     def sharing(self, config: ModelConfig, digest: str, head: AnyHead | None = None) -> Model:
         """A model on this one's decoder, with this one's head or another. What it shares is not counted again."""
-        model = Model(config, self.decoder, self.head if head is None else head, self.place, digest)
+        model = Model(config, self.decoder, self.head if head is None else head, self.place, self.naming, digest)
         model.weight_bytes = 0 if head is None else _bytes(head)
         return model
+
+    def make_room(self, adapters: int, rank: int) -> None:
+        """For so many adapters of at most this rank; their memory counts as weights'. Once, before the first step."""
+        assert self.adapters is None
+        self.adapters = Adapters(self.decoder, adapters, rank, self.place)
+        self.weight_bytes += self.adapters.nbytes
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
         """Hidden states [T, D] after the last norm, in the model's dtype. Writes the rows' K and V into the cache."""
-        return self.decoder(batch, cache)
+        if self.adapters is None:
+            assert batch.adapters is None, "rows with an adapter, but no room for any was made"
+            return self.decoder(batch, cache)
+        with self.adapters.beside(batch.adapters):
+            return self.decoder(batch, cache)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection, wait
 from types import FrameType, MappingProxyType
 from typing import Any
 
-from .engine.control import Drain, EngineLost, EngineStarted, Failed, Ready, StartEngine, Stop
+from .engine.control import Drain, EngineLost, EngineStarted, Failed, Ready, Standing, StartEngine, Stop
 from .options import METRICS_DIRECTORY, ServeOptions, StartWorker
 
 ENGINE = "tandem.server.engine_process"
@@ -56,6 +56,7 @@ class Child:
     exit_descriptor: int  # readable when the process has ended
     ready: Ready | None = None
     failed: Failed | None = None
+    standing: Standing | None = None  # the engine's
     hung_up: bool = False
 
     @classmethod
@@ -90,6 +91,8 @@ class Child:
                     self.ready = message
                 elif isinstance(message, Failed):
                     self.failed = message
+                elif isinstance(message, Standing):
+                    self.standing = message
         except (EOFError, OSError):
             self.hung_up = True
 
@@ -179,7 +182,7 @@ class Supervisor:
         self._engine_due: float | None = None  # when to start the next one
         self._engine_crashes = Crashes()
         self._epoch = 0
-        self._digests: dict[str, str] | None = None
+        self._standing: Standing | None = None  # at which an engine served last
         self._workers: list[Child] = []
         self._workers_due: list[float] = []
         self._worker_crashes = Crashes()
@@ -246,12 +249,13 @@ class Supervisor:
         while self._workers_due and now >= min(self._workers_due):
             self._workers_due.remove(min(self._workers_due))
             self._start_worker()
-        if self._engine is not None and self._engine.ready and self._digests is None:
-            self._digests = {model.name: model.digest for model in self._engine.ready.models}
+        if self._engine is not None and self._engine.standing is not None:
+            self._standing = self._engine.standing
         if (
             not self._serving
             and self._engine is not None
             and self._engine.ready
+            and self._standing
             and all(w.ready for w in self._workers)
         ):
             self._serving = True
@@ -262,7 +266,7 @@ class Supervisor:
         self._engine_due = None
         options = self._options
         order = StartEngine(
-            self._directory, self._epoch, options.models, options.engine, options.log_level, self._digests
+            self._directory, self._epoch, options.models, options.engine, options.log_level, self._standing
         )
         self._engine = Child.start("engine", ENGINE, order)
         self._tell_workers(EngineStarted(self._epoch))
@@ -281,12 +285,13 @@ class Supervisor:
 
     def _engine_ended(self, engine: Child) -> None:
         engine.listen()
+        self._standing = engine.standing or self._standing
         engine.end()
         self._engine = None
         cause = engine.cause
         if self._drained_by is not None:
             self._tell_workers(EngineLost(cause))
-        elif self._digests is None:
+        elif self._standing is None:
             self._give_up(cause)
         elif engine.failed is not None and engine.failed.lost:
             self._engine_loss = cause

@@ -114,6 +114,7 @@ METRICS: tuple[Gauge | Labelled | Count | Spread, ...] = (
         lambda m: _by_reason(m.counts.rejected),
     ),
     Count("corrupted_requests", "Requests for which the model gave NaN or infinity.", lambda m: m.counts.corrupted),
+    Count("computed_tokens", "Tokens of all steps, recomputed ones included.", lambda m: m.counts.computed_tokens),
     Count("scores", "Scores given.", lambda m: m.counts.scores),
     Count(
         "shared_prefix_tokens_saved",
@@ -121,6 +122,12 @@ METRICS: tuple[Gauge | Labelled | Count | Spread, ...] = (
         lambda m: m.counts.forked_tokens,
     ),
     Count("weight_updates", "Times that the weights were replaced.", lambda m: m.counts.weight_updates),
+    Spread(
+        "weight_update_seconds",
+        "To read, check and put in place new weights, most of it while the old ones served.",
+        lambda m: m.counts.weight_update_seconds,
+    ),
+    Spread("weight_commit_seconds", "No step was taken meanwhile.", lambda m: m.counts.weight_commit_seconds),
     Spread("request_prompt_tokens", "Prompt tokens of a request.", lambda m: m.counts.request_prompt_tokens),
     Spread("request_generation_tokens", "Tokens of a choice.", lambda m: m.counts.generation_tokens),
     Spread(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,7 +14,9 @@ import torch
 from ...kernels.attention import CHUNK
 from ...model.kv_cache import KVCache
 from ...model.model import Model
+from .adapters import Adapters, LoadedAdapters
 from .building import Building
+from .control import ModelState
 from .counts import ModelStats
 from .device_runner import DeviceRunner
 from .guides import Guides, LoadGrammars
@@ -64,12 +66,15 @@ class Engine:
     ) -> None:
         self.kv_pages, self.kv_tokens = pages, pages * options.page_size
         self.kv_bytes = pages * KVCache.bytes_per_page(model.config, options.page_size, model.dtype)
-        self.weight_bytes, self.digest = model.weight_bytes, model.digest
+        self.model, self.weight_bytes, self.digest = model, model.weight_bytes, model.digest
         self._score_pooling = model.config.score.pooling
         self.card = replace(card, max_request_tokens=min(card.context, self.kv_tokens))
         self.last_step = Step()
         self._flight: tuple[Flight, Ticket] | None = None
         self._building = Building(options.max_waiting_requests)
+        room = 0 if isinstance(model, NullModel) or model.adapters is None else model.adapters.count
+        loaded = LoadedAdapters(card.name, room)
+        self.refused: EngineError | None = None  # what new requests are told; None: they are taken
         follows = grammars is not None and self.card.gives == "text" and bool(card.end_ids)
         self._guides = Guides(grammars(card), card.vocab_size, card.end_ids) if grammars and follows else None
         self.scheduler = Scheduler(
@@ -87,10 +92,13 @@ class Engine:
             shared_tokens=CHUNK if options.groups_decodes else None,
             weight_version=card.weight_version,
         )
-        self.runner = self._make_runner(model, pages, options)
+        self.runner = self._make_runner(model, pages, options, loaded.slots)
+        self.adapters = Adapters(loaded, model, self.scheduler, self.runner)
         self.runner.prepare()
 
-    def _make_runner(self, model: Model | NullModel, pages: int, options: EngineOptions) -> Executor:
+    def _make_runner(
+        self, model: Model | NullModel, pages: int, options: EngineOptions, adapters: Mapping[str, int]
+    ) -> Executor:
         ahead = options.runs_ahead
         if isinstance(model, NullModel):
             return NullRunner(model, options.max_num_seqs, ahead)
@@ -106,6 +114,7 @@ class Engine:
             device=options.device,
             attention=options.attention_backend,
             guides=self._guides,
+            adapters=adapters,
         )
 
     @property
@@ -116,6 +125,11 @@ class Engine:
     def waits(self) -> bool:
         """Whether all its work is to wait for a grammar that another thread builds."""
         return bool(self._building) and not (self.scheduler.has_work or self._flight or self._building.any_built)
+
+    @property
+    def requests(self) -> int:
+        """How many are not finished."""
+        return len(self.scheduler.requests) + len(self._building)
 
     @property
     def decoding(self) -> int:
@@ -145,7 +159,11 @@ class Engine:
 
     def open(self, group: Group) -> None:
         """Begins a group. Why it cannot be is told to its members."""
-        self.scheduler.open(group, self._no_adapter(group.adapter) or self._outside("prompt", group.token_ids))
+        key, error = self.adapters.key(group.adapter), self._outside("prompt", group.token_ids)
+        if isinstance(key, EngineError):
+            self.scheduler.open(group, key)
+        else:
+            self.scheduler.open(replace(group, adapter=key), error)
 
     def close(self, group_id: int) -> list[Output]:
         """Ends a group; its members that are not finished are aborted."""
@@ -153,6 +171,8 @@ class Engine:
 
     def add(self, request: Request) -> EngineError | None:
         """Takes a request, or says why it cannot be answered."""
+        if self.refused is not None:
+            return self.refused
         error = self._refusal(request)
         if error is None and self.card.pooling:
             request, error = self._pooled(request)
@@ -160,7 +180,14 @@ class Engine:
             future = self._guides.build(request.sampling.grammar)
             if future is not None:
                 return self._building.add(request, future)
-        return error or self.scheduler.add(request)
+        return error or self._admit(request)
+
+    def _admit(self, request: Request) -> EngineError | None:
+        """Hands it to the scheduler. From now on it is for the adapter that has its name now."""
+        key = self.adapters.key(request.adapter)
+        if isinstance(key, EngineError):
+            return key
+        return self.scheduler.add(replace(request, adapter=key) if key else request)
 
     def _pooled(self, request: Request) -> tuple[Request, EngineError | None]:
         """The request as pooling needs it: all rows, none of them from cache, or the text up to the one that counts."""
@@ -185,6 +212,47 @@ class Engine:
         early = self._building.abort(request_id, choice, finish, self.scheduler.weight_version)
         return early or self.scheduler.abort(request_id, choice, finish)
 
+    def abort_all(self, error: EngineError) -> list[Output]:
+        """Ends every request: with the tokens that it has, or with the error where it gives something else."""
+        outputs = [*self.settle(), *self._building.abort_all(self.scheduler.weight_version)]
+        for request in self.scheduler.requests:
+            draws = request.sampling is not None and request.sampling.max_tokens > 0
+            outputs += self.scheduler.abort(request.id) if draws else [self._fail(request, error)]
+        return outputs
+
+    def pause(self) -> Outputs:
+        """No step is taken until `resume`. What the last one brought is told."""
+        self.scheduler.paused = True
+        self.card = replace(self.card, paused=True)
+        return self.settle()
+
+    def resume(self) -> None:
+        """Steps are taken, and requests."""
+        self.scheduler.paused, self.refused = False, None
+        self.card = replace(self.card, paused=False)
+
+    def renew(self, label: str) -> int:
+        """The model's weights have just been replaced; nothing is launched. Gives how many pages are forgotten."""
+        version = self.scheduler.weight_version + 1
+        self.card = replace(self.card, weight_version=version, weight_label=label)
+        return self.scheduler.set_version(version)
+
+    def label(self, label: str) -> None:
+        self.card = replace(self.card, weight_label=label)
+
+    def restore(self, state: ModelState) -> None:
+        """Before the first request: its weights are those of the engine that this one replaces."""
+        self.scheduler.weight_version = state.version
+        self.card = replace(
+            self.card,
+            weight_version=state.version,
+            weight_label=state.label,
+            reward_mean=state.reward_mean,
+            reward_std=state.reward_std,
+        )
+        if state.paused:
+            self.pause()
+
     def expire(self, now: float) -> list[Output]:
         return self._building.expire(now, self.scheduler.weight_version) + self.scheduler.expire(now)
 
@@ -207,7 +275,7 @@ class Engine:
         """Hands the scheduler the requests whose grammars are built."""
         outputs: list[Output] = []
         for request, error, aborted in self._building.built():
-            error = error or self.scheduler.add(request)
+            error = error or self._admit(request)
             if error is not None:
                 outputs.append(self._fail(request, error))
             for choice in aborted:  # told already
@@ -217,22 +285,22 @@ class Engine:
     def _step(self, budget: int | None) -> Outputs:
         plan = self.scheduler.plan(budget)
         if plan is None:
-            return self._settle()
+            return self.settle()
         try:
             ticket = self.runner.launch(plan)
         except Exception as error:
-            outputs = self._settle()
+            outputs = self.settle()
             if self.scheduler.planned:
                 outputs.others += self._fail_step(plan, error)
             return outputs
-        outputs = self._settle()
+        outputs = self.settle()
         if self.scheduler.planned:  # not failed together with the step before
             self._flight = (self.scheduler.advance(plan), ticket)
             if not self.runner.ahead:
-                outputs.extend(self._settle())
+                outputs.extend(self.settle())
         return outputs
 
-    def _settle(self) -> Outputs:
+    def settle(self) -> Outputs:
         """Waits for the launched step, if there is one, and brings in what came of it."""
         if self._flight is None:
             return Outputs()
@@ -266,8 +334,8 @@ class Engine:
         if request.group and (sampling is not None or request.n != 1 or "embedding" in want):
             message = "a member of a group is given with its tokens: it has neither sampling nor n, and no embedding"
             return EngineError("invalid", message, "group")
-        if error := self._no_adapter(request.adapter):
-            return error
+        if isinstance(unknown := self.adapters.key(request.adapter), EngineError):
+            return unknown
         if card.gives == "text" and (asked := [gives for one, gives, _ in SINGLE if one in want]):
             return EngineError("invalid", f"model {card.name} is a language model: it gives no {asked[0]}", "model")
         for only, gives, kind in SINGLE:
@@ -300,11 +368,6 @@ class Engine:
             or (sampling and self._outside("allowed_token_ids", sampling.allowed_ids))
             or (sampling and self._outside("bad_words", (token for word in sampling.bad_words for token in word)))
         )
-
-    def _no_adapter(self, name: str) -> EngineError | None:
-        if not name:
-            return None
-        return EngineError("not_found", f"model {self.card.name} has no adapter {name!r}", "model")
 
     def _outside(self, param: str, token_ids: Iterable[int]) -> EngineError | None:
         """An id that the model does not have would end the whole step."""

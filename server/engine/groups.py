@@ -14,7 +14,7 @@ these groups, fit into the pages together. So a member of a pinned group can run
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 
@@ -98,8 +98,8 @@ class Groups:
         """At most: a page that several prompts begin with counts for each."""
         return sum(len(opened.anchor.table) for opened in self._kept if opened.pinned)
 
-    def all(self) -> Iterable[OpenGroup]:
-        return self._open.values()
+    def __iter__(self) -> Iterator[OpenGroup]:
+        return iter(self._open.values())
 
     def get(self, group_id: int) -> OpenGroup | None:
         return self._open.get(group_id)
@@ -129,14 +129,14 @@ class Groups:
 
     def whole(self, request: Request) -> Request:
         """A member as a request by itself: behind the group's prompt, under the group's terms."""
-        group = self._open[request.group].group
+        prompt = self._open[request.group].job.request
         return replace(
             request,
-            token_ids=[*group.token_ids, *request.token_ids],
-            first_needed_row=len(group.token_ids) - 1,
-            priority=group.priority,
-            cache_salt=group.cache_salt,
-            adapter=group.adapter,
+            token_ids=[*prompt.token_ids, *request.token_ids],
+            first_needed_row=len(prompt.token_ids) - 1,
+            priority=prompt.priority,
+            cache_salt=prompt.cache_salt,
+            adapter=prompt.adapter,
         )
 
     def join(self, job: Job) -> Sequence:

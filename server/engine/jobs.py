@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 from .groups import Groups, OpenGroup
 from .groups import too_long as group_too_long
@@ -185,13 +186,24 @@ class Jobs:
         self.groups.pin(opened)
         self.line.freed()
 
-    def start_over(self, sequences: Iterable[Sequence]) -> None:
-        """Takes slots and pages of these, and those of groups' prompts; all of it is computed again."""
+    def start_over(self, sequences: Iterable[Sequence], groups: Iterable[OpenGroup]) -> None:
+        """Takes slots and pages of these sequences and of these groups' prompts; all of it is computed again."""
         for sequence in sequences:
             self.line.preempt(sequence)
-        for opened in self.groups.all():
+        for opened in groups:
             if opened.pinned:
                 self.line.give_up(opened)
+
+    def readdress(self, before: str, now: str) -> None:
+        """What carried one adapter's key carries another one's."""
+        for job in (*self._jobs.values(), *(opened.job for opened in self.groups)):
+            if job.request.adapter == before:
+                job.request = replace(job.request, adapter=now)
+
+    def uses(self, adapter: str) -> bool:
+        """Whether a request, or an open group, carries that adapter's key."""
+        jobs = (*self._jobs.values(), *(opened.job for opened in self.groups))
+        return any(job.request.adapter == adapter for job in jobs)
 
     def _next_rank(self, priority: int) -> Rank:
         self._arrivals += 1

@@ -46,7 +46,17 @@ class Rows(NamedTuple):
 def factors_of(requests: Sequence[Request], wanted: Sequence[PromptRows]) -> NDArray[np.float32] | None:
     """What the logits of each row are multiplied by, where entry i of `wanted` is of request i; None: all by 1."""
     factors = np.array([factor(request.temperature) for request in requests], np.float32)
-    return np.repeat(factors, [rows.end - rows.first for rows in wanted]) if (factors != 1).any() else None
+    return np.repeat(factors, sizes_of(wanted)) if (factors != 1).any() else None
+
+
+def targets_of(plan: Plan, wanted: Sequence[PromptRows], width: int) -> Integers:
+    """Where the tokens behind these positions stand in the history [slots, width], row after row."""
+    parts = [plan.slots[rows.row] * width + np.arange(rows.first + 1, rows.end + 1) for rows in wanted]
+    return np.concatenate([np.zeros(0, np.int64), *parts])
+
+
+def sizes_of(wanted: Sequence[PromptRows]) -> list[int]:
+    return [rows.end - rows.first for rows in wanted]
 
 
 class Pinned:

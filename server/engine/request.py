@@ -8,7 +8,7 @@ it. The engine answers with a stream of `Output`s, one per choice and step in wh
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Role = Literal["policy", "reference", "reward", "value", "embedding"]
@@ -18,7 +18,7 @@ Gives = Literal["text", "scores", "embeddings", "values"]
 PoolingMode = Literal["last", "mean", "cls"]
 ScorePoolingMode = Literal["last", "last_non_pad", "first_eos", "before_first_pad", "mean", "token_id"]
 Finish = Literal["stop", "length", "abort", "error"]
-ErrorKind = Literal["invalid", "not_found", "overloaded", "deadline", "unavailable", "internal"]
+ErrorKind = Literal["invalid", "not_found", "conflict", "overloaded", "deadline", "unavailable", "internal"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class Request:
     priority: int = 0  # lower goes first
     deadline: float | None = None  # time.monotonic() of this machine
     cache_salt: str = ""
-    adapter: str = ""
+    adapter: str = ""  # one of the model's; empty: none, unless `model` is the name of one
     temperature: float = 1.0  # the prompt's log-probabilities are those of logits / temperature; 0: of the logits
     group: int = 0  # an open `Group`, whose prompt `token_ids` continue; 0: none
 
@@ -120,7 +120,7 @@ class Logprobs:
 
 @dataclass(frozen=True, slots=True)
 class EngineError:
-    """Why a request got no answer. `api.errors` turns the kind into a status."""
+    """Why a request or a command got no answer. `api.errors` turns the kind into a status."""
 
     kind: ErrorKind
     message: str
@@ -145,11 +145,20 @@ class Output:
     cached_tokens: int | None = None
     prompt_logprobs: Logprobs | None = None
     scores: list[float] | None = None  # one per label
-    weight_version: int = 0
+    weight_version: int = 0  # of the weights that drew the last of `token_ids`, or gave the rest
     error: EngineError | None = None
     embedding: list[float] | None = None  # pooled, not normalised
     values: list[float] | None = None  # of the positions from the first needed row on; see `Group` for members
     pooled_index: int | None = None  # the position that `scores` were read at; None: all of them were pooled
+    earlier_versions: list[tuple[int, int]] | None = None  # (version, tokens) of its first tokens, where that differs
+
+    def runs(self) -> Iterator[tuple[int, int]]:
+        """(version, tokens) of its tokens, in order."""
+        told = 0
+        for version, count in self.earlier_versions or ():
+            yield version, count
+            told += count
+        yield self.weight_version, len(self.token_ids) - told
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,8 +201,18 @@ class Outputs:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterCard:
+    """A LoRA adapter that is loaded. Requests name it as they would a model."""
+
+    name: str
+    path: str  # its directory
+    rank: int
+    created: int  # when it was loaded, seconds since the epoch
+
+
+@dataclass(frozen=True, slots=True)
 class ModelCard:
-    """What a worker must know of a hosted model."""
+    """What a worker must know of a hosted model, or of one with an adapter: then `name` is the adapter's."""
 
     name: str
     role: Role
@@ -212,10 +231,14 @@ class ModelCard:
     pooling: str = ""  # of embeddings and scores
     normalized: bool = True  # embeddings are meant to be divided by their length
     head: str = ""  # how a head that gives scores or values lay on disk
-    reward_mean: float = 0.0  # the checkpoint's own scale: (score - mean) / std. Scores of the engine are raw
-    reward_std: float = 1.0
+    reward_mean: float = 0.0  # a reward is (score - mean) / std, by the checkpoint or `commands.Normalize`;
+    reward_std: float = 1.0  # scores of the engine are raw
     fingerprint: str = ""  # of the tokenizer: ids mean the same where it is; empty: there is none
     shares: str = ""  # the model whose decoder it computes with; empty: it has its own
+    adapters: tuple[AdapterCard, ...] = ()
+    parent: str = ""  # the model that an adapter belongs to; empty for models
+    weight_label: str = ""  # the trainer's name for the weights
+    paused: bool = False
 
     @property
     def gives(self) -> Gives:
@@ -224,6 +247,11 @@ class ModelCard:
         if not self.labels:
             return "text"
         return "values" if self.role == "value" else "scores"
+
+    def adapted(self, adapter: AdapterCard) -> ModelCard:
+        """The model with one of its adapters."""
+        changes = {"name": adapter.name, "parent": self.name, "created": adapter.created}
+        return replace(self, aliases=(), adapters=(), **changes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,5 +262,11 @@ class Catalog:
     version: int
     models: tuple[ModelCard, ...]
 
+    @property
+    def listed(self) -> tuple[ModelCard, ...]:
+        """All that a request may name: each model, and behind it the model with each of its adapters."""
+        return tuple(one for card in self.models for one in (card, *map(card.adapted, card.adapters)))
+
     def find(self, name: str) -> ModelCard | None:
-        return next((card for card in self.models if name == card.name or name in card.aliases), None)
+        """A model by its name or an alias, or one with the adapter of that name."""
+        return next((card for card in self.listed if name == card.name or name in card.aliases), None)

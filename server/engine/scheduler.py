@@ -102,10 +102,23 @@ class Scheduler:
     def weight_version(self) -> int:
         return self._jobs.version
 
+    @weight_version.setter
+    def weight_version(self, version: int) -> None:
+        self._jobs.version = version
+
     @property
     def has_work(self) -> bool:
         """Whether `plan` would give a step; not while paused."""
         return self._jobs.busy and not self.paused
+
+    @property
+    def requests(self) -> list[Request]:
+        """Those that are not finished."""
+        return [job.request for job in self._jobs]
+
+    def uses(self, adapter: str) -> bool:
+        """Whether a request that is not finished, or an open group, carries that adapter's key."""
+        return self._jobs.uses(adapter)
 
     @property
     def waiting(self) -> int:
@@ -158,25 +171,38 @@ class Scheduler:
         for sequence in self._running.all():
             sequence.chain = None
         outputs = [output for job in jobs.values() for output in self._jobs.fail(job, error)]
-        self._jobs.start_over(self._running.all())
+        self._jobs.start_over(self._running.all(), self._jobs.groups)
         if plan:
             self._running.undelivered(plan)
         return outputs
 
-    def set_version(self, version: int, keep: bool = True) -> None:
-        """The weights have changed, between two steps. Prefixes that the old ones computed are forgotten.
+    def set_version(self, version: int, keep: bool = True) -> int:
+        """The weights have changed, between two steps. What the old ones published, so many pages, is forgotten.
 
-        Running sequences go on with the keys and values they have and publish none of them from now on; with
-        `keep=False` they give them up and are computed again, as groups' prompts always are.
+        Decodes go on with the keys and values they have and publish none of them from now on; with `keep=False` they
+        give them up and are computed again, as prompts are in any case: those of groups, and those that are half
+        computed, of which nothing is told.
         """
         assert self._plan is None and self._flight is None, "weights change between steps"
-        self._jobs.version = version
+        self.weight_version = version
         self.counts.weight_updates += 1
         for sequence in self._running.all():
             sequence.chain = None
-        bound = [one for one in self._running.prefills if one.anchors or one.computed == one.shared > 0]
-        self._jobs.start_over(bound if keep else self._running.all())
-        self.pages.drop()
+        self._jobs.start_over([one for one in self._running.all() if not (keep and one.decoding)], self._jobs.groups)
+        return self.pages.drop()
+
+    def set_adapter(self, before: str, now: str, keep: bool = True) -> None:
+        """Requests that carry one adapter's key carry another one's: they are for other weights, from this step on.
+
+        To those that run, and to groups' prompts, it happens as by `set_version`. `keep` is for keys of one place in
+        the model's tensors."""
+        assert self._plan is None and self._flight is None, "weights change between steps"
+        self._jobs.readdress(before, now)
+        affected = [one for one in self._running.all() if one.job.request.adapter == now]
+        for sequence in affected:
+            sequence.chain = None
+        again = [one for one in affected if not (keep and one.decoding)]
+        self._jobs.start_over(again, [one for one in self._jobs.groups if one.job.request.adapter == now])
 
     def plan(self, budget: int | None = None) -> Plan | None:
         """The next step, of at most `budget` tokens. None while paused, without a budget, and without anything to
@@ -233,7 +259,7 @@ class Scheduler:
         outputs = Outputs(self._resolve_prompts(flight, sampled))
         columns, first, apart = flight.columns, 0, list[int]()
         if sampled.logprobs is None:  # of most decodes there is nothing to say but a token
-            moved = columns is not self._columns or self._running.changed
+            moved = columns is not self._columns or self._running.changed or self._base is None
             first, apart = len(columns.rows), columns.tell(sampled.tokens, moved, version, outputs)
         self.meter.told_all(columns if first else None)
         for number in (*apart, *range(first, len(sampled.tokens))):
@@ -281,11 +307,8 @@ class Scheduler:
         self._base, running.changed = base if whole else None, False
         self._rows = self._sampling = self._columns.rows
         if ready := [sequence for sequence in ready if sequence.decoding]:  # beside them the others' steps stay steady
-            base, self._rows = (
-                base.with_synchronous([(one.slot, len(one.token_ids) - 1) for one in ready]),
-                [*self._rows, *ready],
-            )
-            self._sampling = self._rows
+            base = base.with_synchronous([(one.slot, len(one.token_ids) - 1) for one in ready])
+            self._rows = self._sampling = [*self._rows, *ready]
         return base
 
     def _plan_prompts(self, base: Plan, budget: int) -> Plan:

@@ -93,4 +93,15 @@ def test_groups_and_requests_in_each_others_way(seed: int, ahead: bool) -> None:
             machine.step(steps=1, budget=None)
         machine.books()
     assert machine.scheduler.counts.preemptions > 0
+
+
+def test_what_takes_turns_ends_at_its_limit_when_no_step_follows():
+    """Decodes with a grammar, too, take turns where the budget is too small for all; one has its last token on the way
+    when somebody waits for that."""
+    machine = scheduler_machine(scheduler_module)()
+    machine.engine(pages=4, size=2, seqs=2, budget=1, caching=True, ahead=True)
+    machine.add(seed=327)
+    machine.step(budget=None, steps=2)
+    machine.step(budget=None, steps=1)
+    machine.settle()
     machine.teardown()

@@ -313,7 +313,7 @@ def scheduler_machine(scheduler_module: ModuleType) -> type[RuleBasedStateMachin
             if not hasattr(self, "scheduler"):
                 return
             running, groups = self.scheduler._running, self.scheduler._jobs.groups
-            pinned = [opened for opened in groups.all() if opened.pinned]
+            pinned = [opened for opened in groups if opened.pinned]
             tables = [sequence.table for sequence in running.all()]
             self.scheduler.pages.check([*tables, *(opened.anchor.table for opened in pinned)])
             for opened in pinned:
@@ -329,10 +329,10 @@ def scheduler_machine(scheduler_module: ModuleType) -> type[RuleBasedStateMachin
             assert known == sum(1 + len(sequence.siblings) for sequence in held)
             landed = sum(sequence.landed for sequence in held)
             assert not landed or self.flight
-            coming = sum(opened.coming for opened in groups.all())
+            coming = sum(opened.coming for opened in groups)
             assert self.scheduler.waiting + self.scheduler.running + landed == len(held) + coming
             assert coming == groups.coming and self.scheduler._jobs._waiting._requests <= self.bound
-            assert {number for opened in groups.all() for number in opened.members} == {
+            assert {number for opened in groups for number in opened.members} == {
                 job.request.id for job in self.scheduler._jobs if job.request.group
             }
 
