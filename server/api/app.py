@@ -11,6 +11,7 @@ from ..engine.request import ModelCard
 from ..text.text import Text
 from . import chat, completions, embeddings, errors, metrics, models, rewards, state, tokens
 from .options import ApiOptions
+from .rlhf import evaluate, normalize, preferences, rollout, score_group, weights
 from .security import Gate
 from .service import Service
 from .traffic import Traffic
@@ -33,7 +34,8 @@ def create_app(
     app = FastAPI(title="Tandem", openapi_url=None, redirect_slashes=False)
     app.state.service = Service(client, texts, options, traffic, settings or {})
     errors.install(app)
-    for part in (chat, completions, embeddings, rewards, tokens, models, state, metrics):
+    openai, rlhf = (chat, completions, embeddings), (rewards, score_group, evaluate, rollout)
+    for part in (*openai, *rlhf, normalize, weights, preferences, tokens, models, state, metrics):
         app.include_router(part.router)
-    app.add_middleware(Gate, api_keys=options.api_keys, observe=traffic.answered)
+    app.add_middleware(Gate, api_keys=options.api_keys, admin_keys=options.admin_keys, observe=traffic.answered)
     return app

@@ -48,6 +48,7 @@ class Choice:
     waiting: Delta = field(default_factory=Delta)
     reader: Reader | None = None  # None: all text is prose
     calls: int = 0  # begun so far
+    reward: float | None = None  # a reward model's, where choices are ranked by it
 
     def push(self, output: Output) -> bool:
         """True when it ended here, by a stop string or its only call, which the engine does not know."""
@@ -131,18 +132,21 @@ class Choice:
 
 
 def best(choices: Sequence[Choice], count: int) -> Sequence[Choice]:
-    """Of more choices than that the `count` whose tokens have the highest mean log-probability, the best first.
+    """The `count` best, the best first: by reward where they have one, else of more than `count` those whose tokens
+    have the highest mean log-probability.
 
-    They are finished, nothing of them has been taken, and all have log-probabilities.
+    They are finished, nothing of them has been taken, and all have a reward, or log-probabilities where there are more.
     """
-    if len(choices) <= count:
-        return choices
 
     def mean(choice: Choice) -> float:
         values = choice.waiting.logprobs.values if choice.waiting.logprobs else []
         return sum(values) / len(values) if values else -math.inf
 
-    return sorted(choices, key=mean, reverse=True)[:count]
+    rewards = [choice.reward for choice in choices if choice.reward is not None]
+    if rewards:
+        ranked = sorted(zip(rewards, choices, strict=True), key=lambda pair: -pair[0])
+        return [choice for _, choice in ranked[:count]]
+    return choices if len(choices) <= count else sorted(choices, key=mean, reverse=True)[:count]
 
 
 def _extended(first: Logprobs | None, more: Logprobs, count: int) -> Logprobs:
