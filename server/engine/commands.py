@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol, TypeVar
 
-from .request import EngineError
+from .request import EngineError, Normalization
 
 InFlight = Literal["keep", "abort", "wait"]
 Source = Literal["disk", "shm", "cuda_ipc", "distributed"]
@@ -141,12 +141,14 @@ class ResetPrefixCache:
 
 @dataclass(frozen=True, slots=True)
 class Normalize:
-    """The model's card says from now on that a reward is (score - mean) / std. Scores themselves stay raw."""
+    """The model's card says from now on that a reward is (score - mean) / std, and what they come from. Scores
+    themselves stay raw."""
 
     reply: ClassVar = Normalized
     model: str
     mean: float
     std: float
+    normalization: Normalization = "mean_std"
 
 
 @dataclass(frozen=True, slots=True)

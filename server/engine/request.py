@@ -16,6 +16,7 @@ Want = Literal["tokens", "logprobs", "prompt_logprobs", "score", "values", "embe
 LogprobsMode = Literal["raw", "processed"]
 Gives = Literal["text", "scores", "embeddings", "values"]
 PoolingMode = Literal["last", "mean", "cls"]
+Normalization = Literal["none", "checkpoint", "bias", "mean_std"]  # of rewards: where their mean and std come from
 Finish = Literal["stop", "length", "abort", "error"]
 ErrorKind = Literal["invalid", "not_found", "conflict", "overloaded", "deadline", "unavailable", "internal"]
 
@@ -207,6 +208,7 @@ class ModelCard:
     paused: bool = False
     reward_mean: float = 0.0  # a reward is (score - mean) / std
     reward_std: float = 1.0
+    reward_normalization: Normalization = "none"
 
     @property
     def gives(self) -> Gives:

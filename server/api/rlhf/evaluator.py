@@ -150,7 +150,7 @@ class JudgedPrompt:
         evaluator = self.evaluator
         evaluator.prefilled_unshared += len(group.prompt) + len(member)
         evaluator.prefilled += len(member)
-        if id(group) not in self._counted:
+        if not group.shares or id(group) not in self._counted:
             self._counted.add(id(group))
             evaluator.prefilled += len(group.prompt)
 

@@ -46,12 +46,14 @@ class PromptGroup:
     """A prompt in one model; `run` says what the model makes of one member.
 
     The engine's group is open while any member runs, and closed by the last one, however it ends. Members that come
-    later find the prompt as cached as any other. Without a prompt a member is a whole sequence, which can be scored.
+    later find the prompt as cached as any other. There is none where a prompt cannot be shared: it is empty, or all of
+    a sequence's rows make its score; then every member is a whole sequence, which can be scored.
     """
 
     def __init__(self, terms: Terms, card: ModelCard, prompt: list[int], longest: int) -> None:
         """`longest`: the most tokens that a member may have."""
         self.card, self.prompt = card, prompt
+        self.shares = bool(prompt) and card.pooling != "mean"
         self._terms, self._longest = terms, longest
         self._id = self._running = 0
 
@@ -65,7 +67,7 @@ class PromptGroup:
                     EngineRequest(
                         id=client.next_id(),
                         model=self.card.name,
-                        token_ids=token_ids,
+                        token_ids=token_ids if self.shares else [*self.prompt, *token_ids],
                         want=frozenset({want}),
                         prompt_logprobs=0 if want == "prompt_logprobs" else None,
                         priority=terms.priority,
@@ -82,9 +84,9 @@ class PromptGroup:
             raise unavailable(str(error)) from None
 
     def _enter(self) -> int:
-        """The open group's id; 0 without a prompt."""
+        """The open group's id; 0: there is none."""
         terms, client = self._terms, self._terms.client
-        if not self.prompt:
+        if not self.shares:
             return 0
         if not self._running:
             group = Group(

@@ -16,20 +16,14 @@ GIVES: Mapping[Part, Gives] = {"policy": "text", "reference": "text", "reward": 
 def card_of(service: Service, part: Part, name: str | None) -> ModelCard:
     """The model named for a part, or the only one hosted in that role. Raises ApiError."""
     param = f"models.{part}"
-    if name is None:
-        return _only(service, part, param)
-    try:
-        card = service.card(name, gives=GIVES[part])
-    except ApiError as error:
-        raise ApiError(error.status, f"{param}: {error.message}", param=param, code=error.code) from None
-    return _single(card, param)
+    return _only(service, part, param) if name is None else _named(service, part, name, param)
 
 
 def reward_model(service: Service, name: str | None, param: str) -> ModelCard:
     """The reward model of that name; of None or "reward", unless a model is called so, the only one."""
     if name is None or (name == "reward" and service.catalog().find(name) is None):
         return _only(service, "reward", param)
-    return _single(service.card(name, gives="scores"), param)
+    return _named(service, "reward", name, param)
 
 
 def cards_of(service: Service, named: Mapping[Part, str | None], needed: Iterable[Part]) -> dict[Part, ModelCard]:
@@ -40,6 +34,13 @@ def cards_of(service: Service, named: Mapping[Part, str | None], needed: Iterabl
 
 def hosted_as(service: Service, role: Role) -> list[ModelCard]:
     return [card for card in service.catalog().models if card.role == role]
+
+
+def _named(service: Service, part: Part, name: str, param: str) -> ModelCard:
+    try:
+        return _single(service.card(name, gives=GIVES[part]), param)
+    except ApiError as error:
+        raise ApiError(error.status, error.message, param=param, code=error.code) from None
 
 
 def _only(service: Service, part: Part, param: str) -> ModelCard:

@@ -49,6 +49,8 @@ async def create(request: Request) -> Response:
     ]
     judged = [await evaluator.prompt(source, ids, None) for source, ids in zip(sources, prompts, strict=True)]
     generation = generate(service.client, drawn, reader.text, requests, request_id)
+    if "reward" in evaluator.needs:
+        service.traffic.scored(evaluator.cards["reward"], len(generation.choices))
     rollout = Rollout(generation, judged)
     shape = RolloutShape(body, evaluator, generation)
     if body.stream:

@@ -57,8 +57,8 @@ async def create(request: Request) -> Response:
         "usage": {
             "prompt_tokens": len(group.prompt),
             "completion_tokens": sum(map(len, group.members)),
-            "total_tokens": group.tokens,
-            "prefill_tokens": group.tokens,
+            "total_tokens": len(group.prompt) + sum(map(len, group.members)),
+            "prefill_tokens": group.tokens if prompt.shares else group.tokens_unshared,
             "prefill_tokens_unshared": group.tokens_unshared,
         },
     }
