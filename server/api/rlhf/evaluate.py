@@ -42,7 +42,8 @@ async def create(request: Request) -> Response:
     prompts = await in_thread_if(True, lambda: [reader.prompt(source) for source in sources])
     longest = [max(len(one.token_ids) for one in group.completions) for group in body.groups]
     judged: list[JudgedPrompt] = [
-        await evaluator.prompt(*prompt) for prompt in zip(sources, prompts, longest, strict=True)
+        await evaluator.prompt(source, ids, length, length)
+        for source, ids, length in zip(sources, prompts, longest, strict=True)
     ]
     works = [
         prompt.judge(one.token_ids, one.finish_reason, f"groups[{i}].completions[{j}].token_ids")

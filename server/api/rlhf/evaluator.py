@@ -57,19 +57,18 @@ class Evaluator:
         self._temperature = temperature
         self._seconds: dict[Part, tuple[float, float]] = {}  # first question, last answer
 
-    async def prompt(self, source: Source, token_ids: list[int], longest: int | None) -> JudgedPrompt:
-        """`token_ids`: the source as the owner reads it. `longest`: the most tokens of a completion; None: what fits.
-
-        Raises ApiError.
+    async def prompt(self, source: Source, token_ids: list[int], longest: int, certain: int) -> JudgedPrompt:
+        """`token_ids`: the source as the owner reads it. `longest`: the most tokens that a completion may have;
+        `certain`: as many as one has. Raises ApiError, also where a model does not take these.
         """
         prompt = JudgedPrompt(self)
         for part in self.needs:
             card = self.cards[part]
             if part == "reward" and self.translation is not None:
                 continue
-            check_length(card, len(token_ids), longest or 1, source.path("completions"))
+            check_length(card, len(token_ids), certain, source.path("completions"))
             room = limit_of(card) - len(token_ids)
-            prompt.groups[part] = PromptGroup(self.terms, card, token_ids, longest or room)
+            prompt.groups[part] = PromptGroup(self.terms, card, token_ids, min(longest, room))
         if self.translation is not None:
             translation, source = self.translation, self.translation.source(source)
             ids = await in_thread_if(True, lambda: translation.reader.prompt(source))

@@ -47,7 +47,10 @@ async def create(request: Request) -> Response:
             service, drawn, reader.card, reader.text, prompts, "prompts", length, logprobs=0, grammar=grammar
         )
     ]
-    judged = [await evaluator.prompt(source, ids, None) for source, ids in zip(sources, prompts, strict=True)]
+    judged = [
+        await evaluator.prompt(source, one.token_ids, longest_of(one), 1)
+        for source, one in zip(sources, requests, strict=True)
+    ]
     generation = generate(service.client, drawn, reader.text, requests, request_id)
     if "reward" in evaluator.needs:
         service.traffic.scored(evaluator.cards["reward"], len(generation.choices))
@@ -79,6 +82,10 @@ def sources_of(body: RolloutBody) -> list[Source]:
     if body.messages is not None:
         return [Source(f"conversation {index}", messages=chat) for index, chat in enumerate(body.messages)]
     return [source_of(prompt, f"prompts[{index}]") for index, prompt in enumerate(body.prompts or [])]
+
+
+def longest_of(request: EngineRequest) -> int:
+    return request.sampling.max_tokens if request.sampling else 0
 
 
 def told(request: EngineRequest) -> EngineRequest:
