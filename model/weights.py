@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from pickle import UnpicklingError
@@ -119,10 +119,11 @@ def fill(
     head: nn.Module,
     prefixes: str | tuple[str, ...],
     ignored: str,
-    files: list[Path],
+    tensors: Sequence[tuple[str, Stored]],
+    directory: Path,
     on_progress: Progress,
 ) -> None:
-    """Copy every tensor of `files` into the slot of its name, converted to the slot's dtype.
+    """Copy every tensor of a checkpoint in `directory` into the slot of its name, converted to the slot's dtype.
 
     Decoder tensors may carry one of the prefixes; names that match `ignored` are passed over. Raises CheckpointError
     that lists what is missing, unused, given twice or of the wrong shape or dtype.
@@ -132,34 +133,31 @@ def fill(
     skip, prefixes = re.compile(ignored), (prefixes,) if isinstance(prefixes, str) else prefixes
     found: dict[str, tuple[Slot, Stored]] = {}
     problems: dict[str, list[str]] = {}
-    for file in files:
-        for name, stored in open_file(file).items():
-            short = name[len(next((prefix for prefix in prefixes if name.startswith(prefix)), "")) :]
-            slot = inside.get(short) or outside.get(name)
-            if slot is None:
-                if not skip.fullmatch(short):
-                    problems.setdefault("not part of this architecture", []).append(name)
-            elif slot.name in found:
-                problems.setdefault("given twice", []).append(name)
-            elif stored.shape != slot.shape:
-                wrong = f"{name} is {list(stored.shape)}, must be {list(slot.shape)}"
-                problems.setdefault("of the wrong shape", []).append(wrong)
-            elif stored.dtype not in DTYPES:
-                problems.setdefault(f"of a dtype other than {', '.join(DTYPES)}", []).append(
-                    f"{name} is {stored.dtype}"
-                )
-            else:
-                found[slot.name] = slot, stored
-                continue
-            if slot is not None:
-                found.setdefault(slot.name, (slot, stored))  # known to be there, though wrong
+    for name, stored in tensors:
+        short = name[len(next((prefix for prefix in prefixes if name.startswith(prefix)), "")) :]
+        slot = inside.get(short) or outside.get(name)
+        if slot is None:
+            if not skip.fullmatch(short):
+                problems.setdefault("not part of this architecture", []).append(name)
+        elif slot.name in found:
+            problems.setdefault("given twice", []).append(name)
+        elif stored.shape != slot.shape:
+            wrong = f"{name} is {list(stored.shape)}, must be {list(slot.shape)}"
+            problems.setdefault("of the wrong shape", []).append(wrong)
+        elif stored.dtype not in DTYPES:
+            problems.setdefault(f"of a dtype other than {', '.join(DTYPES)}", []).append(f"{name} is {stored.dtype}")
+        else:
+            found[slot.name] = slot, stored
+            continue
+        if slot is not None:
+            found.setdefault(slot.name, (slot, stored))  # known to be there, though wrong
     filled = {_storage(slot.into) for slot, _ in found.values()}
     for slot in (*inside.values(), *outside.values()):
         if not slot.optional and _storage(slot.into) not in filled:
             problems.setdefault("missing", []).append(slot.name)
     if problems:
         listed = "; ".join(f"{len(names)} {what}: {_some(names)}" for what, names in problems.items())
-        raise CheckpointError(f"{files[0].parent}: tensors do not match config.json: {listed}")
+        raise CheckpointError(f"{directory}: tensors do not match config.json: {listed}")
     _copy(list(found.values()), on_progress)
 
 

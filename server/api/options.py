@@ -9,7 +9,7 @@ from ..engine.request import LogprobsMode
 
 @dataclass(frozen=True, slots=True)
 class ApiOptions:
-    api_keys: tuple[str, ...] = ()  # any of them opens every route but `admin.ROUTES`; none: no key is asked for
+    api_keys: tuple[str, ...] = ()  # any of them opens every route but the admin ones; none: no key is asked for
     admin_keys: tuple[str, ...] = ()  # open these, too; none: see `security.Gate`
     max_body: int = 8 * 2**20  # bytes
     body_seconds: float = 60.0  # a body must have arrived by then

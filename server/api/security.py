@@ -11,10 +11,11 @@ import secrets
 import time
 from collections.abc import Callable
 
+from fastapi import APIRouter
+from fastapi.routing import APIRoute
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from . import admin
 from .errors import ApiError, bug
 
 log = logging.getLogger(__name__)
@@ -35,10 +36,12 @@ class Gate:
         app: ASGIApp,
         api_keys: tuple[str, ...],
         admin_keys: tuple[str, ...] = (),
+        admin_routes: frozenset[tuple[str, str]] = frozenset(),
         observe: Callable[[Scope, int, float], None] | None = None,
     ) -> None:
-        """`observe` is told the status of every answer and how many seconds it took."""
-        self._app, self._observe = app, observe
+        """`admin_routes`: method and path of each. `observe` is told the status of every answer and how many seconds it
+        took."""
+        self._app, self._admin_routes, self._observe = app, admin_routes, observe
         self._digests = [_digest(key) for key in api_keys]
         self._admin_digests = [_digest(key) for key in admin_keys]
 
@@ -73,7 +76,7 @@ class Gate:
             self._observe(scope, status or 499, time.perf_counter() - began)
 
     def _refusal(self, scope: Scope, authorization: str) -> ApiError | None:
-        guarded = (scope["method"], scope["path"]) in admin.ROUTES
+        guarded = (scope["method"], scope["path"]) in self._admin_routes
         if guarded and not self._digests and not self._admin_digests:
             if _is_local(scope):
                 return None
@@ -94,6 +97,12 @@ class Gate:
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )
+
+
+def routes_of(*routers: APIRouter) -> frozenset[tuple[str, str]]:
+    """Method and path of each of their routes."""
+    found = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
+    return frozenset((method, route.path) for route in found for method in route.methods)
 
 
 def _fits(authorization: str, digests: list[bytes]) -> bool:

@@ -17,6 +17,7 @@ LogprobsMode = Literal["raw", "processed"]
 Gives = Literal["text", "scores", "embeddings", "values"]
 PoolingMode = Literal["last", "mean", "cls"]
 Normalization = Literal["none", "checkpoint", "bias", "mean_std"]  # of rewards: where their mean and std come from
+ScorePoolingMode = Literal["last", "last_non_pad", "first_eos", "before_first_pad", "mean", "token_id"]
 Finish = Literal["stop", "length", "abort", "error"]
 ErrorKind = Literal["invalid", "not_found", "conflict", "overloaded", "deadline", "unavailable", "internal"]
 
@@ -65,7 +66,7 @@ class Request:
     want: frozenset[Want] = frozenset({"tokens"})
     n: int = 1  # choices; they share the prompt's pages
     prompt_logprobs: int | None = None  # k most likely beside each prompt token; None unless wanted
-    first_needed_row: int | None = None  # earliest position whose hidden state is needed; None: the last one
+    first_needed_row: int | None = None  # earliest position that is needed; None: all for values, else the last one
     priority: int = 0  # lower goes first
     deadline: float | None = None  # time.monotonic() of this machine
     cache_salt: str = ""
@@ -140,9 +141,8 @@ class Output:
     weight_version: int = 0
     error: EngineError | None = None
     embedding: list[float] | None = None  # pooled, not normalised
-    values: list[float] | None = (
-        None  # of the positions from the request's first needed row on; see `Group` for members
-    )
+    values: list[float] | None = None  # of the positions from the first needed row on; see `Group` for members
+    pooled_index: int | None = None  # the position that `scores` were read at; None: all of them were pooled
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,23 +196,30 @@ class ModelCard:
     context: int  # tokens, prompt and continuation together
     vocab_size: int
     end_ids: tuple[int, ...]
-    labels: int  # outputs of a score head
+    labels: int  # outputs of a head that gives scores or values
     weight_version: int
     created: int  # seconds since the epoch
     aliases: tuple[str, ...] = ()
     max_request_tokens: int = 0  # the most tokens that fit its KV cache at once; a longer request cannot run
     embedding_size: int = 0  # of an embedding model's answers; 0 for all others
-    pooling: str = ""
+    pooling: str = ""  # of embeddings and scores
     normalized: bool = True  # embeddings are meant to be divided by their length
     weight_label: str = ""  # the trainer's name for the weights
     paused: bool = False
-    reward_mean: float = 0.0  # a reward is (score - mean) / std
+    reward_mean: float = 0.0  # a normalised reward is (score - mean) / std; scores of the engine are raw
     reward_std: float = 1.0
     reward_normalization: Normalization = "none"
+    head: str = ""  # how a head that gives scores or values lay on disk
+    fingerprint: str = ""  # of the tokenizer: ids mean the same where it is; empty: there is none
+    shares: str = ""  # the model whose decoder it computes with; empty: it has its own
 
     @property
     def gives(self) -> Gives:
-        return "embeddings" if self.embedding_size else "scores" if self.labels else "text"
+        if self.embedding_size:
+            return "embeddings"
+        if not self.labels:
+            return "text"
+        return "values" if self.role == "value" else "scores"
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,16 +6,17 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from tandem.server.api.admin import ROUTES
-from tandem.server.api.security import Gate
+from tandem.server.api.rlhf import normalize, weights
+from tandem.server.api.security import Gate, routes_of
 
-METHOD, PATH = sorted(ROUTES)[0]
+ROUTES = routes_of(weights.admin, normalize.admin)
+METHOD, PATH = "POST", "/v1/rlhf/weights"
 
 
 async def status(path: str, key: str | None, api: tuple[str, ...], admin: tuple[str, ...], host: str) -> int:
     app = FastAPI()
     app.add_api_route(path, lambda: "in", methods=[METHOD])
-    app.add_middleware(Gate, api_keys=api, admin_keys=admin)
+    app.add_middleware(Gate, api_keys=api, admin_keys=admin, admin_routes=ROUTES)
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     transport = httpx.ASGITransport(app, client=(host, 5))
     async with httpx.AsyncClient(transport=transport, base_url="http://tandem", headers=headers) as http:
@@ -49,7 +50,14 @@ async def test_who_gets_in(
     assert await status("/v1/chat/completions", key, api, admin, host) == other_route
 
 
-async def test_every_admin_route_is_there(http: httpx.Client) -> None:
-    for method, path in ROUTES:
-        answer = http.request(method, path, json={"no": "such field"})
-        assert answer.status_code == 400, (method, path, answer.text)
+def test_what_changes_the_server_is_guarded() -> None:
+    assert {(METHOD, PATH), ("POST", "/v1/rlhf/normalize")} == ROUTES
+
+
+def test_a_server_without_keys_opens_them_to_this_machine(http: httpx.Client) -> None:
+    assert http.post(PATH, json={"no": "such field"}).status_code == 400  # and not 403
+
+
+async def test_a_server_with_keys_of_users_alone_shuts_them(narrow_http: httpx.AsyncClient) -> None:
+    answer = await narrow_http.post(PATH, json={})
+    assert answer.status_code == 403 and "--admin-key" in answer.json()["error"]["message"]

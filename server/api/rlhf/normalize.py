@@ -21,10 +21,10 @@ from .groups import PromptGroup, Terms, check_length, together
 from .prompts import Reader, Source, answer_of
 from .roles import reward_model
 
-router = APIRouter()
+router, admin = APIRouter(), APIRouter()
 
 
-@router.post("/v1/rlhf/normalize")
+@admin.post("/v1/rlhf/normalize")
 async def create(request: Request) -> Response:
     service, request_id = Service.of(request), request.state.request_id
     body, headers = await bodies.read(request, NormalizeBody, fields.NORMALIZE, service.options)

@@ -21,10 +21,10 @@ from . import fields
 from .bodies import IpcHandle, WeightsBody
 from .roles import card_of
 
-router = APIRouter()
+router, admin = APIRouter(), APIRouter()
 
 
-@router.post("/v1/rlhf/weights")
+@admin.post("/v1/rlhf/weights")
 async def create(request: Request) -> Response:
     service, request_id = Service.of(request), request.state.request_id
     body, headers = await bodies.read(request, WeightsBody, fields.WEIGHTS, service.options)
