@@ -62,12 +62,10 @@ class Judge:
         The choices are finished and nothing of them has been taken. Raises ApiError.
         """
         service.traffic.scored(self.card, len(generation.choices))
-        await together(
-            self._reward_part(
-                part, source, Terms(service.client, request_id, service.deadline(body), body.priority, body.cache_salt)
-            )
-            for part, source in zip(generation.parts, sources, strict=True)
-        )
+        deadline = min(part.request.deadline or service.deadline(body) for part in generation.parts)
+        terms = Terms(service.client, request_id, deadline, body.priority, body.cache_salt)
+        pairs = zip(generation.parts, sources, strict=True)
+        await together(self._reward_part(part, source, terms) for part, source in pairs)
 
     async def _reward_part(self, part: Part, source: Source, terms: Terms) -> None:
         prompt, members = await self._group(part, source)

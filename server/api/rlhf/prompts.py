@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,11 +19,12 @@ from .bodies import Completion
 class Source:
     """A prompt: a text, messages or token ids. Where ids stand beside one of the others, all say the same."""
 
-    where: str  # the object of the body that holds it, for messages; empty: the body itself
+    where: str  # what errors call the object that holds it; empty: the body itself
     ids: list[int] | None = None
     text: str | None = None
     messages: Sequence[Message] | None = None
     tools: Sequence[Mapping[str, Any]] | None = None
+    listed: bool = False  # `where` is the prompt itself, an entry of a list
 
     @classmethod
     def of(cls, body: Any, where: str, may_be_both: bool = False) -> Source:
@@ -40,6 +42,8 @@ class Source:
         return source
 
     def path(self, name: str) -> str:
+        if self.listed:
+            return re.sub(r"^\w+", lambda _: self.where, name)
         return f"{self.where}.{name}" if self.where else name
 
 
@@ -55,7 +59,9 @@ class Answer:
 
 
 def source_of(prompt: Prompt, where: str) -> Source:
-    return Source(where, ids=prompt) if isinstance(prompt, list) else Source(where, text=prompt)
+    """An entry of a list of texts or token ids."""
+    ids, text = (prompt, None) if isinstance(prompt, list) else (None, prompt)
+    return Source(where, ids, text, listed=True)
 
 
 def answer_of(completion: Completion, where: str) -> Answer:

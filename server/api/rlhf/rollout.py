@@ -80,7 +80,7 @@ def sources_of(body: RolloutBody) -> list[Source]:
     if (body.prompts is None) == (body.messages is None):
         raise invalid("send either prompts or messages", "prompts")
     if body.messages is not None:
-        return [Source(f"conversation {index}", messages=chat) for index, chat in enumerate(body.messages)]
+        return [Source(f"messages[{i}]", messages=chat, listed=True) for i, chat in enumerate(body.messages)]
     return [source_of(prompt, f"prompts[{index}]") for index, prompt in enumerate(body.prompts or [])]
 
 

@@ -34,7 +34,7 @@ class Translation:
                 f"{self.reader.card.name!r} has another tokenizer: send the prompt as messages, too",
                 source.path("prompt_token_ids"),
             )
-        return Source(source.where, text=self.text.decode(ids))
+        return replace(source, ids=None, text=self.text.decode(ids))
 
     def whole(self, source: Source, token_ids: list[int], ended: bool, where: str) -> list[int]:
         """The prompt, a `source` of this translation, with a completion: decoded, rendered in the reader's template

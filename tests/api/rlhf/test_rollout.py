@@ -164,7 +164,12 @@ def test_whoever_leaves_frees_the_engine(http: httpx.Client) -> None:
         ({"temperature": 1}, "temperature", "sampling.temperature"),
         ({"n": 0}, "n", "at least 1"),
         ({"models": {}}, "models.reward", "name one of"),
-        ({"prompts": [[320]]}, "prompts[0].prompt_token_ids", "token id 320"),
+        (
+            {"prompts": None, "messages": [[{"role": "user", "content": 5}]]},
+            "messages[0][0].content",
+            "must be a string",
+        ),
+        ({"prompts": [[320]]}, "prompts[0]", "token id 320"),
     ],
 )
 def test_refusals(http: httpx.Client, change: dict[str, Any], param: str, words: str) -> None:
