@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
@@ -309,8 +310,8 @@ def _appendable(flag: str, file: Path | None) -> str | None:
     if file is None:
         return None
     try:
-        with file.open("ab"):
-            return str(file.resolve())
+        os.close(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600))
+        return str(file.resolve())
     except OSError as error:
         raise OptionsError(f"{flag} {file}: {error.strerror}") from None
 

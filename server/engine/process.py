@@ -56,7 +56,8 @@ def load(order: StartEngine, grammars: LoadGrammars | None = None) -> Hub:
 
 def serve(hub: Hub, server: EngineServer, control: Connection[object, object]) -> None:
     """Until the supervisor says stop."""
-    catalog, orders = hub.catalog, list[tuple[Order, Task]]()
+    catalog = hub.catalog
+    orders: list[tuple[Order, Task]] = []
     server.publish(catalog)
     while True:
         busy = hub.has_work

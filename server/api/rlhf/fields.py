@@ -14,7 +14,6 @@ _EVALUATION: dict[str, Field] = {
     **_COMMON,
     **honoured("models", "want", "kl_coef", "kl_estimator", "reward_clip", "missing_eos_penalty", "bootstrap_value"),
     **honoured("normalize", "encoding"),
-    "model": refused("models.policy names the policy, and models the others"),
 }
 
 SCORE_GROUP: dict[str, Field] = {
