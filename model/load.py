@@ -16,7 +16,7 @@ from .linear import linears
 from .model import AnyHead, Model
 from .registry import ARCHITECTURES, Decoder
 from .slots import Place
-from .weights import Progress, digest, fill, slots_of
+from .weights import Naming, Progress, digest, fill, slots_of
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -44,19 +44,12 @@ def load_model(
     if context is not None and config.rope is not None:
         config = replace(config, rope=config.rope.within(context))
     place = Place(choose_dtype(dtype, config, device), device, deterministic)
-    decoder, head = _unfilled(config, place)
-    prefixes = (decoder.PREFIX,) if isinstance(decoder.PREFIX, str) else decoder.PREFIX
-    fill(
-        decoder,
-        head,
-        (*prefixes, *WRAPPERS) if config.labels else prefixes,
-        "|".join(filter(None, (decoder.IGNORED, checkpoint.ignored))),
-        checkpoint.tensors,
-        checkpoint.directory,
-        on_progress or (lambda done, total: None),
-    )
+    decoder, head = unfilled(config, place)
+    naming = naming_of(decoder, config, checkpoint.ignored)
+    fill(decoder, head, naming, checkpoint.tensors, checkpoint.directory, on_progress or (lambda done, total: None))
     _pack(decoder, head)
-    return Model(config, decoder, head, place, digest([checkpoint.directory / "config.json", *checkpoint.files]))
+    files = [checkpoint.directory / "config.json", *checkpoint.files]
+    return Model(config, decoder, head, place, naming, digest(files))
 
 
 def random_model(
@@ -74,7 +67,7 @@ def random_model(
     """
     device = torch.device(device)
     place = Place(choose_dtype(dtype, config, device), device, deterministic)
-    decoder, head = _unfilled(config, place)
+    decoder, head = unfilled(config, place)
     generator = torch.Generator(place.device).manual_seed(seed)
     for part in (decoder, head):
         for slot in slots_of(part):
@@ -85,10 +78,17 @@ def random_model(
             else:
                 slot.into.normal_(float(slot.name.endswith("weight")), 0.1, generator=generator)
     _pack(decoder, head)
-    return Model(config, decoder, head, place, f"random {seed}")
+    return Model(config, decoder, head, place, naming_of(decoder, config), f"random {seed}")
 
 
-def _unfilled(config: ModelConfig, place: Place) -> tuple[Decoder, AnyHead]:
+def naming_of(decoder: Decoder, config: ModelConfig, ignored: str = "") -> Naming:
+    """`ignored`: what else a checkpoint has that is not for this model."""
+    prefixes = (decoder.PREFIX,) if isinstance(decoder.PREFIX, str) else decoder.PREFIX
+    wrappers = WRAPPERS if config.labels else ()
+    return Naming((*prefixes, *wrappers), "|".join(filter(None, (decoder.IGNORED, ignored))))
+
+
+def unfilled(config: ModelConfig, place: Place) -> tuple[Decoder, AnyHead]:
     """Decoder and head as the config describes them, their weights not yet written."""
     entry = ARCHITECTURES[config.architecture]
     decoder = entry.family.decoder(config, place)

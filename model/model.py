@@ -17,6 +17,7 @@ from .kv_cache import KVCache
 from .linear import linears
 from .registry import Decoder
 from .slots import Place
+from .weights import Naming
 
 AnyHead = LMHead | ScoreHead | EmbedHead
 
@@ -28,15 +29,18 @@ class Model:
     `Sequences.deterministic`, too.
     """
 
-    def __init__(self, config: ModelConfig, decoder: Decoder, head: AnyHead, place: Place, digest: str) -> None:
+    def __init__(
+        self, config: ModelConfig, decoder: Decoder, head: AnyHead, place: Place, naming: Naming, digest: str
+    ) -> None:
         self.config, self.decoder, self.head = config, decoder, head
         self.place, self.dtype, self.deterministic = place, place.dtype, place.deterministic
+        self.naming = naming  # of the tensors of an update
         self.digest = digest  # of the files it was loaded from
         self.weight_bytes = _bytes(decoder, head)
 
     def sharing(self, config: ModelConfig, digest: str, head: AnyHead | None = None) -> Model:
         """A model on this one's decoder, with this one's head or another. What it shares is not counted again."""
-        model = Model(config, self.decoder, self.head if head is None else head, self.place, digest)
+        model = Model(config, self.decoder, self.head if head is None else head, self.place, self.naming, digest)
         model.weight_bytes = 0 if head is None else _bytes(head)
         return model
 

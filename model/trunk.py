@@ -8,15 +8,16 @@ from pathlib import Path
 
 from torch import nn
 
-from .checkpoint import head_files, open_files, read_checkpoint, with_head
+from .checkpoint import LANGUAGE_HEAD, head_files, open_files, read_checkpoint, with_head
 from .config import ModelConfig
 from .errors import CheckpointError
 from .fields import Fields
 from .head_formats import FILES, find_head, no_head
 from .heads import ScoreHead
+from .load import naming_of
 from .model import Model
 from .registry import ARCHITECTURES
-from .weights import Stored, digest, fill
+from .weights import Naming, Stored, digest, fill
 
 # Fields of a config that say nothing of the decoder.
 AROUND = frozenset(
@@ -35,14 +36,20 @@ def value_model(trunk: Model, path: str | Path | None) -> Model:
     directory = Path(path)
     config, files, tensors = _read(directory, trunk.config)
     head = ScoreHead(config.score, config.labels, config.output_size, trunk.place)
-    fill(nn.Module(), head, (), ".*", tensors, directory, lambda done, total: None)
-    return trunk.sharing(config, f"{trunk.digest} {digest(files)}", head)
+    fill(nn.Module(), head, Naming((), ".*"), tensors, directory, lambda done, total: None)
+    return _sharing(trunk, config, f"{trunk.digest} {digest(files)}", head)
 
 
 def _copied(trunk: Model) -> Model:
     if not isinstance(trunk.head, ScoreHead) or trunk.config.labels != 1:
         raise CheckpointError("the model it shares has no head with one score to start from: give the head's directory")
-    return trunk.sharing(replace(trunk.config, values=True), trunk.digest, deepcopy(trunk.head))
+    return _sharing(trunk, replace(trunk.config, values=True), trunk.digest, deepcopy(trunk.head))
+
+
+def _sharing(trunk: Model, config: ModelConfig, digest: str, head: ScoreHead) -> Model:
+    model = trunk.sharing(config, digest, head)
+    model.naming = naming_of(trunk.decoder, config, LANGUAGE_HEAD)
+    return model
 
 
 def _read(directory: Path, trunk: ModelConfig) -> tuple[ModelConfig, list[Path], list[tuple[str, Stored]]]:

@@ -180,6 +180,7 @@ class Chat:
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,
             **({} if choice.reward is None else {"reward": choice.reward}),
+            **choice.shown_spans(),
             **({"token_ids": delta.token_ids} if self._ids else {}),
         }
 
@@ -203,7 +204,7 @@ class Chat:
             elif delta.text or columns or extra:
                 events.append(self._event(choice, f'{{"content":{quoted(delta.text)}}}', columns, extra, tail))
             if choice.finish_reason is not None:
-                extra = f',"stop_reason":{to_json(choice.stop_reason)}'
+                extra = "," + to_json({"stop_reason": choice.stop_reason, **choice.shown_spans()})[1:-1]
                 events.append(self._event(choice, "{}", None, extra, tail, to_json(choice.finish_reason)))
         return "".join(events)
 

@@ -102,7 +102,7 @@ class Gate:
 def routes_of(*routers: APIRouter) -> frozenset[tuple[str, str]]:
     """Method and path of each of their routes."""
     found = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
-    return frozenset((method, route.path) for route in found for method in route.methods)
+    return frozenset((method, route.path) for route in found for method in route.methods or ())
 
 
 def _fits(authorization: str, digests: list[bytes]) -> bool:

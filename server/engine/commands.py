@@ -71,6 +71,12 @@ class Adapters:
 
 
 @dataclass(frozen=True, slots=True)
+class Labelled:
+    version: int
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
 class UpdateStarted:
     model: str
 
@@ -244,6 +250,15 @@ class FinishUpdate:
 
 
 @dataclass(frozen=True, slots=True)
+class LabelWeights:
+    """The trainer's name for the weights that are served now."""
+
+    reply: ClassVar = Labelled
+    model: str
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
 class InitTransfer:
     """The engine joins a group of processes, in which rank 0, the trainer, broadcasts weights; its own rank is
     `rank_offset`. Answered when all are there. A group of that name is left first."""
@@ -275,6 +290,7 @@ AnyCommand = (
     | StartUpdate
     | UpdateWeights
     | FinishUpdate
+    | LabelWeights
     | InitTransfer
     | DestroyTransfer
 )

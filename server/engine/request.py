@@ -138,11 +138,20 @@ class Output:
     cached_tokens: int | None = None
     prompt_logprobs: Logprobs | None = None
     scores: list[float] | None = None  # one per label
-    weight_version: int = 0
+    weight_version: int = 0  # of the weights that drew the last of `token_ids`, or gave the rest
     error: EngineError | None = None
     embedding: list[float] | None = None  # pooled, not normalised
     values: list[float] | None = None  # of the positions from the first needed row on; see `Group` for members
     pooled_index: int | None = None  # the position that `scores` were read at; None: all of them were pooled
+    earlier_versions: list[tuple[int, int]] | None = None  # (version, tokens) of its first tokens, where that differs
+
+    def runs(self) -> Iterator[tuple[int, int]]:
+        """(version, tokens) of its tokens, in order."""
+        told = 0
+        for version, count in self.earlier_versions or ():
+            yield version, count
+            told += count
+        yield self.weight_version, len(self.token_ids) - told
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,14 +213,14 @@ class ModelCard:
     embedding_size: int = 0  # of an embedding model's answers; 0 for all others
     pooling: str = ""  # of embeddings and scores
     normalized: bool = True  # embeddings are meant to be divided by their length
-    weight_label: str = ""  # the trainer's name for the weights
-    paused: bool = False
-    reward_mean: float = 0.0  # a normalised reward is (score - mean) / std; scores of the engine are raw
-    reward_std: float = 1.0
-    reward_normalization: Normalization = "none"
     head: str = ""  # how a head that gives scores or values lay on disk
+    reward_mean: float = 0.0  # a reward is (score - mean) / std, by the checkpoint or `commands.Normalize`;
+    reward_std: float = 1.0  # scores of the engine are raw
+    reward_normalization: Normalization = "none"
     fingerprint: str = ""  # of the tokenizer: ids mean the same where it is; empty: there is none
     shares: str = ""  # the model whose decoder it computes with; empty: it has its own
+    weight_label: str = ""  # the trainer's name for the weights
+    paused: bool = False
 
     @property
     def gives(self) -> Gives:

@@ -38,11 +38,10 @@ Want = Literal["policy_logprobs", "ref_logprobs", "values", "reward", "kl", "tok
 
 def clip_of(value: object) -> tuple[float, float]:
     """5 is [-5, 5]."""
-    if type(value) in (int, float):
-        value = [-value, value]  # pyright: ignore[reportOperatorIssue]
-    if not isinstance(value, list) or len(value) != 2 or not all(type(end) in (int, float) for end in value):
+    ends: list[Any] = [value] if not isinstance(value, list) else value
+    if len(ends) not in (1, 2) or not all(type(end) in (int, float) for end in ends):
         refuse("it must be a number above 0, or a list of the lowest and the highest reward")
-    low, high = float(value[0]), float(value[1])
+    low, high = -float(ends[0]) if len(ends) == 1 else float(ends[0]), float(ends[-1])
     if not low < high:
         refuse(f"its lowest reward, {low:g}, must be below its highest, {high:g}")
     return low, high

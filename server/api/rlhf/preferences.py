@@ -8,7 +8,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -113,7 +113,7 @@ def lines(file: Path) -> Iterator[bytes]:
 
 
 @contextmanager
-def locked(file: Path, flags: int, lock: int) -> Iterator[int]:
+def locked(file: Path, flags: int, lock: int) -> Generator[int]:
     descriptor = os.open(file, flags, 0o600)
     try:
         fcntl.flock(descriptor, lock)

@@ -138,7 +138,7 @@ class RolloutShape:
             "text": rolled.delta.text,
             "finish_reason": "abort" if aborted else choice.finish_reason,
             "stop_reason": None if aborted else choice.stop_reason,
-            "weight_spans": [{"version": rolled.weight_version, "start": 0, "end": len(ids)}],
+            "weight_spans": choice.weight_spans(),
             "weight_versions": rolled.judgement.weight_versions,
             **rolled.judgement.shown(self._body),
             **({"error": rolled.error.body()["error"]} if rolled.error else {}),

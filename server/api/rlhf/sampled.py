@@ -25,7 +25,6 @@ class Rolled:
     sample_index: int
     choice: Choice
     delta: Delta
-    weight_version: int
     judgement: Judgement
     error: ApiError | None = None
 
@@ -109,7 +108,7 @@ class Rollout:
             judgement.arrays["policy_logprobs"] = [finite(value) for value in logprobs.policy]
             if is_truncated(sampling):
                 judgement.arrays["sampling_logprobs"] = [finite(value) for value in logprobs.values]
-        self._done.put_nowait(Rolled(place, choice.number, choice, delta, version, judgement, error))
+        self._done.put_nowait(Rolled(place, choice.number, choice, delta, judgement, error))
 
 
 def is_truncated(sampling: Sampling) -> bool:
