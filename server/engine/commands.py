@@ -7,7 +7,7 @@ once every API worker knows what it changed. `reply` names the type of a command
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 from .request import EngineError, Normalization
 
@@ -119,7 +119,7 @@ class Pause:
     all finished. After `abort` and `wait` new requests are refused. Deadlines expire as ever.
     """
 
-    reply: ClassVar = Paused
+    reply = Paused
     model: str | None = None
     mode: InFlight = "keep"
     clear_cache: bool = False  # as by `ResetPrefixCache`
@@ -127,7 +127,7 @@ class Pause:
 
 @dataclass(frozen=True, slots=True)
 class Resume:
-    reply: ClassVar = Resumed
+    reply = Resumed
     model: str | None = None
 
 
@@ -135,13 +135,13 @@ class Resume:
 class AbortAll:
     """Ends all requests of the model (None: of all) with the tokens that they have."""
 
-    reply: ClassVar = Aborted
+    reply = Aborted
     model: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ResetPrefixCache:
-    reply: ClassVar = CacheReset
+    reply = CacheReset
     model: str | None = None
 
 
@@ -150,7 +150,7 @@ class Normalize:
     """The model's card says from now on that a reward is (score - mean) / std, and what they come from. Scores
     themselves stay raw."""
 
-    reply: ClassVar = Normalized
+    reply = Normalized
     model: str
     mean: float
     std: float
@@ -159,7 +159,7 @@ class Normalize:
 
 @dataclass(frozen=True, slots=True)
 class LoadAdapter:
-    reply: ClassVar = Adapters
+    reply = Adapters
     model: str
     name: str
     path: str
@@ -168,7 +168,7 @@ class LoadAdapter:
 
 @dataclass(frozen=True, slots=True)
 class UnloadAdapter:
-    reply: ClassVar = Adapters
+    reply = Adapters
     model: str
     name: str
 
@@ -203,7 +203,7 @@ class StartUpdate:
     """What `UpdateWeights` brings for the model from now on is staged until `FinishUpdate`. Forgets what an update
     that was started before has staged."""
 
-    reply: ClassVar = UpdateStarted
+    reply = UpdateStarted
     model: str
 
 
@@ -221,7 +221,7 @@ class UpdateWeights:
     new weights. A model that is paused stays so. `label`: the trainer's name for the version.
     """
 
-    reply: ClassVar = Updated
+    reply = Updated
     model: str
     source: Source
     path: str = ""
@@ -241,7 +241,7 @@ class UpdateWeights:
 class FinishUpdate:
     """Commits what was staged since `StartUpdate`. Fields as in `UpdateWeights`."""
 
-    reply: ClassVar = Updated
+    reply = Updated
     model: str
     partial: bool = False
     also: tuple[str, ...] = ()
@@ -253,7 +253,7 @@ class FinishUpdate:
 class LabelWeights:
     """The trainer's name for the weights that are served now."""
 
-    reply: ClassVar = Labelled
+    reply = Labelled
     model: str
     label: str
 
@@ -263,7 +263,7 @@ class InitTransfer:
     """The engine joins a group of processes, in which rank 0, the trainer, broadcasts weights; its own rank is
     `rank_offset`. Answered when all are there. A group of that name is left first."""
 
-    reply: ClassVar = TransferReady
+    reply = TransferReady
     master_address: str
     master_port: int
     rank_offset: int
@@ -275,7 +275,7 @@ class InitTransfer:
 
 @dataclass(frozen=True, slots=True)
 class DestroyTransfer:
-    reply: ClassVar = TransferClosed
+    reply = TransferClosed
     group: str = ""
 
 

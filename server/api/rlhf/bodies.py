@@ -109,7 +109,6 @@ class SequenceGroup(Body):
 
 
 class EvaluateBody(EvaluationBody):
-    want: Annotated[list[Want], Field(min_length=1)]
     groups: Annotated[list[SequenceGroup], Field(min_length=1, max_length=MAX_PROMPTS)]
     temperature: Annotated[float, Field(gt=0, le=100)] = 1.0
 

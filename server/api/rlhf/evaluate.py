@@ -30,6 +30,8 @@ async def create(request: Request) -> Response:
     service = Service.of(request)
     began = time.perf_counter()
     body, headers = await bodies.read(request, EvaluateBody, fields.EVALUATE, service.options)
+    if not body.want:
+        raise invalid("want is empty: name what is to be computed", "want")
     count = sum(len(group.completions) for group in body.groups)
     if count > MAX_SEQUENCES:
         raise invalid(f"groups have {count} completions; one request may have {MAX_SEQUENCES}", "groups")

@@ -43,12 +43,12 @@ class Evaluator:
         Raises ApiError: there are no such models, or fields do not go together.
         """
         self.body, self.terms = body, terms
-        self.needs = list(dict.fromkeys([also, *needs_of(body)])) if also else needs_of(body)
+        self.needs = needs_of(body, also)
         self.cards = cards_of(service, named_parts(body), self.needs)
         self.owner = owner_of(service, self.cards)
         self.reader = self._reader(service, self.owner)  # of prompts as the token ids' owner is given them
         self.translation: Translation | None = None  # for a reward model with another tokenizer
-        others = [part for part in self.needs if self.cards[part].fingerprint != self.owner.fingerprint]
+        others: list[Part] = [part for part in self.needs if self.cards[part].fingerprint != self.owner.fingerprint]
         if others:
             self._check(others)
             reader = self._reader(service, self.cards["reward"])
@@ -133,17 +133,21 @@ class JudgedPrompt:
         has_end = token_ids[-1] in owner.end_ids
         cut = not has_end if finish_reason is None else finish_reason != "stop"
         found: dict[Part, Found] = {} if policy is None else {"policy": policy}
-        asked = {part: (group, token_ids) for part, group in self.groups.items() if part not in found}
+        asked = self._asked(token_ids, found)
         if self.translated is not None:
             asked["reward"] = await self.translated.place(token_ids, not cut, where)
         for group, member in asked.values():
             self._count(group, member)
         works = [evaluator.ask(part, group, member) for part, (group, member) in asked.items()]
-        found |= zip(asked, await together(works), strict=True)
+        found.update(zip(asked, await together(works), strict=True))
         penalty = 0.0 if has_end else body.missing_eos_penalty
         judgement = judged(body, evaluator.cards, found, tokens=len(token_ids), cut=cut, penalty=penalty)
         judgement.retokenized = self.translated is not None
         return judgement
+
+    def _asked(self, token_ids: list[int], found: Mapping[Part, Found]) -> dict[Part, tuple[PromptGroup, list[int]]]:
+        """What is not found yet: in which group, and the member of it."""
+        return {part: (group, token_ids) for part, group in self.groups.items() if part not in found}
 
     def _count(self, group: PromptGroup, member: list[int]) -> None:
         evaluator = self.evaluator
@@ -175,9 +179,9 @@ class Translated:
         return self.groups[length], member
 
 
-def needs_of(body: EvaluationBody) -> list[Part]:
-    """The parts that take part. Raises ApiError."""
-    parts: dict[Part, None] = {}
+def needs_of(body: EvaluationBody, also: Part | None) -> list[Part]:
+    """The parts that take part, the one that does anyway first. Raises ApiError."""
+    parts: dict[Part, None] = {} if also is None else {also: None}
     for want in body.want:
         parts |= dict.fromkeys(NEEDS[want])
     if "token_rewards" in body.want:

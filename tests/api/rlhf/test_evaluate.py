@@ -141,7 +141,7 @@ ONE: dict[str, Any] = {"groups": GROUPS[:1], "want": ["reward"], "models": MODEL
 @pytest.mark.parametrize(
     ("change", "param", "words"),
     [
-        ({"want": []}, "want", "at least 1"),
+        ({"want": []}, "want", "name what"),
         ({"want": ["logits"]}, "want[0]", "policy_logprobs"),
         ({"models": {}}, "models.reward", "name one of reward, judge"),
         ({"models": {"reward": "policy"}}, "models.reward", "policy model"),
