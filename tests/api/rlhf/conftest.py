@@ -98,7 +98,7 @@ def hf_values(checkpoints: dict[str, Path]) -> Callable[[list[int]], list[float]
 
 @pytest.fixture(scope="session")
 def ask(http: httpx.Client) -> Callable[..., dict[str, Any]]:
-    def post(path: str, **body: object) -> dict[str, Any]:
+    def post(path: str, /, **body: object) -> dict[str, Any]:
         answer = http.post(path, json=body)
         assert answer.status_code == 200, answer.text
         return answer.json()
