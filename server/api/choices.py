@@ -180,6 +180,7 @@ def _extended(first: Logprobs | None, more: Logprobs, count: int) -> Logprobs:
     first.ranks += more.ranks[:count]
     first.top_ids += more.top_ids[:count]
     first.top_values += more.top_values[:count]
+    first.policy += more.policy[:count]
     return first
 
 
@@ -192,7 +193,11 @@ def _one_by_one(output: Output) -> Iterator[Output]:
         if logprobs is not None:
             here = slice(i, i + 1)
             single.logprobs = Logprobs(
-                logprobs.values[here], logprobs.ranks[here], logprobs.top_ids[here], logprobs.top_values[here]
+                logprobs.values[here],
+                logprobs.ranks[here],
+                logprobs.top_ids[here],
+                logprobs.top_values[here],
+                logprobs.policy[here],
             )
         if i == last:
             single.finish, single.stop_id = output.finish, output.stop_id

@@ -395,6 +395,8 @@ class DeviceRunner:
         step.tokens = to_host(drawn.tokens)
         if drawn.logprobs is not None:
             step.logprobs, step.tops = logprobs_to_host(drawn.logprobs), tops
+        if drawn.policy is not None:
+            step.policy, step.policies = to_host(drawn.policy), self._sampler.policies_of(s for _, s in plan.samples)
 
 
 def _recorded(uses: int) -> int | None:

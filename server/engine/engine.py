@@ -329,6 +329,9 @@ class Engine:
             return EngineError("invalid", "tokens are wanted, but no sampling parameters are given", "sampling")
         if "logprobs" in want and (sampling is None or sampling.logprobs is None):
             return EngineError("invalid", "logprobs are wanted, but not how many beside each token", "logprobs")
+        if sampling and sampling.policy_logprobs and sampling.logprobs is None:
+            message = "policy_logprobs are given beside logprobs: say how many of these beside each token (0: none)"
+            return EngineError("invalid", message, "logprobs")
         if "prompt_logprobs" in want and request.prompt_logprobs is None:
             message = "prompt_logprobs are wanted, but not how many beside each token"
             return EngineError("invalid", message, "prompt_logprobs")

@@ -47,7 +47,8 @@ class Sampling:
     bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that must not be completed
     grammar: str = ""  # the answer's, as `text.grammar` makes it; empty: none
     logprobs: int | None = None  # None: none; k: of the drawn token and the k most likely
-    logprobs_mode: LogprobsMode = "raw"
+    logprobs_mode: LogprobsMode = "raw"  # of the model as it is, or of what the tokens are drawn from
+    policy_logprobs: bool = False  # beside those: of logits / temperature (greedy: of the logits), nothing else applied
 
     @property
     def penalises(self) -> bool:
@@ -103,12 +104,16 @@ class Group:
 
 @dataclass(slots=True)
 class Logprobs:
-    """Log-probabilities of a run of tokens, column by column; `top_*[i]` holds the k most likely at token i."""
+    """Log-probabilities of a run of tokens, column by column; `top_*[i]` holds the k most likely at token i.
+
+    `policy` is empty unless `Sampling.policy_logprobs` asked for it.
+    """
 
     values: list[float] = field(default_factory=list[float])
     ranks: list[int] = field(default_factory=list[int])  # 1 is the most likely
     top_ids: list[list[int]] = field(default_factory=list[list[int]])
     top_values: list[list[float]] = field(default_factory=list[list[float]])
+    policy: list[float] = field(default_factory=list[float])
 
 
 @dataclass(frozen=True, slots=True)
