@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,20 @@ def ask(http: httpx.Client) -> Callable[..., dict[str, Any]]:
         return answer.json()
 
     return post
+
+
+@pytest.fixture(scope="session")
+def computed(http: httpx.Client) -> Callable[[str], int]:
+    """Tokens that a model has computed so far."""
+
+    def tokens(model: str) -> int:
+        found = re.search(
+            rf'^tandem:computed_tokens_total\{{model_name="{model}".*\}} (\S+)$', http.get("/metrics").text, re.M
+        )
+        assert found is not None
+        return int(float(found[1]))
+
+    return tokens
 
 
 @pytest.fixture(scope="session")

@@ -32,6 +32,15 @@ def test_the_best_of_a_completion_by_reward(ask: Ask, reward_of: Callable[..., f
     assert best["usage"]["prompt_tokens"] == 5
 
 
+def test_the_prompt_is_computed_once_by_each_model(ask: Ask, computed: Callable[[str], int]) -> None:
+    prompt = [1, *range(100, 200)]
+    before = computed("policy"), computed("reward")
+    usage = ask("/v1/completions", **DRAWN, prompt=prompt, best_of=8, rank_by="reward", ignore_eos=True)["usage"]
+    assert usage["completion_tokens"] == 64
+    assert computed("policy") - before[0] == 101 + 8 * 7  # the last token of an answer is not put in
+    assert computed("reward") - before[1] == 101 + 64
+
+
 def test_the_best_of_a_chat_by_reward(ask: Ask, reward_of: Callable[..., float], text: Text) -> None:
     answer = ask("/v1/chat/completions", **DRAWN, messages=CHAT, n=4, rank_by="reward")
     rewards = [one["reward"] for one in answer["choices"]]

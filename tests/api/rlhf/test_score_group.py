@@ -42,6 +42,15 @@ def test_token_ids_and_pairs(ask: Ask, reward_of: Callable[..., float]) -> None:
     assert answer["usage"]["prefill_tokens"] == 4 + 6 and answer["usage"]["prefill_tokens_unshared"] == 3 * 4 + 6
 
 
+def test_the_prompt_is_computed_once(ask: Ask, computed: Callable[[str], int]) -> None:
+    prompt, members = [1, *range(20, 120)], [[200 + i, *range(30, 55)] for i in range(9)]
+    before = computed("reward")
+    completions = [{"token_ids": ids} for ids in members]
+    usage = ask(PATH, model="reward", prompt_token_ids=prompt, completions=completions)["usage"]
+    assert computed("reward") - before == usage["prefill_tokens"] == 101 + 9 * 26
+    assert usage["prefill_tokens_unshared"] == 9 * (101 + 26)
+
+
 def test_messages_are_rendered_in_the_reward_models_template(ask: Ask, judge_text: Text) -> None:
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     answers = [{"role": "assistant", "content": f"The capital of France is {city}."} for city in ("Oslo", "Paris")]
