@@ -44,7 +44,7 @@ async def create(request: Request) -> Response:
     prompts = await in_thread_if(True, lambda: [reader.prompt(source) for source in sources])
     longest = [max(len(one.token_ids) for one in group.completions) for group in body.groups]
     judged: list[JudgedPrompt] = [
-        await evaluator.prompt(source, ids, length, length)
+        await evaluator.prompt(source, ids, length)
         for source, ids, length in zip(sources, prompts, longest, strict=True)
     ]
     works = [

@@ -57,16 +57,17 @@ class Evaluator:
         self._temperature = temperature
         self._seconds: dict[Part, tuple[float, float]] = {}  # first question, last answer
 
-    async def prompt(self, source: Source, token_ids: list[int], longest: int, certain: int) -> JudgedPrompt:
-        """`token_ids`: the source as the owner reads it. `longest`: the most tokens that a completion may have;
-        `certain`: as many as one has. Raises ApiError, also where a model does not take these.
+    async def prompt(self, source: Source, token_ids: list[int], longest: int) -> JudgedPrompt:
+        """`token_ids`: the source as the owner reads it. `longest`: the most tokens that a completion may have.
+
+        Raises ApiError, also where the prompt leaves no room for any.
         """
         prompt = JudgedPrompt(self)
         for part in self.needs:
             card = self.cards[part]
             if part == "reward" and self.translation is not None:
                 continue
-            check_length(card, len(token_ids), certain, source.path("completions"))
+            check_length(card, len(token_ids), 1, source.path("completions"))
             room = limit_of(card) - len(token_ids)
             prompt.groups[part] = PromptGroup(self.terms, card, token_ids, min(longest, room))
         if self.translation is not None:
@@ -137,6 +138,8 @@ class JudgedPrompt:
         if self.translated is not None:
             asked["reward"] = await self.translated.place(token_ids, not cut, where)
         for group, member in asked.values():
+            check_length(group.card, len(group.prompt), len(member), where)
+        for group, member in asked.values():
             self._count(group, member)
         works = [evaluator.ask(part, group, member) for part, (group, member) in asked.items()]
         found.update(zip(asked, await together(works), strict=True))
@@ -173,7 +176,6 @@ class Translated:
         whole = await in_thread_if(True, lambda: self.translation.whole(self.source, token_ids, ended, where))
         card, cut = self.translation.reader.card, shared(self.prompt, [whole])
         length, (member,) = len(cut.prompt), cut.members
-        check_length(card, length, len(member), where)
         if length not in self.groups:
             self.groups[length] = PromptGroup(self.terms, card, cut.prompt, limit_of(card) - length)
         return self.groups[length], member

@@ -48,7 +48,7 @@ async def create(request: Request) -> Response:
         )
     ]
     judged = [
-        await evaluator.prompt(source, one.token_ids, longest_of(one), 1)
+        await evaluator.prompt(source, one.token_ids, longest_of(one))
         for source, one in zip(sources, requests, strict=True)
     ]
     generation = generate(service.client, drawn, reader.text, requests, request_id)

@@ -112,10 +112,9 @@ class Rollout:
 
 
 def is_truncated(sampling: Sampling) -> bool:
-    """Whether tokens are drawn from anything else than softmax(logits / temperature)."""
+    """Whether the log-probabilities of what is drawn from are others than the policy's."""
     return bool(
-        sampling.temperature == 0
-        or sampling.top_p < 1
+        sampling.top_p < 1
         or sampling.top_k
         or sampling.min_p
         or sampling.penalises

@@ -41,7 +41,7 @@ def preferences(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rlhf_server(
     checkpoints: dict[str, Path], preferences: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[str]:
-    roles = {"sft": ",role=reference", "critic": ",role=value"}
+    roles = {"sft": ",role=reference", "critic": ",role=value,max_model_len=256"}
     models = [f"{name}={path}{roles.get(name, '')}" for name, path in checkpoints.items()]
     options = ["--weights-root", checkpoints["policy"].parent, "--preferences", preferences, "--api-workers", 1]
     with Server(tmp_path_factory.mktemp("log"), *models, *options) as server:

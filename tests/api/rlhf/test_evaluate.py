@@ -158,7 +158,7 @@ ONE: dict[str, Any] = {"groups": GROUPS[:1], "want": ["reward"], "models": MODEL
         ),
         (
             {"groups": [{"prompt_token_ids": [5] * 500, "completions": [{"token_ids": [5] * 13}]}]},
-            "groups[0].completions",
+            "groups[0].completions[0].token_ids",
             "takes 512 together",
         ),
         ({"groups": [{"prompt": "a", "completions": [{}]}]}, "groups[0].completions[0].token_ids", "missing"),

@@ -118,38 +118,52 @@ def test_texts_messages_and_a_judge(ask: Ask, text: Text) -> None:
 
 @pytest.mark.parametrize(
     "sampling",
-    [{"top_k": 5}, {"top_p": 0.5}, {"temperature": 0}, {"repetition_penalty": 1.2}, {"logit_bias": {"70": 5}}],
+    [{"top_k": 5}, {"top_p": 0.5}, {"min_p": 0.3}, {"repetition_penalty": 1.2}, {"logit_bias": {"70": 5}}],
 )
 def test_what_tokens_were_drawn_from_is_told_where_it_differs(ask: Ask, sampling: dict[str, Any]) -> None:
     drawn = {"max_tokens": 8, "seed": 3, "temperature": 0.9, **sampling}
     (one,) = ask(PATH, prompts=[[1, 70]], sampling=drawn)["sequences"]
-    temperature = drawn["temperature"] or 1.0
     group = {"prompt_token_ids": [1, 70], "completions": [{"token_ids": one["token_ids"]}]}
-    again = ask("/v1/rlhf/evaluate", groups=[group], want=["policy_logprobs"], temperature=temperature)
+    again = ask("/v1/rlhf/evaluate", groups=[group], want=["policy_logprobs"], temperature=0.9)
     assert one["policy_logprobs"] == pytest.approx(again["groups"][0]["completions"][0]["policy_logprobs"], abs=1e-4)
     assert one["sampling_logprobs"] != pytest.approx(one["policy_logprobs"], abs=1e-3)
     if "top_k" in sampling:
         assert all(a >= b - 1e-4 for a, b in zip(one["sampling_logprobs"], one["policy_logprobs"], strict=True))
 
 
-def test_a_sequence_that_cannot_be_judged_has_no_number(ask: Ask, http: httpx.Client) -> None:
-    """The judge's context is longer than the policy's; the critic's is as long, so only a full one does not fit."""
-    body = {"prompts": [[1, 70]], "sampling": {"max_tokens": 510, "ignore_eos": True}, "want": ["values"]}
+def test_a_sequence_that_cannot_be_judged_has_no_number(ask: Ask) -> None:
+    """The critic's context is half as long as the policy's."""
+    body = {
+        "prompts": [[1, 70]],
+        "sampling": {"max_tokens": 300, "ignore_eos": True},
+        "want": ["values", "ref_logprobs"],
+    }
     (one,) = ask(PATH, **body)["sequences"]
-    assert len(one["values"]) == 511
+    assert one["values"] is None and one["ref_logprobs"] is None and len(one["policy_logprobs"]) == 300
+    assert "256" in one["error"]["message"] and one["error"]["type"] == "invalid_request_error"
 
 
-def test_whoever_leaves_frees_the_engine(http: httpx.Client) -> None:
+def test_greedy_log_probabilities_are_those_of_the_logits(ask: Ask) -> None:
+    (one,) = ask(PATH, prompts=[[1, 70]], sampling={"max_tokens": 8, "temperature": 0})["sequences"]
+    group = {"prompt_token_ids": [1, 70], "completions": [{"token_ids": one["token_ids"]}]}
+    again = ask("/v1/rlhf/evaluate", groups=[group], want=["policy_logprobs"])
+    assert one["policy_logprobs"] == pytest.approx(again["groups"][0]["completions"][0]["policy_logprobs"], abs=1e-4)
+    assert "sampling_logprobs" not in one
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_whoever_leaves_frees_the_engine(http: httpx.Client, computed: Callable[[str], int], stream: bool) -> None:
     body = {"prompts": [[1, 70]] * 8, "n": 8, "sampling": {"max_tokens": 500, "ignore_eos": True}, "want": ["values"]}
 
     def load() -> list[int]:
         models = http.get("/server_info").json()["models"]
         return [model["now"][name] for model in models for name in ("running", "waiting")]
 
-    with http.stream("POST", PATH, json={**body, "stream": True}) as answer:
-        next(answer.iter_lines())
-        eventually(lambda: any(load()), 10)
+    before = computed("policy")
+    with pytest.raises(httpx.ReadTimeout):
+        http.post(PATH, json={**body, "stream": stream}, timeout=0.3)
     eventually(lambda: not any(load()), 10)
+    assert 0 < computed("policy") - before < 64 * 400
 
 
 @pytest.mark.parametrize(
