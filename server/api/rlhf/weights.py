@@ -31,13 +31,11 @@ async def create(request: Request) -> Response:
     check(body)
     card = card_of(service, "policy", None) if body.model is None else service.hosted(body.model)
     began = time.perf_counter()
-    if body.source == "lora":
+    if body.adapter is not None:
         path = path_in_root(service.options, body.path or "", "path")
-        adapter = body.adapter or ""
-        await service.command(LoadAdapter(card.name, adapter, path, replace=True), request_id)
-        answer: dict[str, Any] = {"model": card.name, "adapter": adapter, "source": "lora"}
-        now = service.catalog().find(adapter) or service.hosted(card.name)
-        answer |= {"version": now.weight_version, "label": now.weight_label}
+        loaded = await service.command(LoadAdapter(card.name, body.adapter, path, replace=True), request_id)
+        answer: dict[str, Any] = {"model": card.name, "source": body.source, "adapter": body.adapter}
+        answer["adapters"] = loaded.names
     else:
         updated = await service.command(update_of(service, body, card), request_id)
         answer = {
@@ -80,20 +78,19 @@ def check(body: WeightsBody) -> None:
         given, may = getattr(body, name) is not None, name in takes[source]
         if given and not may:
             raise invalid(f"{name} is not for source {source!r}, which takes {' and '.join(takes[source])}", name)
-        if may and not given and name != "size":
+        if may and not given and name not in ("size", "adapter"):
             raise invalid(f"{name} is missing: source {source!r} needs it", name, "missing")
-    for name in ("partial", "also"):
-        if source == "lora" and getattr(body, name):
-            raise invalid(f"{name} is for whole weights, not for an adapter", name)
+    for name in ("partial", "also", "version"):
+        if body.adapter is not None and getattr(body, name):
+            raise invalid(f"{name} is for the model's own weights, not for an adapter beside them", name)
 
 
 def update_of(service: Service, body: WeightsBody, card: ModelCard) -> UpdateWeights:
-    assert body.source != "lora"
     path = body.path or ""
     return UpdateWeights(
         model=card.name,
         source=body.source,
-        path=path_in_root(service.options, path, "path") if body.source == "disk" else path,
+        path=path_in_root(service.options, path, "path") if body.source in ("disk", "lora") else path,
         size=body.size or 0,
         handles=tuple(tensor_of(handle, f"handles[{i}]") for i, handle in enumerate(body.handles or ())),
         partial=body.partial,
