@@ -156,9 +156,9 @@ class IpcHandle(Body):
 
 
 class WeightsBody(Body):
-    """`path`: on disk, or the name of shared memory, of which `size` bytes count. `adapter`: a LoRA adapter gets that name
-    beside the model; without one it becomes the model's own. `version`: the trainer's name for it. `also`: other models
-    whose weights these are, too."""
+    """`path`: on disk, or the name of shared memory, of which `size` bytes count. `adapter`: a LoRA adapter gets that
+    name beside the model; without one it becomes the model's own. `version`: the trainer's name for it. `also`: other
+    models whose weights these are, too."""
 
     model: Name | None = None
     source: Literal["disk", "lora", "shm", "cuda_ipc"]

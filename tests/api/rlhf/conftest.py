@@ -43,7 +43,7 @@ def rlhf_server(
 ) -> Iterator[str]:
     roles = {"sft": ",role=reference", "critic": ",role=value,max_model_len=256"}
     models = [f"{name}={path}{roles.get(name, '')}" for name, path in checkpoints.items()]
-    options = ["--weights-root", checkpoints["policy"].parent, "--preferences", preferences, "--api-workers", 1]
+    options = ["--weights-root", checkpoints["policy"].parent, "--preferences", preferences, "--enable-lora"]
     with Server(tmp_path_factory.mktemp("log"), *models, *options) as server:
         yield server.base_url
 

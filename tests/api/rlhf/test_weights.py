@@ -11,7 +11,8 @@ from typing import Any
 import httpx
 import pytest
 from asking import refused
-from checkpoints import write_checkpoint
+from checkpoints import make_model, write_checkpoint
+from lora import make_adapter
 
 PATH = "/v1/rlhf/weights"
 GREEDY = {"model": "policy", "prompt": [1, 70, 75], "max_tokens": 8, "temperature": 0, "return_token_ids": True}
@@ -65,6 +66,22 @@ def test_from_shared_memory(ask: Ask, other: Path) -> None:
         memory.close()
         memory.unlink()
     assert answer["bytes"] > 100_000 and tokens(ask)[0] != before
+
+
+def test_an_adapter_beside_the_model_and_as_its_own(ask: Ask, http: httpx.Client, checkpoints: dict[str, Path]) -> None:
+    path = make_adapter(checkpoints["policy"].parent / "adapter", make_model("llama-gqa"), "q_proj", "v_proj", size=2.0)
+    before, version = tokens(ask)
+    beside = ask(PATH, model="policy", source="lora", path="adapter", adapter="tuned")
+    assert beside["adapters"] == ["tuned"]
+    tuned = ask("/v1/completions", **{**GREEDY, "model": "tuned"})["choices"][0]["token_ids"]
+    assert tuned != before and tokens(ask) == (before, version)
+    group = {"prompt_token_ids": GREEDY["prompt"], "completions": [{"token_ids": before}]}
+    asked = {"groups": [group], "want": ["kl"], "models": {"policy": "tuned", "reference": "policy"}}
+    (one,) = ask("/v1/rlhf/evaluate", **asked)["groups"][0]["completions"]
+    assert max(map(abs, one["kl"])) > 0.01
+    own = ask(PATH, model="policy", source="lora", path=str(path), version="step-9")
+    assert (own["label"], own["version"] > version) == ("step-9", True)
+    assert tokens(ask) == (tuned, own["version"])
 
 
 def test_no_path_outside_the_root(http: httpx.Client, other: Path, tmp_path: Path) -> None:
