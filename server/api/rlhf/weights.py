@@ -16,7 +16,6 @@ from .. import body as bodies
 from ..errors import invalid
 from ..service import Service
 from ..streaming import JsonAnswer
-from ..weights_root import path_in_root
 from . import fields
 from .bodies import IpcHandle, WeightsBody
 from .roles import card_of
@@ -32,8 +31,8 @@ async def create(request: Request) -> Response:
     card = card_of(service, "policy", None) if body.model is None else service.hosted(body.model)
     began = time.perf_counter()
     if body.adapter is not None:
-        path = path_in_root(service.options, body.path or "", "path")
-        loaded = await service.command(LoadAdapter(card.name, body.adapter, path, replace=True), request_id)
+        command = LoadAdapter(card.name, body.adapter, body.path or "", replace=True)
+        loaded = await service.command(command, request_id)
         answer: dict[str, Any] = {"model": card.name, "source": body.source, "adapter": body.adapter}
         answer["adapters"] = loaded.names
     else:
@@ -86,11 +85,10 @@ def check(body: WeightsBody) -> None:
 
 
 def update_of(service: Service, body: WeightsBody, card: ModelCard) -> UpdateWeights:
-    path = body.path or ""
     return UpdateWeights(
         model=card.name,
         source=body.source,
-        path=path_in_root(service.options, path, "path") if body.source in ("disk", "lora") else path,
+        path=body.path or "",
         size=body.size or 0,
         handles=tuple(tensor_of(handle, f"handles[{i}]") for i, handle in enumerate(body.handles or ())),
         partial=body.partial,
