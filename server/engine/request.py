@@ -16,6 +16,7 @@ Want = Literal["tokens", "logprobs", "prompt_logprobs", "score", "values", "embe
 LogprobsMode = Literal["raw", "processed"]
 Gives = Literal["text", "scores", "embeddings", "values"]
 PoolingMode = Literal["last", "mean", "cls"]
+Normalization = Literal["none", "checkpoint", "bias", "mean_std"]  # of rewards: where their mean and std come from
 ScorePoolingMode = Literal["last", "last_non_pad", "first_eos", "before_first_pad", "mean", "token_id"]
 Finish = Literal["stop", "length", "abort", "error"]
 ErrorKind = Literal["invalid", "not_found", "conflict", "overloaded", "deadline", "unavailable", "internal"]
@@ -233,6 +234,7 @@ class ModelCard:
     head: str = ""  # how a head that gives scores or values lay on disk
     reward_mean: float = 0.0  # a reward is (score - mean) / std, by the checkpoint or `commands.Normalize`;
     reward_std: float = 1.0  # scores of the engine are raw
+    reward_normalization: Normalization = "none"
     fingerprint: str = ""  # of the tokenizer: ids mean the same where it is; empty: there is none
     shares: str = ""  # the model whose decoder it computes with; empty: it has its own
     adapters: tuple[AdapterCard, ...] = ()
