@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 from fastapi import FastAPI
 
+from .. import compat
 from ..engine.link import EngineClient
 from ..engine.request import ModelCard
 from ..text.text import Text
@@ -33,7 +34,8 @@ def create_app(
     app = FastAPI(title="Tandem", openapi_url=None, redirect_slashes=False)
     app.state.service = Service(client, texts, options, traffic, settings or {})
     errors.install(app)
-    for part in (chat, completions, embeddings, rewards, tokens, models, state, metrics):
-        app.include_router(part.router)
+    own = [part.router for part in (chat, completions, embeddings, rewards, tokens, models, state, metrics)]
+    for router in (*own, *compat.ROUTERS):
+        app.include_router(router)
     app.add_middleware(Gate, api_keys=options.api_keys, observe=traffic.answered)
     return app

@@ -37,6 +37,7 @@ def honoured(*names: str) -> dict[str, Field]:
 LATER = "this server does not do it yet"
 ACCOUNT = ignored("bookkeeping of OpenAI's accounts")
 STRUCTURED = refused("structured_outputs replaces it")
+NO_IMAGES = refused("the models read text only", [], {}, "")
 
 _GENERATION = {  # chat and completions
     **honoured("model", "n", "stream", "stream_options", "stop", "seed", "max_tokens", "min_tokens"),
@@ -55,7 +56,7 @@ _GENERATION = {  # chat and completions
     "use_beam_search": refused("there is no beam search", False),
     "length_penalty": refused("it belongs to beam search, and there is none", 1, 1.0),
     "spaces_between_special_tokens": refused("special tokens are decoded as the tokenizer has them", True),
-    "mm_processor_kwargs": refused("the models read text only"),
+    "mm_processor_kwargs": NO_IMAGES,
 }
 
 CHAT: dict[str, Field] = {

@@ -171,7 +171,14 @@ def _card(spec: ModelSpec, model: Model | NullModel, options: EngineOptions) -> 
         embedding_size=0 if pooling is None else config.output_size,
         pooling="" if pooling is None else pooling.mode,
         normalized=pooling is None or pooling.normalized,
+        label_names=label_names(Path(spec.path), config.labels),
     )
+
+
+def label_names(directory: Path, labels: int) -> tuple[str, ...]:
+    """What the checkpoint calls its score head's outputs; transformers' own names where it does not say."""
+    named: dict[str, Any] = _read_object(directory / "config.json").get("id2label") or {}
+    return tuple(str(named.get(str(label), f"LABEL_{label}")) for label in range(labels))
 
 
 def tokenizer_end_ids(directory: Path) -> set[int]:

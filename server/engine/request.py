@@ -203,6 +203,7 @@ class ModelCard:
     embedding_size: int = 0  # of an embedding model's answers; 0 for all others
     pooling: str = ""
     normalized: bool = True  # embeddings are meant to be divided by their length
+    label_names: tuple[str, ...] = ()  # of a score head's outputs
 
     @property
     def gives(self) -> Gives:
