@@ -34,9 +34,11 @@ INTEGERS = {
         "scheduler",
     )
 }
-CLIENT_SIDE = {f"server/engine/{name}.py" for name in ("request", "counts", "stream", "link", "options", "control")}
+CLIENT_SIDE = {
+    f"server/engine/{name}.py" for name in ("request", "commands", "counts", "stream", "link", "options", "control")
+}
 # Of the engine's files these alone may import libraries that a bare CUDA image lacks.
-LINK = {"server/engine/link.py", "server/engine/messages.py"}
+LINK = {f"server/engine/{name}.py" for name in ("link", "link_server", "messages")}
 COMPOSER = "server/engine_process.py"  # hands the engine what it must not import, so it knows both
 EDGE_LIBRARIES = {
     *("msgspec", "zmq", "typer", "rich", "httpx", "yaml", "jinja2", "llguidance", "huggingface_hub"),

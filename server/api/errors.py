@@ -18,6 +18,7 @@ TYPES = {
     403: "permission_error",
     404: "not_found_error",
     408: "timeout_error",
+    409: "conflict_error",
     429: "rate_limit_error",
     500: "server_error",
     503: "service_unavailable_error",
@@ -26,6 +27,7 @@ TYPES = {
 STATUSES: dict[ErrorKind, int] = {
     "invalid": 400,
     "not_found": 404,
+    "conflict": 409,
     "overloaded": 429,
     "deadline": 504,
     "unavailable": 503,

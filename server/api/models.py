@@ -55,9 +55,13 @@ def shown(card: ModelCard) -> dict[str, Any]:
         "max_model_len": card.context,
         "max_request_tokens": min(card.context, card.max_request_tokens or card.context),
         "weight_version": card.weight_version,
+        "weight_label": card.weight_label,
+        "paused": card.paused,
     }
     if card.gives == "embeddings":
         about |= {"embedding_size": card.embedding_size, "pooling": card.pooling, "normalized": card.normalized}
+    if card.gives == "scores":
+        about |= {"reward_mean": card.reward_mean, "reward_std": card.reward_std}
     if card.gives == "text":
         about["sampling_defaults"] = {name: GenerationBody.model_fields[name].default for name in SAMPLING}
     return about

@@ -3,6 +3,28 @@ else: `api` reads bodies, makes requests of the engine and takes its outputs."""
 
 from __future__ import annotations
 
-from . import llama_factory, openrlhf, slime, vllm_pooling, vllm_scoring
+from fastapi.routing import APIRoute
 
-ROUTERS = tuple(module.router for module in (vllm_pooling, vllm_scoring, openrlhf, slime, llama_factory))
+from . import (
+    adapters,
+    llama_factory,
+    openrlhf,
+    sglang_control,
+    sglang_generate,
+    sglang_info,
+    slime,
+    trl_legacy,
+    trl_scoring,
+    vllm_control,
+    vllm_generate,
+    vllm_pooling,
+    vllm_scoring,
+)
+
+SCORING = (vllm_pooling, vllm_scoring, openrlhf, slime, llama_factory)
+GENERATION = (vllm_generate, sglang_generate, trl_legacy, trl_scoring)
+STATE = (vllm_control, sglang_info)
+CONTROL = (vllm_control, sglang_control, adapters, trl_legacy)  # each has `admin`, routes that not everybody may call
+
+ROUTERS = tuple(module.router for module in (*SCORING, *GENERATION, *STATE)) + tuple(part.admin for part in CONTROL)
+ADMIN_PATHS = frozenset(route.path for part in CONTROL for route in part.admin.routes if isinstance(route, APIRoute))

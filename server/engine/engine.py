@@ -64,6 +64,7 @@ class Engine:
         self._flight: tuple[Flight, Ticket] | None = None
         self._building = Building(options.max_waiting_requests)
         self._groups: dict[int, tuple[Group, set[int]]] = {}  # with its members
+        self.refused: EngineError | None = None  # what new requests are told; None: they are taken
         follows = grammars is not None and self.card.gives == "text" and bool(card.end_ids)
         self._guides = Guides(grammars(card), card.vocab_size, card.end_ids) if grammars and follows else None
         self.scheduler = Scheduler(
@@ -111,6 +112,11 @@ class Engine:
         return bool(self._building) and not (self.scheduler.has_work or self._flight or self._building.any_built)
 
     @property
+    def requests(self) -> int:
+        """How many are not finished."""
+        return len(self.scheduler.requests) + len(self._building)
+
+    @property
     def decoding(self) -> int:
         """Sequences that wait for their next token."""
         return self.scheduler.decoding
@@ -153,6 +159,8 @@ class Engine:
             first = None if request.want == {"score"} else len(group.token_ids) - 1
             token_ids = [*group.token_ids, *request.token_ids]
             request = replace(request, token_ids=token_ids, first_needed_row=first, group=0)
+        if self.refused is not None:
+            return self.refused
         if "embedding" in request.want and self.card.pooling != "last":  # earlier rows count: none may come from cache
             request = replace(request, first_needed_row=0)
         error = self._refusal(request)
@@ -165,6 +173,25 @@ class Engine:
     def abort(self, request_id: int, choice: int | None = None, finish: Finish = "abort") -> list[Output]:
         early = self._building.abort(request_id, choice, finish, self.scheduler.weight_version)
         return early or self.scheduler.abort(request_id, choice, finish)
+
+    def abort_all(self, error: EngineError) -> list[Output]:
+        """Ends every request: with the tokens that it has, or with the error where it gives something else."""
+        outputs = [*self.settle(), *self._building.abort_all(self.scheduler.weight_version)]
+        for request in self.scheduler.requests:
+            draws = request.sampling is not None and request.sampling.max_tokens > 0
+            outputs += self.scheduler.abort(request.id) if draws else [self._fail(request, error)]
+        return outputs
+
+    def pause(self) -> Outputs:
+        """No step is taken until `resume`. What the last one brought is told."""
+        self.scheduler.paused = True
+        self.card = replace(self.card, paused=True)
+        return self.settle()
+
+    def resume(self) -> None:
+        """Steps are taken, and requests."""
+        self.scheduler.paused, self.refused = False, None
+        self.card = replace(self.card, paused=False)
 
     def expire(self, now: float) -> list[Output]:
         return self._building.expire(now, self.scheduler.weight_version) + self.scheduler.expire(now)
@@ -198,22 +225,22 @@ class Engine:
     def _step(self, budget: int | None) -> Outputs:
         plan = self.scheduler.plan(budget)
         if plan is None:
-            return self._settle()
+            return self.settle()
         try:
             ticket = self.runner.launch(plan)
         except Exception as error:
-            outputs = self._settle()
+            outputs = self.settle()
             if self.scheduler.planned:
                 outputs.others += self._fail_step(plan, error)
             return outputs
-        outputs = self._settle()
+        outputs = self.settle()
         if self.scheduler.planned:  # not failed together with the step before
             self._flight = (self.scheduler.advance(plan), ticket)
             if not self.runner.ahead:
-                outputs.extend(self._settle())
+                outputs.extend(self.settle())
         return outputs
 
-    def _settle(self) -> Outputs:
+    def settle(self) -> Outputs:
         """Waits for the launched step, if there is one, and brings in what came of it."""
         if self._flight is None:
             return Outputs()

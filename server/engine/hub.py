@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import TypeVar, cast
 
+from .administration import Administration, Task
+from .commands import AnyCommand, Command
 from .counts import ModelStats
 from .engine import Engine
 from .guides import LoadGrammars
@@ -17,6 +21,9 @@ from .hosting import Progress, load_engines
 from .options import EngineOptions, ModelSpec
 from .request import Catalog, EngineError, Finish, Group, Output, Outputs, Request
 
+Reply = TypeVar("Reply")
+
+WAIT_SECONDS = 0.001  # between two looks at a command that waits, where nothing else is to do
 NEWEST = 0.2  # weight of the newest step in a running mean
 
 
@@ -77,6 +84,7 @@ class Hub:
         self.catalog = Catalog(epoch, 1, tuple(engine.card for engine in engines))
         self._step_target = step_target  # seconds
         self._clock = clock
+        self._administration = Administration(self.engines)
         self._places = [_Place(e, w) for e, w in zip(engines, weights or [1.0] * len(engines), strict=True)]
 
     @staticmethod
@@ -125,6 +133,30 @@ class Hub:
     def abort(self, request_id: int, choice: int | None = None, finish: Finish = "abort") -> list[Output]:
         return [output for engine in self.engines for output in engine.abort(request_id, choice, finish)]
 
+    def order(self, command: AnyCommand) -> Task:
+        """Begins a command; `turn` carries it on."""
+        return self._administration.begin(command)
+
+    def turn(self) -> None:
+        """Between two steps: moves the commands that are not done, and brings the catalog up to date."""
+        self._administration.turn()
+        cards = tuple(engine.card for engine in self.engines)
+        if cards != self.catalog.models:
+            self.catalog = replace(self.catalog, version=self.catalog.version + 1, models=cards)
+
+    def execute(self, command: Command[Reply]) -> Reply:
+        """Carries a command out in this thread, with the steps that it waits for; the next `step` tells what they gave.
+        Raises Refused."""
+        task, outputs = self.order(cast(AnyCommand, command)), list[Output]()
+        self.turn()
+        while not task.done:
+            outputs += self.step()
+            if not self.has_work:
+                time.sleep(WAIT_SECONDS)
+            self.turn()
+        self._administration.said[:0] = outputs
+        return cast(Reply, task.result())
+
     def stats(self) -> list[ModelStats]:
         return [engine.stats for engine in self.engines]
 
@@ -133,13 +165,15 @@ class Hub:
         return [output for engine in self.engines for output in engine.expire(now)]
 
     def step(self) -> Outputs:
-        """One step of the model whose turn it is; nothing where none has work."""
-        place = self._next()
+        """One step of the model whose turn it is, and what commands had to say."""
+        said, place = self._administration.take(), self._next()
         if place is None:
-            return Outputs()
+            return Outputs(said)
         budget = self._budget(place)
         began = self._clock()
         outputs = place.engine.step(budget)
+        if said:
+            outputs.others[:0] = said
         step = place.engine.last_step
         seconds = self._clock() - began if step.seconds is None else step.seconds
         place.time += seconds / place.weight

@@ -173,12 +173,15 @@ class Pages:
                 self._published[chain.digest] = page
                 self._digests[page] = chain.digest
 
-    def drop(self) -> None:
-        """Forgets every published prefix: cached pages become free, used ones when they are released."""
+    def drop(self) -> int:
+        """Forgets every published prefix: cached pages become free, used ones when they are released. Gives the number
+        of pages that were published."""
+        count = len(self._published)
         self._free.extend(self._idle)
         self._idle.clear()
         self._published.clear()
         self._digests = [None] * self.count
+        return count
 
     def check(self, tables: Iterable[Sequence[int]]) -> None:
         """Raises AssertionError unless the books are right, `tables` being all references that are held."""

@@ -14,13 +14,18 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
 from .control import Failed, HostedModel, Ready, StartEngine, Stop, as_flags, enter, log_to_stderr
-from .link import BEAT_SECONDS, Ask, Close, EngineServer
+from .link import BEAT_SECONDS
+from .link_server import EngineServer
+from .messages import Ask, Close, Order
 from .options import OptionsError
 from .request import EngineError, Group, Output, Request
 
 if TYPE_CHECKING:
+    from .administration import Task
     from .guides import LoadGrammars
     from .hub import Hub
+
+ORDERED_SECONDS = 0.002  # between two looks at a command that waits, where nothing else is to do
 
 log = logging.getLogger(__name__)
 
@@ -51,11 +56,13 @@ def load(order: StartEngine, grammars: LoadGrammars | None = None) -> Hub:
 
 def serve(hub: Hub, server: EngineServer, control: Connection[object, object]) -> None:
     """Until the supervisor says stop."""
-    server.publish(hub.catalog)
+    catalog, orders = hub.catalog, list[tuple[Order, Task]]()
+    server.publish(catalog)
     while True:
         busy = hub.has_work
         early: list[Output] = []
-        for message in server.receive(0.0 if busy or hub.idle() else BEAT_SECONDS):
+        pause = ORDERED_SECONDS if orders else BEAT_SECONDS
+        for message in server.receive(0.0 if busy or hub.idle() else pause):
             if isinstance(message, Request):
                 early += _submit(hub, message)
             elif isinstance(message, Ask):
@@ -64,9 +71,20 @@ def serve(hub: Hub, server: EngineServer, control: Connection[object, object]) -
                 hub.open(message)
             elif isinstance(message, Close):
                 early += hub.close(message.group_id)
+            elif isinstance(message, Order):
+                orders.append((message, hub.order(message.command)))
             else:
                 early += hub.abort(message.request_id, message.choice, message.finish)
         early += hub.expire(time.monotonic())
+        if orders:
+            hub.turn()
+        if hub.catalog is not catalog:
+            catalog = hub.catalog
+            server.publish(catalog)
+        for order, task in orders:
+            if task.done:
+                server.answer(order, task.outcome)
+        orders = [(order, task) for order, task in orders if not task.done]
         outputs = hub.step()
         outputs.others += early
         if outputs:

@@ -17,7 +17,7 @@ LogprobsMode = Literal["raw", "processed"]
 Gives = Literal["text", "scores", "embeddings", "values"]
 PoolingMode = Literal["last", "mean", "cls"]
 Finish = Literal["stop", "length", "abort", "error"]
-ErrorKind = Literal["invalid", "not_found", "overloaded", "deadline", "unavailable", "internal"]
+ErrorKind = Literal["invalid", "not_found", "conflict", "overloaded", "deadline", "unavailable", "internal"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ class Logprobs:
 
 @dataclass(frozen=True, slots=True)
 class EngineError:
-    """Why a request got no answer. `api.errors` turns the kind into a status."""
+    """Why a request or a command got no answer. `api.errors` turns the kind into a status."""
 
     kind: ErrorKind
     message: str
@@ -204,6 +204,10 @@ class ModelCard:
     pooling: str = ""
     normalized: bool = True  # embeddings are meant to be divided by their length
     label_names: tuple[str, ...] = ()  # of a score head's outputs
+    weight_label: str = ""  # the trainer's name for the weights
+    paused: bool = False
+    reward_mean: float = 0.0  # a reward is (score - mean) / std
+    reward_std: float = 1.0
 
     @property
     def gives(self) -> Gives:

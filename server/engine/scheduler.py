@@ -88,6 +88,11 @@ class Scheduler:
         return bool(self._jobs) and not self.paused
 
     @property
+    def requests(self) -> list[Request]:
+        """Those that are not finished."""
+        return [job.request for job in self._jobs.values()]
+
+    @property
     def waiting(self) -> int:
         """Sequences that wait for pages or a slot, preempted ones included."""
         return len(self._waiting)
@@ -160,20 +165,20 @@ class Scheduler:
             self._running.undelivered(plan)
         return outputs
 
-    def set_version(self, version: int, keep: bool = True) -> None:
-        """The weights have changed, between two steps. Prefixes that the old ones computed are forgotten.
+    def set_version(self, version: int, keep: bool = True) -> int:
+        """The weights have changed, between two steps. What the old ones published, so many pages, is forgotten.
 
-        Running sequences go on with the keys and values they have and publish none of them from now on; with
-        `keep=False` they give them up and are computed again.
+        Decodes go on with the keys and values they have and publish none of them from now on; with `keep=False` they
+        give them up and are computed again, as prompts that are half computed are in any case: nothing of them is told.
         """
         assert self._plan is None and self._flight is None, "weights change between steps"
         self.weight_version = version
         self.counts.weight_updates += 1
         for sequence in self._running.all():
             sequence.chain = None
-            if not keep:
+            if not (keep and sequence.decoding):
                 self._preempt(sequence)
-        self.pages.drop()
+        return self.pages.drop()
 
     def plan(self, budget: int | None = None) -> Plan | None:
         """The next step, of at most `budget` tokens. None while paused, without a budget, and without anything to
@@ -277,11 +282,8 @@ class Scheduler:
         self._base, running.changed = base if whole else None, False
         self._rows = self._sampling = self._columns.rows
         if ready := [sequence for sequence in ready if sequence.decoding]:  # beside them the others' steps stay steady
-            base, self._rows = (
-                base.with_synchronous([(one.slot, len(one.token_ids) - 1) for one in ready]),
-                [*self._rows, *ready],
-            )
-            self._sampling = self._rows
+            base = base.with_synchronous([(one.slot, len(one.token_ids) - 1) for one in ready])
+            self._rows = self._sampling = [*self._rows, *ready]
         return base
 
     def _plan_prompts(self, base: Plan, budget: int) -> Plan:
@@ -389,10 +391,8 @@ class Scheduler:
         return self._waiting.pop()
 
     def _start_urgent(self) -> None:
-        """Starts what waits with a better priority than something that runs, ahead of everything else.
-
-        The last running ones are preempted for it, unless even all of worse priority would not make enough room.
-        """
+        """Starts what waits with a better priority than something that runs, ahead of everything else. The last running
+        ones are preempted for it, unless even all of worse priority would not make enough room."""
         running = self._running
         while (first := self._waiting.first()) and (last := running.last()) and first.rank[0] < last.rank[0]:
             if self._start_first():

@@ -15,9 +15,11 @@ from checkpoints import write_checkpoint
 from hubs import generate, make_hub, prompt
 
 from tandem.server.engine import process
+from tandem.server.engine.commands import Pause, Refused, Resume
 from tandem.server.engine.control import StartEngine, Stop
 from tandem.server.engine.hub import Hub
-from tandem.server.engine.link import EngineClient, EngineServer, Stream
+from tandem.server.engine.link import EngineClient, Stream
+from tandem.server.engine.link_server import EngineServer
 from tandem.server.engine.options import EngineOptions, ModelSpec, OptionsError
 from tandem.server.engine.request import Output, Request
 
@@ -127,6 +129,26 @@ async def test_a_request_that_breaks_the_engine_breaks_alone(
             (broken,) = await read(ask(client))
         assert broken.error is not None and broken.error.kind == "internal" and "RuntimeError" in broken.error.message
         assert sum(len(output.token_ids) for output in await read(running)) == 200
+
+
+async def test_commands_reach_the_hub_and_the_catalog_the_workers(directory: Path, hub: Hub) -> None:
+    async with worker(directory, 1) as client, worker(directory, 2) as other:
+        running = ask(client, max_tokens=4000, ignore_eos=True)
+        await until(lambda: hub.engines[0].stats.running)
+        async with asyncio.timeout(10):
+            paused = await client.command(Pause(mode="abort"))
+        assert paused.aborted == 1 and (await read(running))[-1].finish == "abort"
+        for each in (client, other):
+            assert each.catalog is not None and each.catalog.models[0].paused
+        (refused,) = await read(ask(other))
+        assert refused.error is not None and refused.error.kind == "unavailable"
+        began = time.monotonic()
+        async with asyncio.timeout(10):
+            await other.command(Resume())
+        assert time.monotonic() - began < 0.4  # not at the next beat
+        assert (await read(ask(client, max_tokens=3)))[-1].finish == "length"
+        with pytest.raises(Refused, match="no model 'x'"):
+            await client.command(Pause("x"))
 
 
 def order(path: Path, digests: dict[str, str] | None) -> StartEngine:
