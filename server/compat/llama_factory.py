@@ -1,6 +1,6 @@
 """LLaMA-Factory's POST /v1/score/evaluation: whole texts to scores.
 
-Its PPO trainer calls every model "model", so that name means the first reward model, or the one of `?model=NAME`.
+Its PPO trainer calls every model "model": a name that means no model, unless one is called so.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from ..api import body as bodies
 from ..api import fields
 from ..api.fields import honoured
 from ..api.protocol import INT64, Common, Prompt, prompts_of
-from ..api.scoring import reward_model, score
+from ..api.scoring import score
 from ..api.service import Service, encode
 from ..api.streaming import JsonAnswer
+from .urls import model_of, rewards_of
 
 router = APIRouter()
 
@@ -38,8 +39,8 @@ async def evaluate(request: Request) -> Response:
     service = Service.of(request)
     body, headers = await bodies.read(request, Evaluation, EVALUATION, service.options)
     named = body.model if body.model != ANY_MODEL or service.catalog().find(ANY_MODEL) else None
-    card = reward_model(service, named or request.query_params.get("model"))
+    card = model_of(request, named)
     prompts = await encode(service.texts(card), body.messages, body.add_special_tokens is not False, card, "messages")
     scored = await score(request, card, [ids[: body.max_length] for ids in prompts], body, "messages")
     answer = {"id": f"scoreval-{uuid.uuid4().hex}", "object": "score.evaluation", "model": body.model or card.name}
-    return JsonAnswer(answer | {"scores": [value for (value,) in scored.scores]}, headers)
+    return JsonAnswer(answer | {"scores": rewards_of(request, card, scored.scores)}, headers)

@@ -1,7 +1,4 @@
-"""OpenRLHF's POST /get_reward: whole texts, prompt and response together, to rewards.
-
-The client takes its URL as it is and cannot name a model: `?model=NAME` picks one where several give scores.
-"""
+"""OpenRLHF's POST /get_reward: whole texts, prompt and response together, to rewards."""
 
 from __future__ import annotations
 
@@ -15,9 +12,10 @@ from ..api import body as bodies
 from ..api import fields
 from ..api.fields import honoured, ignored
 from ..api.protocol import Common, Prompt, prompts_of
-from ..api.scoring import reward_model, score
+from ..api.scoring import score
 from ..api.service import Service, encode
 from ..api.streaming import JsonAnswer
+from .urls import model_of, rewards_of
 
 router = APIRouter()
 
@@ -37,8 +35,8 @@ async def get_reward(request: Request) -> Response:
     """`scores` is what OpenRLHF filters prompts by; like its own server, this one gives the rewards again."""
     service = Service.of(request)
     body, headers = await bodies.read(request, RewardQuery, GET_REWARD, service.options)
-    card = reward_model(service, body.model or request.query_params.get("model"))
+    card = model_of(request, body.model)
     prompts = await encode(service.texts(card), body.query, body.add_special_tokens is not False, card, "query")
     scored = await score(request, card, prompts, body, "query")
-    rewards = [reward for (reward,) in scored.scores]
-    return JsonAnswer({"rewards": rewards, "scores": rewards, "extra_logs": {"raw_reward": rewards}}, headers)
+    rewards, raw = rewards_of(request, card, scored.scores), [score for (score,) in scored.scores]
+    return JsonAnswer({"rewards": rewards, "scores": rewards, "extra_logs": {"raw_reward": raw}}, headers)

@@ -1,7 +1,4 @@
-"""slime's remote reward model, POST /rm: one prompt and response to a bare number.
-
-The client takes its URL as it is and cannot name a model: `?model=NAME` picks one where several give scores.
-"""
+"""slime's remote reward model, POST /rm: one prompt and response to a bare number."""
 
 from __future__ import annotations
 
@@ -15,9 +12,10 @@ from ..api import body as bodies
 from ..api import fields
 from ..api.fields import honoured, ignored
 from ..api.protocol import Common, Message, conversations_of
-from ..api.scoring import reward_model, score
+from ..api.scoring import score
 from ..api.service import Service, check_ids, in_thread_if
 from ..text.text import Text
+from .urls import model_of, rewards_of
 
 router = APIRouter()
 
@@ -41,12 +39,12 @@ class Rollout(Common):
 async def rm(request: Request) -> JSONResponse:
     service = Service.of(request)
     body, headers = await bodies.read(request, Rollout, RM, service.options)
-    card = reward_model(service, body.model or request.query_params.get("model"))
+    card = model_of(request, body.model)
     text = service.texts(card)
     ids = await in_thread_if(True, lambda: tokens_of(body, text))
     check_ids(ids, card, "prompt")
     scored = await score(request, card, [ids], body, "prompt")
-    return JSONResponse(scored.scores[0][0], headers=headers)
+    return JSONResponse(rewards_of(request, card, scored.scores)[0], headers=headers)
 
 
 def tokens_of(body: Rollout, text: Text) -> list[int]:

@@ -35,8 +35,8 @@ GENERATE: dict[str, fields.Field] = {
     "reasoning_parser_kwargs": ignored("token ids are not read"),
     "features": fields.NO_IMAGES,
     "content_parts": fields.NO_IMAGES,
-    "kv_transfer_params": refused("one engine computes prompt and answer", {}),
-    "ec_transfer_params": refused("one engine computes prompt and answer", {}),
+    "kv_transfer_params": fields.VLLM["kv_transfer_params"],
+    "ec_transfer_params": fields.VLLM["ec_transfer_params"],
 }
 SAMPLING: dict[str, fields.Field] = {  # vLLM's SamplingParams
     **honoured("n", "presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p", "top_k"),
@@ -45,20 +45,16 @@ SAMPLING: dict[str, fields.Field] = {  # vLLM's SamplingParams
     **honoured("logit_bias", "allowed_token_ids", "bad_words", "logprobs_mode"),
     "detokenize": ignored("output_mode says whether there is a text"),
     "output_kind": ignored("`stream` says it"),
-    "stream_interval": ignored("a chunk holds what has come"),
     "flat_logprobs": ignored("a matter of vLLM's memory"),
     "skip_clone": ignored("a matter of vLLM's memory"),
     "output_text_buffer_length": ignored("a matter of vLLM's memory"),
     "skip_reading_prefix_cache": ignored("no answer depends on the cache"),
     "spaces_between_special_tokens": ignored("special tokens are decoded as the tokenizer has them"),
     "prompt_logprob_start": refused("prompt_logprobs begin with the prompt", 0),
-    "logprob_token_ids": refused("log-probabilities are of the drawn and the likeliest tokens", []),
     "extra_args": refused("there are none", {}),
-    "thinking_token_budget": refused("thinking is not counted apart"),
-    "repetition_detection": refused("an answer that repeats itself goes on"),
-    "routed_experts_prompt_start": refused("there are no experts", 0),
     "trace_decode_token_ids": refused("tokens are drawn", []),
-    "watermarking": refused("nothing is marked", False),
+    **{name: fields.VLLM[name] for name in ("stream_interval", "logprob_token_ids", "thinking_token_budget")},
+    **{name: fields.VLLM[name] for name in ("repetition_detection", "routed_experts_prompt_start", "watermarking")},
     "return_sampling_mask": refused("which tokens could be drawn is not told", False),
 }
 
