@@ -44,6 +44,10 @@ AREAS = {
         ("server", "model", "kernels", "benchmarks/bench", "benchmarks/peers"),
     ),
     "clients": Area(("-m", "tandem.benchmarks.clients.matrix"), ("server", "model", "kernels", "benchmarks/clients")),
+    "trainers": Area(
+        ("-m", "tandem.benchmarks.trainers.matrix"),
+        ("server", "model", "kernels", "benchmarks/trainers"),
+    ),
     "demo": Area(("examples/rlhf/evaluate.py", "--count", "150"), ("model", "examples/rlhf")),
 }
 
