@@ -20,7 +20,7 @@ from ..bench.served import tandem
 from ..clients.environments import ROOT
 from ..peers.setup import SetupError
 from . import environments, openrlhf_agent
-from .recorder import Recorder, recording, routes, write
+from .recorder import Recorder, kept, recording, routes, save
 
 HERE = Path(__file__).parent
 POLICY, REWARD = "tandem-demo", "tandem-demo-reward"
@@ -83,7 +83,8 @@ def run(recorder: Recorder, directory: Path | None) -> list[dict[str, Any]]:
             report = {"version": "", "figure": str(error).partition("\n")[0], "ok": False}
         exchanges = recorder.take()
         if directory is not None and report["ok"]:
-            print(f"wrote {write(directory, name, report['version'], exchanges)}")
+            file = directory / f"{name.lower().replace(' ', '-')}-{report['version']}.json"
+            print(f"wrote {save(file, name, report['version'], kept(exchanges))}")
         took = {"routes": routes(exchanges), "seconds": round(time.monotonic() - began, 1)}
         reports.append({"trainer": name, **report, **took})
     return reports

@@ -44,9 +44,9 @@ def recording(target: str) -> Iterator[Recorder]:
             headers = {name: value for name, value in self.headers.items() if name.lower() not in ("host", *HOP_BY_HOP)}
             answer = client.request(self.command, self.path, content=body, headers=headers)
             path, _, query = self.path.partition("?")
-            request = {"method": self.command, "path": path, "query": query, "body": _json(body)}
+            request = {"method": self.command, "path": path, "query": query, "body": json_of(body)}
             recorder.exchanges.append(
-                {"request": request, "response": {"status": answer.status_code, "body": _json(answer.content)}}
+                {"request": request, "response": {"status": answer.status_code, "body": json_of(answer.content)}}
             )
             self.send_response(answer.status_code)
             for name, value in answer.headers.items():
@@ -72,7 +72,7 @@ def recording(target: str) -> Iterator[Recorder]:
         client.close()
 
 
-def _json(raw: bytes) -> Any:
+def json_of(raw: bytes) -> Any:
     """The value; text where it is none, and None where there is nothing."""
     if not raw:
         return None
@@ -104,10 +104,9 @@ def kept(exchanges: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def write(directory: Path, client: str, version: str, exchanges: list[dict[str, Any]]) -> Path:
-    """A fixture: `directory/CLIENT-VERSION.json`."""
-    file = directory / f"{client.lower().replace(' ', '-')}-{version}.json"
+def save(file: Path, client: str, version: str, exchanges: list[dict[str, Any]]) -> Path:
+    """A fixture: who spoke, and what was said."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    record = {"client": client, "version": version, "exchanges": kept(exchanges)}
+    record = {"client": client, "version": version, "exchanges": exchanges}
     file.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     return file
