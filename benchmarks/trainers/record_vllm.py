@@ -1,4 +1,4 @@
-"""vLLM's own answers on the bundled models, kept as fixtures: what /classify, /inference/v1/generate and the others give.
+"""vLLM's own answers on the bundled models, kept as fixtures.
 
     python -m tandem.benchmarks.trainers.record_vllm tests/compat/fixtures
 
