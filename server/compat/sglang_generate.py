@@ -172,6 +172,8 @@ def sampling_of(given: Params, service: Service, body: GenerateBody, extra_key: 
         params, _ = bodies.checked(bodies.Received(dict(given), []), SamplingParams, SAMPLING, service.options)
         forms = {"json": params.json_schema, "regex": params.regex, "grammar": params.ebnf}
         forms = {name: form for name, form in forms.items() if form}
+        if len(forms) > 1:
+            raise invalid("json_schema, regex and ebnf each say what the answer must be; send one of them")
         structured = bodies.validated(StructuredOutputs, forms) if forms else None
     update: Mapping[str, Any] = {
         "priority": body.priority,

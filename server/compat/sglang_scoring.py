@@ -64,7 +64,6 @@ async def classify(request: Request, received: bodies.Received) -> Response:
                 "finish_reason": {"type": "length", "length": 0},
                 "prompt_tokens": len(ids),
                 "weight_version": version,
-                "num_retractions": 0,
                 "e2e_latency": time.monotonic() - began,
             },
         }

@@ -61,9 +61,12 @@ class SharedBody(Common):
     guided_decoding_regex: str | None = None  # what TRL 0.24 called it
     generation_kwargs: dict[str, Any] = Field(default_factory=dict[str, Any])
 
-    def generation(self, service: Service) -> SamplingParams:
-        """`generation_kwargs` go before the others, except before the regular expression. Raises ApiError."""
+    def generation(self, service: Service, told: bool) -> SamplingParams:
+        """`generation_kwargs` go before the others, except before the regular expression. `told`: log-probabilities
+        were not turned off. Raises ApiError."""
         given = {name: getattr(self, name) for name in PARAMS} | self.generation_kwargs
+        if not told:
+            given["logprobs"] = None
         regex = self.structured_outputs_regex or self.guided_decoding_regex
         if regex is not None:
             given["structured_outputs"] = {"regex": regex}
@@ -94,17 +97,21 @@ async def world_size() -> JSONResponse:
 @router.post("/generate/")
 async def create(request: Request) -> Response:
     service = Service.of(request)
-    body, headers = await bodies.read(request, GenerateBody, GENERATE, service.options)
+    received = await bodies.receive(request, service.options)
+    told = received.value.get("logprobs", 0) is not None
+    body, headers = bodies.checked(received, GenerateBody, GENERATE, service.options)
     card = service.card(body.model, gives="text")
     text = service.texts(card)
     prompts = await encode(text, body.prompts, body.add_special_tokens is not False, card, "prompts")
-    return JsonAnswer(await generated(request, body, card, text, prompts, "prompts"), headers)
+    return JsonAnswer(await generated(request, body.generation(service, told), card, text, prompts, "prompts"), headers)
 
 
 @router.post("/chat/")
 async def chat(request: Request) -> Response:
     service = Service.of(request)
-    body, headers = await bodies.read(request, ChatBody, CHAT, service.options)
+    received = await bodies.receive(request, service.options)
+    told = received.value.get("logprobs", 0) is not None
+    body, headers = bodies.checked(received, ChatBody, CHAT, service.options)
     card = service.card(body.model, gives="text")
     text = service.texts(card)
     prompts = await in_thread_if(
@@ -113,7 +120,9 @@ async def chat(request: Request) -> Response:
     )
     for ids in prompts:
         check_ids(ids, card, "messages")
-    return JsonAnswer(await generated(request, body, card, text, prompts, "messages"), headers)
+    return JsonAnswer(
+        await generated(request, body.generation(service, told), card, text, prompts, "messages"), headers
+    )
 
 
 @admin.post("/reset_prefix_cache/")
@@ -135,10 +144,9 @@ async def communicate(request: Request) -> JSONResponse:
 
 
 async def generated(
-    request: Request, body: SharedBody, card: ModelCard, text: Text, prompts: Sequence[list[int]], param: str
+    request: Request, params: SamplingParams, card: ModelCard, text: Text, prompts: Sequence[list[int]], param: str
 ) -> dict[str, Any]:
     service = Service.of(request)
-    params = body.generation(service)
     length = Length("max_tokens", params.max_tokens)
     grammar = await grammar_of(service, params)
     requests = requests_of(service, params, card, text, prompts, param, length, params.logprobs, grammar=grammar)
