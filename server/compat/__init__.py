@@ -27,4 +27,10 @@ STATE = (vllm_control, sglang_info)
 CONTROL = (vllm_control, sglang_control, adapters, trl_legacy)  # each has `admin`, routes that not everybody may call
 
 ROUTERS = tuple(module.router for module in (*SCORING, *GENERATION, *STATE)) + tuple(part.admin for part in CONTROL)
-ADMIN_PATHS = frozenset(route.path for part in CONTROL for route in part.admin.routes if isinstance(route, APIRoute))
+ADMIN_ROUTES = frozenset(  # (method, path)
+    (method, route.path)
+    for part in CONTROL
+    for route in part.admin.routes
+    if isinstance(route, APIRoute)
+    for method in route.methods
+)

@@ -137,8 +137,10 @@ def test_what_a_client_asks_before_it_trusts_a_server(control: httpx.Client) -> 
 
 
 def test_what_changes_the_server_is_for_operators() -> None:
-    assert {"/pause", "/update_weights", "/v1/load_lora_adapter", "/flush_cache"} <= compat.ADMIN_PATHS
-    assert not {"/classify", "/generate", "/is_paused", "/v1/loads", "/server_info"} & compat.ADMIN_PATHS
+    paths = {path for _, path in compat.ADMIN_ROUTES}
+    assert {"/pause", "/update_weights", "/v1/load_lora_adapter", "/flush_cache", "/abort_request"} <= paths
+    assert not {"/classify", "/generate", "/is_paused", "/v1/loads", "/server_info"} & paths
+    assert {method for method, path in compat.ADMIN_ROUTES if path == "/flush_cache"} == {"GET", "POST"}
 
 
 @pytest.mark.parametrize(
