@@ -20,7 +20,7 @@ from ..api.generation import Generation, Part
 from ..api.logprobs import finite
 from ..api.protocol import INT64, MAX_PROMPTS, Common, Ids, refuse
 from ..api.scoring import check_lengths
-from ..api.service import Service, check_ids
+from ..api.service import Service, check_ids, in_thread_if
 from ..api.streaming import JsonAnswer, whole
 from ..engine.request import Logprobs, ModelCard
 from ..engine.request import Request as EngineRequest
@@ -77,12 +77,8 @@ async def score(request: Request) -> Response:
     generation = Generation(service.client, parts, request.state.request_id)
     await whole(request, generation)
     columns = [columns_of(part, request.state.request_id) for part in parts]
-    if body.response_format == "json":
-        rows = [_rows(body, index, found) for index, found in enumerate(columns)]
-        logprobs = [[[finite(value) for value, _ in row] for row in sequence] for sequence in rows]
-        ids = [[[token_id for _, token_id in row] for row in sequence] for sequence in rows]
-        return JsonAnswer({"logprobs": logprobs, "logprob_token_ids": ids}, headers)
-    return JsonAnswer(packed(body, columns), headers)
+    wording = packed if body.response_format == "binary" else listed
+    return JsonAnswer(await in_thread_if(True, lambda: wording(body, columns)), headers)
 
 
 def check(body: SequencesBody, card: ModelCard, most: int) -> None:
@@ -119,6 +115,13 @@ def _rows(body: SequencesBody, index: int, found: Logprobs) -> list[list[tuple[f
         own = (found.values[place], token_id)
         rows.append(likely if token_id in (number for _, number in likely) else [*likely, own])
     return rows
+
+
+def listed(body: SequencesBody, columns: Sequence[Logprobs]) -> dict[str, Any]:
+    rows = [_rows(body, index, found) for index, found in enumerate(columns)]
+    logprobs = [[[finite(value) for value, _ in row] for row in sequence] for sequence in rows]
+    ids = [[[token_id for _, token_id in row] for row in sequence] for sequence in rows]
+    return {"logprobs": logprobs, "logprob_token_ids": ids}
 
 
 def packed(body: SequencesBody, columns: Sequence[Logprobs]) -> dict[str, Any]:
