@@ -1,4 +1,4 @@
-"""Where the trainers live: `.venvs/trl` and `.venvs/openrlhf`, made on first use.
+"""Where the trainers live: `.venvs/trl`, `.venvs/openrlhf` and `.venvs/areal`, made on first use.
 
 torch and transformers are this environment's, so that nothing large is installed twice.
 """
@@ -12,9 +12,9 @@ from pathlib import Path
 from ..clients.environments import ROOT, STAMP, beside, is_made, say
 from ..peers.setup import step
 
-TRL_VENV, OPENRLHF = ROOT / ".venvs" / "trl", ROOT / ".venvs" / "openrlhf"
+TRL_VENV = ROOT / ".venvs" / "trl"
 TRL = ("trl==1.16.0", "accelerate==1.15.0", "datasets==5.2.0", "peft==0.21.2", "requests", "aiohttp")
-OPENRLHF_WHEEL = "openrlhf==0.11.2"
+OPENRLHF, AREAL = "openrlhf==0.11.2", "areal==1.0.4"
 
 
 def trl() -> Path:
@@ -22,15 +22,15 @@ def trl() -> Path:
     return beside(TRL_VENV, TRL)
 
 
-def openrlhf() -> Path:
-    """OpenRLHF's agent.py. Its package wants deepspeed, flash-attn and ray; this file of it wants aiohttp alone.
+def unpacked(package: str) -> Path:
+    """A directory with the package alone: what it wants besides is not needed for the files that are used of it.
 
     Raises SetupError.
     """
-    if not is_made(OPENRLHF, OPENRLHF_WHEEL):
-        shutil.rmtree(OPENRLHF, ignore_errors=True)
+    place = ROOT / ".venvs" / package.partition("==")[0]
+    if not is_made(place, package):
+        shutil.rmtree(place, ignore_errors=True)
         pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install"]
-        options = ["--no-deps", "--target", str(OPENRLHF)]
-        step(say, f"unpacking {OPENRLHF_WHEEL}", [*pip, *options, OPENRLHF_WHEEL])
-        (OPENRLHF / STAMP).write_text(OPENRLHF_WHEEL)
-    return OPENRLHF / "openrlhf" / "utils" / "agent.py"
+        step(say, f"unpacking {package}", [*pip, "--no-deps", "--target", str(place), package])
+        (place / STAMP).write_text(package)
+    return place

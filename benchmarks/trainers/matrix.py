@@ -19,7 +19,7 @@ from typing import Any
 from ..bench.served import tandem
 from ..clients.environments import ROOT
 from ..peers.setup import SetupError
-from . import environments, openrlhf_agent
+from . import areal_backends, environments, openrlhf_agent
 from .recorder import Recorder, kept, recording, routes, save
 
 HERE = Path(__file__).parent
@@ -59,15 +59,21 @@ def trl_clients(url: str) -> dict[str, Any]:
 
 
 def openrlhf(url: str) -> dict[str, Any]:
-    file = environments.openrlhf()
+    file = environments.unpacked(environments.OPENRLHF) / "openrlhf" / "utils" / "agent.py"
     report = openrlhf_agent.run(url, file, DIRECTORY, POLICY, REWARD)
-    return checked({"version": environments.OPENRLHF_WHEEL.partition("==")[2], **report})
+    return checked({"version": environments.OPENRLHF.partition("==")[2], **report})
+
+
+def areal(url: str) -> dict[str, Any]:
+    report = areal_backends.run(url, environments.unpacked(environments.AREAL), DIRECTORY)
+    return checked({"version": environments.AREAL.partition("==")[2], **report})
 
 
 TRAINERS: dict[str, Callable[[str], dict[str, Any]]] = {
     "TRL GRPOTrainer": grpo,
     "TRL clients": trl_clients,
     "OpenRLHF agent": openrlhf,
+    "AReaL backends": areal,
 }
 
 
