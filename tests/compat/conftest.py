@@ -30,6 +30,7 @@ def reward(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(policy: Path, reward: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     models = [f"policy={policy}", f"reward={reward}", f"embed={policy},role=embedding,pooling=mean"]
     with Server(tmp_path_factory.mktemp("log"), *models, "--max-logprobs", 100) as server:
+        server.wait_ready()
         yield server.base_url
 
 

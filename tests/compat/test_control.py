@@ -29,6 +29,7 @@ def control(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
         Server(tmp_path_factory.mktemp("log"), f"policy={policy}", f"reward={reward}") as server,
         httpx.Client(base_url=server.base_url, timeout=60) as client,
     ):
+        server.wait_ready()
         yield client
 
 

@@ -36,6 +36,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
         Server(tmp_path_factory.mktemp("log"), "--dtype", "float32", "--max-logprobs", 100) as server,
         httpx.Client(base_url=server.base_url, timeout=60) as client,
     ):
+        server.wait_ready()
         yield client
 
 
