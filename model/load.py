@@ -16,7 +16,7 @@ from .model import Model
 from .pooling import PoolingMode
 from .registry import ARCHITECTURES, Decoder
 from .slots import Place
-from .weights import Progress, digest, fill, find_files, slots_of
+from .weights import Naming, Progress, digest, fill, find_files, open_file, slots_of
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 AnyHead = LMHead | ScoreHead | EmbedHead
@@ -48,11 +48,12 @@ def load_model(
         config = replace(config, rope=config.rope.within(context))
     files = find_files(directory)
     place = Place(choose_dtype(dtype, config, device), device, deterministic)
-    decoder, head = _unfilled(config, place)
-    ignored = decoder.IGNORED if config.pooling is None else f"{decoder.IGNORED}|{LANGUAGE_HEAD}"
-    fill(decoder, head, decoder.PREFIX, ignored, files, on_progress or (lambda done, total: None))
+    decoder, head = unfilled(config, place)
+    naming = naming_of(decoder, config)
+    tensors = [named for file in files for named in open_file(file).items()]
+    fill(decoder, head, naming, tensors, directory, on_progress or (lambda done, total: None))
     _pack(decoder, head)
-    return Model(config, decoder, head, place, digest([directory / "config.json", *files]))
+    return Model(config, decoder, head, place, naming, digest([directory / "config.json", *files]))
 
 
 def random_model(
@@ -70,7 +71,7 @@ def random_model(
     """
     device = torch.device(device)
     place = Place(choose_dtype(dtype, config, device), device, deterministic)
-    decoder, head = _unfilled(config, place)
+    decoder, head = unfilled(config, place)
     generator = torch.Generator(place.device).manual_seed(seed)
     for part in (decoder, head):
         for slot in slots_of(part):
@@ -81,10 +82,15 @@ def random_model(
             else:
                 slot.into.normal_(float(slot.name.endswith("weight")), 0.1, generator=generator)
     _pack(decoder, head)
-    return Model(config, decoder, head, place, f"random {seed}")
+    return Model(config, decoder, head, place, naming_of(decoder, config), f"random {seed}")
 
 
-def _unfilled(config: ModelConfig, place: Place) -> tuple[Decoder, AnyHead]:
+def naming_of(decoder: Decoder, config: ModelConfig) -> Naming:
+    prefixes = (decoder.PREFIX,) if isinstance(decoder.PREFIX, str) else decoder.PREFIX
+    return Naming(prefixes, decoder.IGNORED if config.pooling is None else f"{decoder.IGNORED}|{LANGUAGE_HEAD}")
+
+
+def unfilled(config: ModelConfig, place: Place) -> tuple[Decoder, AnyHead]:
     """Decoder and head as the config describes them, their weights not yet written."""
     entry = ARCHITECTURES[config.architecture]
     decoder = entry.family.decoder(config, place)

@@ -17,6 +17,7 @@ from .kv_cache import KVCache
 from .linear import linears
 from .registry import Decoder
 from .slots import Place
+from .weights import Naming
 
 
 class Model:
@@ -27,10 +28,17 @@ class Model:
     """
 
     def __init__(
-        self, config: ModelConfig, decoder: Decoder, head: LMHead | ScoreHead | EmbedHead, place: Place, digest: str
+        self,
+        config: ModelConfig,
+        decoder: Decoder,
+        head: LMHead | ScoreHead | EmbedHead,
+        place: Place,
+        naming: Naming,
+        digest: str,
     ) -> None:
         self.config, self.decoder, self.head = config, decoder, head
-        self.dtype, self.deterministic = place.dtype, place.deterministic
+        self.place, self.dtype, self.deterministic = place, place.dtype, place.deterministic
+        self.naming = naming  # of the tensors of an update
         self.digest = digest  # of the files it was loaded from
         tensors = {t.data_ptr(): t.nbytes for part in (decoder, head) for t in part.buffers()}
         packed = sum(linear.packed_bytes for part in (decoder, head) for _, linear in linears(part))

@@ -46,9 +46,9 @@ struct Attention {
 };
 
 struct Kernels {
-    void (*pack)(const Pack&);
-    void (*linear)(const Linear&);
-    void (*norm)(const Norm&);
-    void (*rotary)(const Rotary&);
-    void (*attention)(const Attention&);
+    void (*pack)(const Pack&, int threads);
+    void (*linear)(const Linear&, int threads);
+    void (*norm)(const Norm&, int threads);
+    void (*rotary)(const Rotary&, int threads);
+    void (*attention)(const Attention&, int threads);
 };

@@ -1,8 +1,8 @@
 """The shared library with the C++ kernels of this directory, and calls of it.
 
 Setuptools builds it when Tandem is installed (pyproject.toml). Where it cannot be built (no C++ compiler, a processor
-that is no x86-64), and where the processor lacks AVX2, the definitions compute instead. It uses torch's own threads:
-its OpenMP calls find the runtime that torch brought along.
+that is no x86-64), and where the processor lacks AVX2, the definitions compute instead. It has threads of its own
+(crew.h), as many as torch is set to use.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Native:
     set: int
 
     def run(self, name: str, call: ctypes.Structure) -> None:
-        getattr(self.library, name)(self.set, ctypes.byref(call))
+        getattr(self.library, name)(self.set, torch.get_num_threads(), ctypes.byref(call))
 
 
 @cache

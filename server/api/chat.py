@@ -172,6 +172,7 @@ class Chat:
             "logprobs": logprobs.chat(self._wording, delta.token_ids, columns) if columns else None,
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,
+            **choice.shown_spans(),
             **({"token_ids": delta.token_ids} if self._ids else {}),
         }
 
@@ -195,7 +196,7 @@ class Chat:
             elif delta.text or columns or extra:
                 events.append(self._event(choice, f'{{"content":{quoted(delta.text)}}}', columns, extra, tail))
             if choice.finish_reason is not None:
-                extra = f',"stop_reason":{to_json(choice.stop_reason)}'
+                extra = "," + to_json({"stop_reason": choice.stop_reason, **choice.shown_spans()})[1:-1]
                 events.append(self._event(choice, "{}", None, extra, tail, to_json(choice.finish_reason)))
         return "".join(events)
 

@@ -48,6 +48,22 @@ class Choice:
     waiting: Delta = field(default_factory=Delta)
     reader: Reader | None = None  # None: all text is prose
     calls: int = 0  # begun so far
+    versions: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])  # of weights, by first token
+
+    def weight_spans(self) -> list[dict[str, int]]:
+        """Which of its tokens, from `start` to before `end`, were drawn by which version of the weights."""
+        firsts = [first for _, first in self.versions] + [self.tokens]
+        ends = [min(first, self.tokens) for first in firsts[1:]]
+        return [
+            {"version": version, "start": first, "end": end}
+            for (version, first), end in zip(self.versions, ends, strict=True)
+            if first < end
+        ]
+
+    def shown_spans(self) -> dict[str, object]:
+        """For an answer: nothing where one version drew all of it."""
+        spans = self.weight_spans()
+        return {"weight_spans": spans} if len(spans) > 1 else {}
 
     @property
     def aborted(self) -> bool:
@@ -66,6 +82,8 @@ class Choice:
         piece = self.detokenizer.push(output.token_ids, output.finish is not None, output.stop_id)
         count = len(output.token_ids)
         waiting = self.waiting
+        if output.earlier_versions or not self.versions or self.versions[-1][0] != output.weight_version:
+            self._note_versions(output)
         if piece.stop is None and output.finish is None and output.logprobs is None and not piece.offsets:
             self.tokens += count
             waiting.token_ids += output.token_ids
@@ -92,6 +110,13 @@ class Choice:
             waiting.text += piece.text
             return ended
         return self._read(self.reader, piece.text) or ended
+
+    def _note_versions(self, output: Output) -> None:
+        first = self.tokens
+        for version, count in output.runs():
+            if count and (not self.versions or self.versions[-1][0] != version):
+                self.versions.append((version, first))
+            first += count
 
     def _read(self, reader: Reader, text: str) -> bool:
         """True when it has its only call."""
@@ -162,8 +187,9 @@ def extended(first: Logprobs | None, more: Logprobs, count: int) -> Logprobs:
 def _one_by_one(output: Output) -> Iterator[Output]:
     """An output per token that together say what `output` says."""
     last, logprobs = len(output.token_ids) - 1, output.logprobs
-    for i, token in enumerate(output.token_ids):
-        single = Output(output.request_id, output.choice, [token], weight_version=output.weight_version)
+    versions = [version for version, count in output.runs() for _ in range(count)]
+    for i, (token, version) in enumerate(zip(output.token_ids, versions, strict=True)):
+        single = Output(output.request_id, output.choice, [token], weight_version=version)
         if logprobs is not None:
             here = slice(i, i + 1)
             single.logprobs = Logprobs(

@@ -137,6 +137,7 @@ class Completion:
             "logprobs": self._columns(choice, delta, first=True),
             "finish_reason": self._finish_reason(choice),
             "stop_reason": choice.stop_reason,
+            **choice.shown_spans(),
             **self._token_ids(choice, delta, first=True),
             **extras,
         }
@@ -197,7 +198,7 @@ class Completion:
                 extra = "," + to_json(self._token_ids(choice, delta, first))[1:-1]
             if finished:
                 finish = to_json(self._finish_reason(choice))
-                extra += f',"stop_reason":{to_json(choice.stop_reason)}'
+                extra += "," + to_json({"stop_reason": choice.stop_reason, **choice.shown_spans()})[1:-1]
             elif not (delta.text or delta.logprobs or echoes or (extra and delta.token_ids)):
                 continue
             text = self._echoes[self._prompt_of(choice)[0]].text + delta.text if echoes else delta.text

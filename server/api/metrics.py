@@ -121,6 +121,12 @@ METRICS: tuple[Gauge | Labelled | Count | Spread, ...] = (
         lambda m: m.counts.forked_tokens,
     ),
     Count("weight_updates", "Times that the weights were replaced.", lambda m: m.counts.weight_updates),
+    Spread(
+        "weight_update_seconds",
+        "To read, check and put in place new weights, most of it while the old ones served.",
+        lambda m: m.counts.weight_update_seconds,
+    ),
+    Spread("weight_commit_seconds", "No step was taken meanwhile.", lambda m: m.counts.weight_commit_seconds),
     Spread("request_prompt_tokens", "Prompt tokens of a request.", lambda m: m.counts.request_prompt_tokens),
     Spread("request_generation_tokens", "Tokens of a choice.", lambda m: m.counts.generation_tokens),
     Spread(

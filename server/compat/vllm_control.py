@@ -21,8 +21,8 @@ from ..engine.commands import (
     AbortAll,
     FinishUpdate,
     InitTransfer,
+    LabelWeights,
     Pause,
-    Relabel,
     ResetPrefixCache,
     Resume,
     StartUpdate,
@@ -36,7 +36,7 @@ router = APIRouter()
 admin = APIRouter()  # what may not be called by everybody
 
 WORLD_SIZE = 1  # processes that share a model
-TRANSFER_GROUP = "vllm"
+TRANSFER_GROUP = ""  # torch's default one
 MODES = ("abort", "wait", "keep")
 
 
@@ -223,7 +223,7 @@ async def finish_weight_update(request: Request) -> JSONResponse:
 async def update_weight_version(request: Request) -> JSONResponse:
     """SGLang has the route, too."""
     body, _ = await bodies.read(request, VersionBody, VERSION, Service.of(request).options)
-    await carried_out(request, Relabel(trained(request).name, body.new_version))
+    await carried_out(request, LabelWeights(trained(request).name, body.new_version))
     message = f"Weight version updated to {body.new_version}"
     return JSONResponse({"success": True, "message": message, "new_version": body.new_version})
 

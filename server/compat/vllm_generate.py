@@ -164,6 +164,7 @@ class TokensAnswer:
             "finish_reason": "abort" if choice.aborted else choice.finish_reason,
             "stop_reason": None if choice.aborted else choice.stop_reason,
             "token_ids": delta.token_ids,
+            "weight_versions": None if choice.finish_reason is None else choice.weight_spans(),
         }
         return said | {"text": delta.text} if self._body.output_mode == "text" else said
 

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 from . import commands
 from .commands import AnyCommand, Refused
+from .control import ModelState, Standing
 from .engine import Engine
+from .hosted import Hosted, Work, closed
 from .request import EngineError, Output
+from .updates import Updates
 
 log = logging.getLogger(__name__)
-
-Result = TypeVar("Result")
-Work = Generator[None, None, Result]
 
 
 @dataclass(eq=False, slots=True)
@@ -54,12 +53,14 @@ class Task:
 
 
 class Administration:
-    """`said`: what requests are told because of commands, until somebody takes it."""
-
     def __init__(self, engines: Sequence[Engine]) -> None:
-        self._engines = engines
+        self._hosted = Hosted(engines)
+        self.updates = Updates(self._hosted)
         self._tasks: list[Task] = []
-        self.said: list[Output] = []
+
+    @property
+    def standing(self) -> Standing:
+        return Standing(tuple(map(_state_of, self._hosted.engines)), self.updates.changes)
 
     def begin(self, command: AnyCommand) -> Task:
         task = Task(self._work(command))
@@ -73,8 +74,13 @@ class Administration:
         self._tasks = [task for task in self._tasks if not task.done]
 
     def take(self) -> list[Output]:
-        said, self.said = self.said, []
+        """What requests are told because of commands."""
+        said, self._hosted.said = self._hosted.said, []
         return said
+
+    def give_back(self, outputs: list[Output]) -> None:
+        """They are taken first the next time."""
+        self._hosted.said[:0] = outputs
 
     def _work(self, command: AnyCommand) -> Work[object]:
         match command:
@@ -83,74 +89,54 @@ class Administration:
             case commands.Resume():
                 return self._resume(command)
             case commands.AbortAll():
-                return commands.Aborted(self._abort(self._named(command.model)))
+                return commands.Aborted(self._hosted.abort(self._hosted.named(command.model)))
             case commands.ResetPrefixCache():
                 return self._reset(command)
             case commands.Normalize():
                 return self._normalize(command)
-            case commands.Relabel():
-                return self._relabel(command)
-            case _:
-                what = f"{type(command).__name__} cannot be carried out by this engine"
-                raise Refused(EngineError("invalid", what))
-
-    # Pausing ----------------------------------------------------------------------------------------------------------
+            case commands.StartUpdate():
+                return self.updates.start(command)
+            case commands.UpdateWeights():
+                return (yield from self.updates.update(command))
+            case commands.FinishUpdate():
+                return (yield from self.updates.finish(command))
+            case commands.LabelWeights():
+                return self.updates.label(command)
+            case commands.InitTransfer():
+                return (yield from self.updates.join(command))
+            case commands.DestroyTransfer():
+                return self.updates.leave(command)
+            case commands.LoadAdapter() | commands.UnloadAdapter():
+                raise Refused(EngineError("invalid", "this engine has no room for adapters", "model"))
 
     def _pause(self, command: commands.Pause) -> Work[commands.Paused]:
-        engines, aborted = self._named(command.model), 0
+        engines, aborted = self._hosted.named(command.model), 0
         if command.mode == "wait":
-            yield from self._finished(engines)
+            yield from self._hosted.finished(engines, "after it was paused and resumed")
         for engine in engines:
             if command.mode != "keep":
-                engine.refused = _closed(engine, "is paused")
+                engine.refused = closed(engine, "is paused", "after resume")
             if command.mode == "abort":
-                aborted += self._abort([engine])
-            self.said += engine.pause()
+                aborted += self._hosted.abort([engine])
+            self._hosted.said += engine.pause()
             if command.clear_cache:
                 engine.scheduler.pages.drop()
         names = tuple(engine.card.name for engine in engines)
         return commands.Paused(names, aborted, sum(engine.requests for engine in engines))
 
-    def _finished(self, engines: Iterable[Engine]) -> Work[None]:
-        """Waits until these have no request left, and lets none in meanwhile. Raises Refused where that will not be."""
-        frozen = next((engine for engine in engines if engine.card.paused and engine.requests), None)
-        if frozen is not None:
-            message = f"model {frozen.card.name} is paused with {frozen.requests} requests, which do not finish"
-            raise Refused(EngineError("conflict", f"{message}; resume it first, or abort them", "mode"))
-        told = [(engine, _closed(engine, "finishes what it has and then pauses")) for engine in engines]
-        for engine, error in told:
-            engine.refused = error
-        while any(engine.requests for engine, _ in told):
-            yield
-            for engine, error in told:
-                if engine.refused is not error:
-                    what = f"model {engine.card.name} was resumed or paused before its requests had finished"
-                    raise Refused(EngineError("conflict", what))
-
     def _resume(self, command: commands.Resume) -> commands.Resumed:
-        engines = self._named(command.model)
+        engines = self._hosted.named(command.model)
         for engine in engines:
             engine.resume()
         return commands.Resumed(tuple(engine.card.name for engine in engines))
 
-    def _abort(self, engines: Iterable[Engine]) -> int:
-        """How many requests that were."""
-        count = 0
-        for engine in engines:
-            count += engine.requests
-            why = f"the requests of model {engine.card.name} were aborted by a command"
-            self.said += engine.abort_all(EngineError("unavailable", why))
-        return count
-
-    # What a model keeps -----------------------------------------------------------------------------------------------
-
     def _reset(self, command: commands.ResetPrefixCache) -> commands.CacheReset:
-        engines = self._named(command.model)
+        engines = self._hosted.named(command.model)
         pages = sum(engine.scheduler.pages.drop() for engine in engines)
         return commands.CacheReset(pages, sum(engine.requests for engine in engines))
 
     def _normalize(self, command: commands.Normalize) -> commands.Normalized:
-        (engine,) = self._named(command.model)
+        (engine,) = self._hosted.named(command.model)
         mean, std = command.mean, command.std
         if engine.card.gives not in ("scores", "values"):
             what = f"model {engine.card.name} gives {engine.card.gives}: there is no reward to normalise"
@@ -162,19 +148,8 @@ class Administration:
         engine.card = replace(engine.card, reward_mean=mean, reward_std=std)
         return commands.Normalized(mean, std)
 
-    def _relabel(self, command: commands.Relabel) -> commands.Relabelled:
-        (engine,) = self._named(command.model)
-        engine.card = replace(engine.card, weight_label=command.label)
-        return commands.Relabelled(engine.card.weight_version, command.label)
 
-    def _named(self, name: str | None) -> list[Engine]:
-        """The engine of a model, by its name or an alias; None: all."""
-        found = [e for e in self._engines if name is None or name == e.card.name or name in e.card.aliases]
-        if not found:
-            known = ", ".join(engine.card.name for engine in self._engines)
-            raise Refused(EngineError("not_found", f"no model {name!r} is hosted here; there are {known}", "model"))
-        return found
-
-
-def _closed(engine: Engine, why: str) -> EngineError:
-    return EngineError("unavailable", f"model {engine.card.name} {why}; it takes requests again after resume")
+def _state_of(engine: Engine) -> ModelState:
+    card = engine.card
+    about = card.weight_version, card.weight_label, card.reward_mean, card.reward_std, card.paused
+    return ModelState(card.name, engine.digest, *about)

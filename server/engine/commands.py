@@ -64,16 +64,16 @@ class Normalized:
 
 
 @dataclass(frozen=True, slots=True)
-class Relabelled:
-    version: int
-    label: str
-
-
-@dataclass(frozen=True, slots=True)
 class Adapters:
     """All of the model's."""
 
     names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    version: int
+    label: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,15 +153,6 @@ class Normalize:
     model: str
     mean: float
     std: float
-
-
-@dataclass(frozen=True, slots=True)
-class Relabel:
-    """The model's weights, as they are, get the trainer's name `label`."""
-
-    reply: ClassVar = Relabelled
-    model: str
-    label: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +248,15 @@ class FinishUpdate:
 
 
 @dataclass(frozen=True, slots=True)
+class LabelWeights:
+    """The trainer's name for the weights that are served now."""
+
+    reply: ClassVar = Labelled
+    model: str
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
 class InitTransfer:
     """The engine joins a group of processes, in which rank 0, the trainer, broadcasts weights; its own rank is
     `rank_offset`. Answered when all are there. A group of that name is left first."""
@@ -284,12 +284,12 @@ AnyCommand = (
     | AbortAll
     | ResetPrefixCache
     | Normalize
-    | Relabel
     | LoadAdapter
     | UnloadAdapter
     | StartUpdate
     | UpdateWeights
     | FinishUpdate
+    | LabelWeights
     | InitTransfer
     | DestroyTransfer
 )

@@ -20,13 +20,45 @@ PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, slots=True)
+class ModelState:
+    """How a model stands beside its weights; what `digest` is of are the files of its start."""
+
+    name: str
+    digest: str
+    version: int = 0
+    label: str = ""
+    reward_mean: float = 0.0
+    reward_std: float = 1.0
+    paused: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Weights that were committed to the first of `models` and are shared by the others."""
+
+    models: tuple[str, ...]
+    partial: bool
+    files: tuple[tuple[str, str], ...]  # (path, digest), as they were staged; none: they cannot be read again
+    came: str  # how, in words
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """From the engine, whenever it changes: what another engine must come to in order to serve in its place. `changes`
+    in their order, without those that later ones replace."""
+
+    models: tuple[ModelState, ...]
+    changes: tuple[Change, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class StartEngine:
     directory: str  # the run directory: the link's sockets lie there
     epoch: int
     models: tuple[ModelSpec, ...]
     options: EngineOptions
     log_level: str
-    digests: dict[str, str] | None  # by model, of the engine before this one; None: there was none
+    standing: Standing | None  # of the engine before this one; None: there was none
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,6 +53,8 @@ class Counts:
     scores: int = 0
     corrupted: int = 0  # requests that ended because something was not finite
     weight_updates: int = 0
+    weight_update_seconds: Histogram = field(default_factory=partial(Histogram, SECONDS))  # staging and commit
+    weight_commit_seconds: Histogram = field(default_factory=partial(Histogram, FIRST_TOKEN))  # while no step ran
     # Choices by how they ended; requests by the bound that refused them. All keys are there from the start.
     finished: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ENDS, 0))
     rejected: dict[str, int] = field(default_factory=lambda: dict.fromkeys(BOUNDS, 0))

@@ -15,6 +15,7 @@ from ...kernels.attention import CHUNK
 from ...model.kv_cache import KVCache
 from ...model.model import Model
 from .building import Building
+from .control import ModelState
 from .counts import ModelStats
 from .device_runner import DeviceRunner
 from .guides import Guides, LoadGrammars
@@ -58,7 +59,7 @@ class Engine:
     ) -> None:
         self.kv_pages, self.kv_tokens = pages, pages * options.page_size
         self.kv_bytes = pages * KVCache.bytes_per_page(model.config, options.page_size, model.dtype)
-        self.weight_bytes, self.digest = model.weight_bytes, model.digest
+        self.model, self.weight_bytes, self.digest = model, model.weight_bytes, model.digest
         self.card = replace(card, max_request_tokens=min(card.context, self.kv_tokens))
         self.last_step = Step()
         self._flight: tuple[Flight, Ticket] | None = None
@@ -192,6 +193,28 @@ class Engine:
         """Steps are taken, and requests."""
         self.scheduler.paused, self.refused = False, None
         self.card = replace(self.card, paused=False)
+
+    def renew(self, label: str) -> int:
+        """The model's weights have just been replaced; nothing is launched. Gives how many pages are forgotten."""
+        version = self.scheduler.weight_version + 1
+        self.card = replace(self.card, weight_version=version, weight_label=label)
+        return self.scheduler.set_version(version)
+
+    def label(self, label: str) -> None:
+        self.card = replace(self.card, weight_label=label)
+
+    def restore(self, state: ModelState) -> None:
+        """Before the first request: its weights are those of the engine that this one replaces."""
+        self.scheduler.weight_version = state.version
+        self.card = replace(
+            self.card,
+            weight_version=state.version,
+            weight_label=state.label,
+            reward_mean=state.reward_mean,
+            reward_std=state.reward_std,
+        )
+        if state.paused:
+            self.pause()
 
     def expire(self, now: float) -> list[Output]:
         return self._building.expire(now, self.scheduler.weight_version) + self.scheduler.expire(now)

@@ -14,6 +14,7 @@ from typing import TypeVar, cast
 
 from .administration import Administration, Task
 from .commands import AnyCommand, Command
+from .control import Change, Standing
 from .counts import ModelStats
 from .engine import Engine
 from .guides import LoadGrammars
@@ -144,6 +145,16 @@ class Hub:
         if cards != self.catalog.models:
             self.catalog = replace(self.catalog, version=self.catalog.version + 1, models=cards)
 
+    @property
+    def standing(self) -> Standing:
+        """What another hub must come to in order to serve in this one's place."""
+        return self._administration.standing
+
+    def resume_from(self, changes: tuple[Change, ...]) -> None:
+        """These weights were committed before, and have been put in place again."""
+        self._administration.updates.changes = changes
+        self.turn()
+
     def execute(self, command: Command[Reply]) -> Reply:
         """Carries a command out in this thread, with the steps that it waits for; the next `step` tells what they gave.
         Raises Refused."""
@@ -154,7 +165,7 @@ class Hub:
             if not self.has_work:
                 time.sleep(WAIT_SECONDS)
             self.turn()
-        self._administration.said[:0] = outputs
+        self._administration.give_back(outputs)
         return cast(Reply, task.result())
 
     def stats(self) -> list[ModelStats]:

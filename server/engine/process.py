@@ -30,33 +30,27 @@ ORDERED_SECONDS = 0.002  # between two looks at a command that waits, where noth
 log = logging.getLogger(__name__)
 
 
-class WeightsLost(Exception):
-    """A restarted engine cannot serve what the one before it served."""
-
-
 def load(order: StartEngine, grammars: LoadGrammars | None = None) -> Hub:
-    """Raises what `Hub.load` raises; on a restart WeightsLost where the checkpoints are no longer the same."""
+    """Raises what `Hub.load` raises; on a restart WeightsLost where the weights that were served last are gone."""
     from ...model.errors import CheckpointError
     from .hub import Hub
+    from .standing import WeightsLost, restore
 
-    if order.digests is None:
+    if order.standing is None:
         return Hub.load(order.models, order.options, epoch=order.epoch, grammars=grammars)
     try:
         hub = Hub.load(order.models, order.options, epoch=order.epoch, grammars=grammars)
     except (CheckpointError, OSError) as error:
         raise WeightsLost(f"weights lost: {error}") from error
-    for engine in hub.engines:
-        if order.digests.get(engine.card.name) != engine.digest:
-            raise WeightsLost(
-                f"weights lost: the files of model {engine.card.name} in {engine.card.path} "
-                "have changed since they were loaded; restart the server to serve them as they are now"
-            )
+    restore(hub, order.standing)
     return hub
 
 
 def serve(hub: Hub, server: EngineServer, control: Connection[object, object]) -> None:
     """Until the supervisor says stop."""
-    catalog, orders = hub.catalog, list[tuple[Order, Task]]()
+    catalog = hub.catalog
+    orders: list[tuple[Order, Task]] = []
+    control.send(hub.standing)
     server.publish(catalog)
     while True:
         busy = hub.has_work
@@ -80,6 +74,7 @@ def serve(hub: Hub, server: EngineServer, control: Connection[object, object]) -
             hub.turn()
         if hub.catalog is not catalog:
             catalog = hub.catalog
+            control.send(hub.standing)  # before anybody hears of it
             server.publish(catalog)
         for order, task in orders:
             if task.done:
@@ -123,6 +118,8 @@ def hosted(hub: Hub) -> tuple[HostedModel, ...]:
 
 def explain(error: Exception) -> Failed:
     """What kept the engine from starting, as the last line that the user sees."""
+    from .standing import WeightsLost
+
     text = as_flags(str(error)) if isinstance(error, OptionsError) else str(error)
     if not isinstance(error, (ValueError, OSError, WeightsLost)):
         log.error("the engine cannot start", exc_info=error)

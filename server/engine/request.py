@@ -136,12 +136,21 @@ class Output:
     cached_tokens: int | None = None
     prompt_logprobs: Logprobs | None = None
     scores: list[float] | None = None  # one per label
-    weight_version: int = 0
+    weight_version: int = 0  # of the weights that drew the last of `token_ids`, or gave the rest
     error: EngineError | None = None
     embedding: list[float] | None = None  # pooled, not normalised
     values: list[float] | None = (
         None  # of the positions from the request's first needed row on; see `Group` for members
     )
+    earlier_versions: list[tuple[int, int]] | None = None  # (version, tokens) of its first tokens, where that differs
+
+    def runs(self) -> Iterator[tuple[int, int]]:
+        """(version, tokens) of its tokens, in order."""
+        told = 0
+        for version, count in self.earlier_versions or ():
+            yield version, count
+            told += count
+        yield self.weight_version, len(self.token_ids) - told
 
 
 @dataclass(frozen=True, slots=True)

@@ -235,7 +235,7 @@ class Scheduler:
         outputs = Outputs(self._resolve_prompts(flight, sampled))
         columns, first, apart = flight.columns, 0, list[int]()
         if sampled.logprobs is None:  # of most decodes there is nothing to say but a token
-            moved = columns is not self._columns or self._running.changed
+            moved = columns is not self._columns or self._running.changed or self._base is None
             first, apart = len(columns.rows), columns.tell(sampled.tokens, moved, version, outputs)
         self.meter.told_all(columns if first else None)
         for number in (*apart, *range(first, len(sampled.tokens))):

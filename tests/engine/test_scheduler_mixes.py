@@ -67,3 +67,15 @@ def test_a_choice_tells_the_prompts_logprobs_when_the_one_it_forked_from_is_gone
     machine.add(seed=5764)
     machine.abort(which=0, choice=0, amid=True)
     machine.teardown()
+
+
+def test_what_takes_turns_ends_at_its_limit_when_no_step_follows():
+    """Decodes with a grammar, too, take turns where the budget is too small for all; one has its last token on the way
+    when somebody waits for that."""
+    machine = scheduler_machine(scheduler_module)()
+    machine.engine(pages=4, size=2, seqs=2, budget=1, caching=True, ahead=True)
+    machine.add(seed=327)
+    machine.step(budget=None, steps=2)
+    machine.step(budget=None, steps=1)
+    machine.settle()
+    machine.teardown()

@@ -109,7 +109,8 @@ def full_output(request_id: int) -> Output:
     tops = Logprobs([-0.5, float("-inf")], [1, 7], [[3, 4], []], [[-0.5, -1.25], []])
     error = EngineError("overloaded", "too much", "prompt", 1.5)
     scores, embedding, values = [0.25, -1.0], [0.5, -0.125], [1.5]
-    return Output(request_id, 0, [8, 9], tops, "error", 9, 16, Logprobs([-2.0]), scores, 12, error, embedding, values)
+    prompt, first = Logprobs([-2.0]), [(11, 1)]
+    return Output(request_id, 0, [8, 9], tops, "error", 9, 16, prompt, scores, 12, error, embedding, values, first)
 
 
 async def test_every_field_of_an_output_arrives(client: EngineClient, server: EngineServer) -> None:
@@ -245,10 +246,30 @@ def test_a_token_waits_with_what_came_before_it() -> None:
     stream.push_token(1, 4, 5)
     stream.push_token(1, 6, 6)
     stream.push_token(2, 8, 6)  # no choice of it
-    assert stream.take() == [Output(7, 1, [4, 6], weight_version=6)]
+    assert stream.take() == [Output(7, 1, [4, 6], weight_version=6, earlier_versions=[(5, 1)])]
     stream.drop(1)
     stream.push_token(1, 4, 6)
     assert stream.take() == [] and not stream.ended
+
+
+def test_outputs_that_are_merged_tell_which_version_drew_which_token() -> None:
+    """Whatever is merged first, and with what."""
+    drawn = [(1, 1), (2, 1), (3, 2), (4, 2), (5, 2), (6, 3)]  # token, version
+    finish = Output(7, finish="abort", weight_version=4)
+
+    def output(*tokens: tuple[int, int]) -> Output:
+        one = Output(7, token_ids=[tokens[0][0]], weight_version=tokens[0][1])
+        for token, version in tokens[1:]:
+            merge(one, Output(7, token_ids=[token], weight_version=version))
+        return one
+
+    for cut in range(1, 6):
+        whole, second = output(*drawn[:cut]), output(*drawn[cut:])
+        merge(whole, second)
+        merge(whole, finish)
+        assert whole.token_ids == [1, 2, 3, 4, 5, 6] and whole.finish == "abort"
+        assert [run for run in whole.runs() if run[1]] == [(1, 2), (2, 3), (3, 1)] and whole.weight_version == 4
+        assert second.token_ids == [token for token, _ in drawn[cut:]]
 
 
 async def test_nothing_crosses_a_restart(tmp_path: Path, client: EngineClient, server: EngineServer) -> None:
@@ -407,6 +428,7 @@ def test_merging_two_outputs_says_what_both_say() -> None:
         cached_tokens=16,
         prompt_logprobs=Logprobs([-3.0]),
         weight_version=4,
+        earlier_versions=[(0, 1)],
     )
 
 
