@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import socket
 import sys
 import tempfile
@@ -21,6 +22,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # AsyncGRPO is experimental
+
 import requests
 import torch
 import torch.distributed as dist
@@ -31,7 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 STUB = {
     "vllm/__init__.py": '__version__ = "0.25.0"\n',
     "vllm/utils/__init__.py": "",
-    "vllm/utils/network_utils.py": "def get_ip(): return '127.0.0.1'\n",
+    "vllm/utils/network_utils.py": "def get_ip(): ...\ndef get_open_port(): ...\n",
     "vllm/distributed/__init__.py": "",
     "vllm/distributed/weight_transfer/__init__.py": "",
     "vllm/distributed/weight_transfer/nccl_engine.py": "class NCCLTrainerSendWeightsArgs: ...\n"

@@ -98,18 +98,23 @@ def finish_reason(choice: Choice, asked: Asked, said: Said) -> dict[str, Any] | 
 
 
 def _logprobs(asked: Asked, part: Part, said: Said) -> dict[str, Any]:
+    """SGLang has no log-probability of the token at `logprob_start_len`. Here it has one where a token precedes it:
+    AReaL reads it as a number."""
     found, start = part.prompt_logprobs, asked.start
     told: dict[str, Any] = {
         "input_token_logprobs": [],
         "output_token_logprobs": _tokens(asked, said.ids, said.logprobs),
     }
     told["output_token_logprobs_length"] = len(said.ids)
-    given = found is not None and start is not None and start < len(part.request.token_ids)
-    if given:
+    first: list[Any] = []
+    if found is not None and start is not None and start < len(part.request.token_ids):
         ids = part.request.token_ids[start:]
-        told["input_token_logprobs"] = [_token(asked, None, ids[0]), *_tokens(asked, ids[1:], found)]
+        if start == 0:
+            first = [_token(asked, None, ids.pop(0))]
+        told["input_token_logprobs"] = first + _tokens(asked, ids, found)
     if asked.top:
-        told["input_top_logprobs"] = [None, *_tops(asked, found)] if given else []
+        given = told["input_token_logprobs"] and found is not None
+        told["input_top_logprobs"] = [None] * len(first) + _tops(asked, found) if given else []
         told["output_top_logprobs"] = _tops(asked, said.logprobs)
     return told
 

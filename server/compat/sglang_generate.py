@@ -209,5 +209,5 @@ async def _part(service: Service, body: GenerateBody, entry: Entry, index: int) 
         grammar=await grammar_of(service, params),
     )
     if request.prompt_logprobs is not None:
-        request = replace(request, first_needed_row=asked.start)
+        request = replace(request, first_needed_row=max((asked.start or 0) - 1, 0))
     return part_of(params, entry.text, request, index * params.n)

@@ -47,12 +47,14 @@ def test_a_teachers_logprobs_need_no_answer(http: httpx.Client, hf_logits: Logit
     assert [row[0] for row in rows[1:]] == pytest.approx(expected, abs=1e-4)
     tail = post(http, "/generate", logprob_start_len=8, top_logprobs_num=2, **body)["meta_info"]
     assert [row[1] for row in tail["input_token_logprobs"]] == IDS[8:]
-    assert [row[0] for row in tail["input_token_logprobs"][1:]] == pytest.approx(expected[8:], abs=1e-4)
-    assert tail["input_top_logprobs"][0] is None and [len(row) for row in tail["input_top_logprobs"][1:]] == [2] * 3
+    assert [row[0] for row in tail["input_token_logprobs"]] == pytest.approx(expected[7:], abs=1e-4)
+    assert [len(row) for row in tail["input_top_logprobs"]] == [2] * 4
+    assert post(http, "/generate", logprob_start_len=len(IDS), **body)["meta_info"]["input_token_logprobs"] == []
 
 
 def test_a_batch_has_parameters_each(http: httpx.Client, text: Text) -> None:
-    prompts, params = ["The cat", "One, two"], [{"max_new_tokens": 2}, {"max_new_tokens": 3}]
+    prompts = ["The cat", "One, two"]
+    params = [{"max_new_tokens": count, "ignore_eos": True} for count in (2, 3)]
     found = post(http, "/generate", text=prompts, sampling_params=params, return_logprob=[True, False], rid=["a", "b"])
     assert [len(one["output_ids"]) for one in found] == [2, 3]
     assert [one["meta_info"]["id"] for one in found] == ["a", "b"]
