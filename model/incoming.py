@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from .checkpoint import head_files
 from .errors import CheckpointError
 from .weights import DTYPES, Stored, digest, open_file, weight_files
 
@@ -32,9 +33,10 @@ class Incoming(NamedTuple):
     digest: str = ""
 
 
-def from_disk(path: str) -> Incoming:
-    """A checkpoint directory, with or without config.json, or one of its files. Raises CheckpointError."""
-    files = _files(path)
+def from_disk(path: str, head: bool = False) -> Incoming:
+    """A checkpoint directory, with or without config.json, or one of its files. `head`: with what a file beside the
+    decoder's holds. Raises CheckpointError."""
+    files = [*_files(path), *(head_files(Path(path)) if head else ())]
     if wrong := [file.name for file in files if file.suffix not in (".safetensors", ".bin")]:
         raise CheckpointError(f"{path}: {wrong[0]} is neither a .safetensors nor a .bin file")
     tensors = [
@@ -46,8 +48,8 @@ def from_disk(path: str) -> Incoming:
 
 
 def digest_of(path: str) -> str:
-    """Of what `from_disk` reads. Raises CheckpointError and OSError."""
-    return digest(_files(path))
+    """Of all that `from_disk` may read. Raises CheckpointError and OSError."""
+    return digest([*_files(path), *head_files(Path(path))])
 
 
 def _files(path: str) -> list[Path]:

@@ -6,7 +6,7 @@ Letters: T tokens of a step, R rows that a head reads, D model size, V vocabular
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..kernels import ops
 from ..kernels.ops import TokenLogprobs
@@ -19,6 +19,8 @@ from .registry import Decoder
 from .slots import Place
 from .weights import Naming
 
+AnyHead = LMHead | ScoreHead | EmbedHead
+
 
 class Model:
     """Weights, no state: everything that a step needs or changes beside them is in its batch and cache.
@@ -28,21 +30,19 @@ class Model:
     """
 
     def __init__(
-        self,
-        config: ModelConfig,
-        decoder: Decoder,
-        head: LMHead | ScoreHead | EmbedHead,
-        place: Place,
-        naming: Naming,
-        digest: str,
+        self, config: ModelConfig, decoder: Decoder, head: AnyHead, place: Place, naming: Naming, digest: str
     ) -> None:
         self.config, self.decoder, self.head = config, decoder, head
         self.place, self.dtype, self.deterministic = place, place.dtype, place.deterministic
         self.naming = naming  # of the tensors of an update
         self.digest = digest  # of the files it was loaded from
-        tensors = {t.data_ptr(): t.nbytes for part in (decoder, head) for t in part.buffers()}
-        packed = sum(linear.packed_bytes for part in (decoder, head) for _, linear in linears(part))
-        self.weight_bytes = sum(tensors.values()) + packed
+        self.weight_bytes = _bytes(decoder, head)
+
+    def sharing(self, config: ModelConfig, digest: str, head: AnyHead | None = None) -> Model:
+        """A model on this one's decoder, with this one's head or another. What it shares is not counted again."""
+        model = Model(config, self.decoder, self.head if head is None else head, self.place, self.naming, digest)
+        model.weight_bytes = 0 if head is None else _bytes(head)
+        return model
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
@@ -62,6 +62,12 @@ class Model:
         return self.head(hidden)
 
     @torch.inference_mode()
+    def values(self, hidden: Tensor) -> Tensor:
+        """hidden [R, D] -> [R] float32. Models with one score or value per row only."""
+        assert isinstance(self.head, ScoreHead) and self.config.labels == 1, self.config.architecture
+        return self.head(hidden).squeeze(-1)
+
+    @torch.inference_mode()
     def logprobs_of(self, hidden: Tensor, targets: Tensor, top: int = 0) -> TokenLogprobs:
         """`ops.token_logprobs` of the logits of hidden [T, D], which exist a few rows at a time; targets [T] int64.
 
@@ -71,3 +77,9 @@ class Model:
         if hidden.device.type != "cpu" and not self.deterministic and self.head.plain:
             return ops.logprobs_of(hidden, self.head.lm_head.weight, targets, top)
         return ops.logprobs_in_rounds(self.head, hidden, targets, top, self.config.vocab_size)
+
+
+def _bytes(*parts: nn.Module) -> int:
+    """Of their weights, shared ones counted once."""
+    tensors = {tensor.data_ptr(): tensor.nbytes for part in parts for tensor in part.buffers()}
+    return sum(tensors.values()) + sum(linear.packed_bytes for part in parts for _, linear in linears(part))

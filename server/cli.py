@@ -80,8 +80,9 @@ def serve(
         list[str] | None,
         typer.Argument(
             metavar="[[NAME=]PATH|ORG/NAME[,role=…,dtype=…,kv=…%,alias=a|b,chat_template=…,max_model_len=…,weight=…,"
-            "pooling=…,revision=…,tool_call_parser=…,reasoning_parser=…]]…",
-            help="Directories of Hugging Face checkpoints, or hub ids. None: the bundled demo policy and reward model.",
+            "pooling=…,trunk=OTHER,revision=…,tool_call_parser=…,reasoning_parser=…]|NAME=base-of:OTHER]…",
+            help="Directories of Hugging Face checkpoints, or hub ids; models that share the weights of another one: a "
+            "reference as base-of:OTHER, a value head with trunk=OTHER. None: the bundled policy and reward model.",
             show_default=False,
         ),
     ] = None,
@@ -293,14 +294,16 @@ def _announce(ready: Ready, host: str, port: int) -> None:
     if not console.is_terminal:
         console = Console(width=140)
     table = Table(caption=ready.division, caption_justify="left", title_justify="left")
-    for column in ("model", "role", "architecture", "dtype"):
+    for column in ("model", "role", "architecture", "head", "dtype"):
         table.add_column(column)
     for column in ("context", "weights MiB", "KV pages", "KV tokens", "KV MiB"):
         table.add_column(column, justify="right")
     for model in ready.models:
         numbers = (model.context, model.weight_bytes / 2**20, model.kv_pages, model.kv_tokens, model.kv_bytes / 2**20)
         shown = [f"{number:,.1f}" if isinstance(number, float) else f"{number:,}" for number in numbers]
-        table.add_row(model.name, model.role, model.architecture, model.dtype, *shown)
+        if model.shares:  # what it has of its own stands there
+            shown[1] += f" + {model.shares}'s"
+        table.add_row(model.name, model.role, model.architecture, model.head, model.dtype, *shown)
     console.print(table)
     parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in ready.seconds.items())
     address = f"[{host}]" if ":" in host else host

@@ -30,6 +30,7 @@ class Part:
     cached_tokens: int = 0
     prompt_logprobs: Logprobs | None = None
     scores: list[float] | None = None
+    pooled_index: int | None = None
     embedding: list[float] | None = None
 
 
@@ -130,7 +131,7 @@ class Generation:
         if output.prompt_logprobs is not None:
             part.prompt_logprobs = output.prompt_logprobs
         if output.scores is not None:
-            part.scores = output.scores
+            part.scores, part.pooled_index = output.scores, output.pooled_index
         if output.embedding is not None:
             part.embedding = output.embedding
         if not part.choices:

@@ -58,6 +58,15 @@ def shown(card: ModelCard) -> dict[str, Any]:
         "weight_label": card.weight_label,
         "paused": card.paused,
     }
+    if card.fingerprint:
+        about["tokenizer_fingerprint"] = card.fingerprint
+    if card.shares:
+        about["shares"] = card.shares
+    if card.gives in ("scores", "values"):
+        about["head"] = card.head
+    if card.gives == "scores":
+        about |= {"labels": card.labels, "pooling": card.pooling}
+        about |= {"reward_mean": card.reward_mean, "reward_std": card.reward_std}
     if card.gives == "embeddings":
         about |= {"embedding_size": card.embedding_size, "pooling": card.pooling, "normalized": card.normalized}
     if card.gives == "scores":

@@ -59,11 +59,11 @@ async def prompts_of(body: RewardBody, card: ModelCard, text: Text) -> list[list
     return prompts
 
 
-def entry(index: int, ids: list[int], reward: float) -> dict[str, Any]:
+def entry(index: int, ids: list[int], reward: float, pooled: int | None) -> dict[str, Any]:
     return {
         "index": index,
         "reward": reward,
         "raw_reward": reward,
-        "pooled_index": len(ids) - 1,
+        "pooled_index": pooled,
         "prompt_tokens": len(ids),
     }

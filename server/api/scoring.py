@@ -21,6 +21,7 @@ from .streaming import whole
 @dataclass(frozen=True, slots=True)
 class Scored:
     scores: list[list[float]]  # raw: of each text one per label, all finite
+    pooled: list[int | None]  # the position that they were read at; None: all were pooled
     usage: dict[str, Any]
     weight_version: int
 
@@ -49,7 +50,7 @@ async def score(request: Request, card: ModelCard, prompts: Sequence[list[int]],
     generation = Generation(service.client, parts, request.state.request_id)
     await whole(request, generation)
     scores = [_finite(index, part, card, request.state.request_id) for index, part in enumerate(parts)]
-    return Scored(scores, generation.usage(), generation.weight_version)
+    return Scored(scores, [part.pooled_index for part in parts], generation.usage(), generation.weight_version)
 
 
 def reward_model(service: Service, name: str | None) -> ModelCard:

@@ -94,6 +94,8 @@ class HostedModel:
     name: str
     role: str
     architecture: str
+    head: str  # what it is and how it is read; empty: a language model's
+    shares: str  # the model whose weights it has; empty: it has its own
     dtype: str
     context: int
     weight_bytes: int

@@ -36,6 +36,7 @@ from .options import AttentionBackend
 from .plan import Plan
 from .pooled import Pooled
 from .request import Request
+from .runner import places_of
 from .staging import Staging
 
 Integers = NDArray[np.int64]
@@ -87,7 +88,7 @@ class DeviceRunner:
         self._lengths = torch.ones(max_seqs, dtype=torch.int64, device=self._device)
         self._drawn = torch.zeros(max_seqs, dtype=torch.int64, device=self._device)
         self._prefixes = torch.zeros(2, max_seqs, dtype=torch.int32, device=self._device)  # see ops.attention_work
-        self._pooled = None if model.config.pooling is None else Pooled(model, max_seqs, self._device)
+        self._pooled = None if model.config.pools is None else Pooled(model, max_seqs, self._device)
         self._row_numbers = torch.arange(max_seqs + 1, dtype=torch.int32, device=self._device)
         self._rows = 0  # of that decode, without synchronous ones; 0 where its slots no longer stand there
         self._behind = 0  # synchronous ones
@@ -312,10 +313,7 @@ class DeviceRunner:
         drawing = np.array(plan.samples, np.int64).reshape(-1, 2)
         needed, copies = np.unique(drawing[:, 0], return_inverse=True)
         scored = ends[[row for row, _ in plan.scores]]
-        asked = [
-            ends[wanted.row] - (lengths[wanted.row] - 1) + np.arange(wanted.first, wanted.end)
-            for wanted in plan.prompt_logprobs
-        ]
+        valued, asked = places_of(plan, plan.values, ends), places_of(plan, plan.prompt_logprobs, ends)
         targets = [  # where they stand in the history
             plan.slots[wanted.row] * self._history.shape[1] + np.arange(wanted.first + 1, wanted.end + 1)
             for wanted in plan.prompt_logprobs
@@ -324,10 +322,10 @@ class DeviceRunner:
             plan,
             *(slots, starts, counts, firsts, lengths, _prefixes(plan, plan.decodes)),
             *(ends[needed], copies.reshape(-1), drawing[:, 1], lengths[drawing[:, 0]]),
-            *(scored, np.concatenate([NONE, *asked]), np.concatenate([NONE, *targets])),
+            *(scored, *(np.concatenate([NONE, *each]) for each in (valued, asked, targets))),
         )
         hidden = self._forward(plan, int(lengths.max()), *sent[:6])
-        rows, places, drawers, histories, scored_rows, asked_rows, target_places = sent[6:]
+        rows, places, drawers, histories, scored_rows, valued_rows, asked_rows, target_places = sent[6:]
         if plan.samples:
             logits = self.model.logits(hidden[rows])
             if len(needed) < len(drawing):  # several choices draw from one row
@@ -335,10 +333,12 @@ class DeviceRunner:
             self._draw(step, logits, drawers, histories, plan, *self._wanted([slot for _, slot in plan.samples]))
         if plan.scores:
             step.scores = to_host(self.model.scores(hidden[scored_rows]))
-        if plan.embeddings:
+        if plan.values:
+            step.values, step.parts = to_host(self.model.values(hidden[valued_rows])), list(map(len, valued))
+        if plan.pooled:
             assert self._pooled is not None
             found = self._pooled.take(plan, hidden, ends.tolist())
-            step.embeddings = None if found is None else to_host(found)
+            step.pooled = None if found is None else to_host(found)
         if plan.prompt_logprobs:
             wanted = [self.request(plan.slots[rows.row]).prompt_logprobs or 0 for rows in plan.prompt_logprobs]
             ids = self._history.view(-1)[target_places].long()

@@ -22,12 +22,18 @@ from .guides import Guides, LoadGrammars
 from .null_runner import NullModel, NullRunner
 from .options import EngineOptions
 from .plan import Executor, Plan, Sampled, Ticket
-from .request import EngineError, Finish, Group, ModelCard, Output, Outputs, Request, Want
+from .request import EngineError, Finish, Gives, Group, ModelCard, Output, Outputs, Request, Want
 from .runner import Runner
 from .scheduler import Scheduler
 from .sequence import Flight, Sequence
 
 BUILDING_SECONDS = 0.005
+# What models that do one thing only are asked for, give and are.
+SINGLE: tuple[tuple[Want, Gives, str], ...] = (
+    ("score", "scores", "a reward"),
+    ("values", "values", "a value"),
+    ("embedding", "embeddings", "an embedding"),
+)
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +66,7 @@ class Engine:
         self.kv_pages, self.kv_tokens = pages, pages * options.page_size
         self.kv_bytes = pages * KVCache.bytes_per_page(model.config, options.page_size, model.dtype)
         self.model, self.weight_bytes, self.digest = model, model.weight_bytes, model.digest
+        self._score_pooling = model.config.score.pooling
         self.card = replace(card, max_request_tokens=min(card.context, self.kv_tokens))
         self.last_step = Step()
         self._flight: tuple[Flight, Ticket] | None = None
@@ -79,6 +86,7 @@ class Engine:
             max_waiting_tokens=options.max_waiting_tokens,
             prefix_caching=options.enable_prefix_caching,
             ahead=options.runs_ahead,
+            pools=model.config.pools is not None,
             shared_tokens=CHUNK if options.groups_decodes else None,
             weight_version=card.weight_version,
         )
@@ -162,14 +170,28 @@ class Engine:
             request = replace(request, token_ids=token_ids, first_needed_row=first, group=0)
         if self.refused is not None:
             return self.refused
-        if "embedding" in request.want and self.card.pooling != "last":  # earlier rows count: none may come from cache
-            request = replace(request, first_needed_row=0)
         error = self._refusal(request)
+        if error is None and self.card.pooling:
+            request, error = self._pooled(request)
         if error is None and self._guides and request.sampling and request.sampling.grammar:
             future = self._guides.build(request.sampling.grammar)
             if future is not None:
                 return self._building.add(request, future)
         return error or self.scheduler.add(request)
+
+    def _pooled(self, request: Request) -> tuple[Request, EngineError | None]:
+        """The request as pooling needs it: all rows, none of them from cache, or the text up to the one that counts."""
+        token_ids, mode = request.token_ids, self.card.pooling
+        if mode in ("mean", "cls"):
+            return replace(request, first_needed_row=0), None
+        if self.card.gives == "embeddings" or not token_ids:
+            return request, None
+        try:
+            place = self._score_pooling.position(token_ids)
+        except LookupError as error:
+            return request, EngineError("invalid", f"model {self.card.name}: {error}")
+        assert place is not None
+        return (request if place == len(token_ids) - 1 else replace(request, token_ids=token_ids[: place + 1])), None
 
     def abort(self, request_id: int, choice: int | None = None, finish: Finish = "abort") -> list[Output]:
         early = self._building.abort(request_id, choice, finish, self.scheduler.weight_version)
@@ -296,16 +318,13 @@ class Engine:
             return error
         if request.adapter:
             return EngineError("not_found", f"model {card.name} has no adapter {request.adapter!r}", "model")
-        if "values" in want:
-            return EngineError("invalid", f"model {card.name} ({card.role}) gives no values", "model")
-        if card.gives == "text" and want & {"score", "embedding"}:
-            asked = "scores" if "score" in want else "embeddings"
-            return EngineError("invalid", f"model {card.name} is a language model: it gives no {asked}", "model")
-        only: frozenset[Want] = frozenset({"score"} if card.gives == "scores" else {"embedding"})
-        if card.gives != "text" and (want != only or sampling is not None or request.prompt_logprobs is not None):
-            kind = "a reward" if card.gives == "scores" else "an embedding"
-            message = f"model {card.name} is {kind} model: it gives {card.gives}, nothing else"
-            return EngineError("invalid", message, "model")
+        if card.gives == "text" and (asked := [gives for one, gives, _ in SINGLE if one in want]):
+            return EngineError("invalid", f"model {card.name} is a language model: it gives no {asked[0]}", "model")
+        for only, gives, kind in SINGLE:
+            other = want != {only} or sampling is not None or request.prompt_logprobs is not None
+            if card.gives == gives and other:
+                message = f"model {card.name} is {kind} model: it gives {gives}, nothing else"
+                return EngineError("invalid", message, "model")
         if "tokens" in want and sampling is None:
             return EngineError("invalid", "tokens are wanted, but no sampling parameters are given", "sampling")
         if "logprobs" in want and (sampling is None or sampling.logprobs is None):
@@ -376,10 +395,13 @@ class Engine:
         for (row, _), scores in zip(plan.scores, sampled.scores, strict=True):
             if not all(map(math.isfinite, scores)):
                 note(flight.rows[row], "score")
-        last = [row for row, complete in plan.embeddings if complete]
-        for row, embedding in zip(last, sampled.embeddings, strict=True):
-            if not all(map(math.isfinite, embedding)):
-                note(flight.rows[row], "embedding")
+        for rows, values in zip(plan.values, sampled.values, strict=True):
+            if not all(map(math.isfinite, values)):
+                note(flight.rows[rows.row], "value")
+        last = [row for row, complete in plan.pooled if complete]
+        for row, found in zip(last, sampled.pooled, strict=True):
+            if not all(map(math.isfinite, found)):
+                note(flight.rows[row], "score" if self.card.gives == "scores" else "embedding")
         for rows, logprobs in zip(plan.prompt_logprobs, sampled.prompt_logprobs, strict=True):
             if any(map(math.isnan, logprobs.values)):
                 note(flight.rows[rows.row], "log-probability")

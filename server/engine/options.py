@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from .request import PoolingMode, Role
+from .request import PoolingMode, Role, ScorePoolingMode
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 AttentionBackend = Literal["triton", "flash", "torch"]
@@ -25,7 +26,8 @@ class ModelSpec:
     """One model to host."""
 
     name: str
-    path: str  # directory of a Hugging Face checkpoint; null, or null:5 for 5 ms a step: `null_runner.NullModel`
+    path: str  # directory of a Hugging Face checkpoint; null, or null:5 for 5 ms a step: `null_runner.NullModel`; of a
+    # model with `trunk` its head's directory, empty where that starts as a copy; empty with `base_of`
     role: Role | None = None  # None: found from the checkpoint
     dtype: Dtype = "auto"
     aliases: tuple[str, ...] = ()
@@ -35,11 +37,18 @@ class ModelSpec:
     chat_template: str | None = None  # file or built-in name; read by the workers, as are the next two
     tool_call_parser: str | None = None  # of `server.text.tools.formats`, or none; None: by the chat template
     reasoning_parser: str | None = None  # of `server.text.reasoning`; None: thinking is text
-    pooling: PoolingMode | None = None  # of an embedding model; None: the engine's
+    pooling: PoolingMode | ScorePoolingMode | None = None  # None: the engine's for embeddings, else the checkpoint's
+    base_of: str | None = None  # a reference with that model's weights, without any adapter
+    trunk: str | None = None  # a value model whose decoder is that model's
 
     @property
     def is_null(self) -> bool:
         return self.path.partition(":")[0] == NULL
+
+    @property
+    def shares(self) -> str:
+        """The model whose weights it has; empty: it has its own."""
+        return self.base_of or self.trunk or ""
 
     @property
     def text_path(self) -> str:
@@ -55,6 +64,11 @@ class ModelSpec:
         if not re.fullmatch(r"\d+(\.\d+)?", pace):
             raise OptionsError(f"model {self.name}: {self.path}: null, or null:5 for steps of 5 milliseconds")
         return float(pace) / 1000
+
+
+def owner_of(spec: ModelSpec, specs: Sequence[ModelSpec]) -> ModelSpec:
+    """The spec whose weights, tokenizer and templates a model has: itself, or the one that it names."""
+    return next((other for other in specs if spec.shares and other.name == spec.shares), spec)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...model.heads import EmbedHead
+from ...model.heads import carry, pooled
 from ...model.model import Model
 from .plan import Plan
 
@@ -20,19 +20,19 @@ class Pooled:
     the chunks it came in. A text's first chunk starts at position 0 wherever earlier rows count."""
 
     def __init__(self, model: Model, max_seqs: int, device: torch.device) -> None:
-        assert isinstance(model.head, EmbedHead)
-        self._head = model.head
+        assert model.config.pools is not None
+        self._head, self._mode = model.head, model.config.pools
         self._carried = torch.zeros(max_seqs, model.config.output_size, dtype=torch.float64, device=device)
 
     def take(self, plan: Plan, hidden: Tensor, ends: Sequence[int]) -> Tensor | None:
-        """hidden [T, D], `ends`: where each row of the plan has its last token -> the embeddings [E, D] float32 of the
-        texts that this step completes."""
+        """hidden [T, D], `ends`: where each row of the plan has its last token -> of the E texts that this step
+        completes, the embeddings [E, D] or scores [E, labels], float32."""
         found: list[Tensor] = []
-        for row, complete in plan.embeddings:
+        for row, complete in plan.pooled:
             slot, start, count = plan.slots[row], plan.starts[row], plan.counts[row]
             rows = hidden[ends[row] + 1 - count : ends[row] + 1]
-            carried = self._head.carry(rows, self._carried[slot] if start else None)
+            carried = carry(self._mode, rows, self._carried[slot] if start else None)
             self._carried[slot] = carried
             if complete:
-                found.append(self._head.embedding(carried, start + count))
-        return torch.stack(found) if found else None
+                found.append(pooled(self._mode, carried, start + count))
+        return self._head(torch.stack(found)) if found else None

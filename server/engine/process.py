@@ -18,7 +18,7 @@ from .link import BEAT_SECONDS
 from .link_server import EngineServer
 from .messages import Ask, Close, Order
 from .options import OptionsError
-from .request import EngineError, Group, Output, Request
+from .request import EngineError, Group, ModelCard, Output, Request
 
 if TYPE_CHECKING:
     from .administration import Task
@@ -104,6 +104,8 @@ def hosted(hub: Hub) -> tuple[HostedModel, ...]:
             name=engine.card.name,
             role=engine.card.role,
             architecture=engine.card.architecture,
+            head=shown_head(engine.card),
+            shares=engine.card.shares,
             dtype=engine.card.dtype,
             context=engine.card.context,
             weight_bytes=engine.weight_bytes,
@@ -114,6 +116,11 @@ def hosted(hub: Hub) -> tuple[HostedModel, ...]:
         )
         for engine in hub.engines
     )
+
+
+def shown_head(card: ModelCard) -> str:
+    parts = (card.head, card.pooling and f"pooled {card.pooling}", "every token" if card.gives == "values" else "")
+    return ", ".join(filter(None, parts))
 
 
 def explain(error: Exception) -> Failed:

@@ -16,6 +16,7 @@ Want = Literal["tokens", "logprobs", "prompt_logprobs", "score", "values", "embe
 LogprobsMode = Literal["raw", "processed"]
 Gives = Literal["text", "scores", "embeddings", "values"]
 PoolingMode = Literal["last", "mean", "cls"]
+ScorePoolingMode = Literal["last", "last_non_pad", "first_eos", "before_first_pad", "mean", "token_id"]
 Finish = Literal["stop", "length", "abort", "error"]
 ErrorKind = Literal["invalid", "not_found", "conflict", "overloaded", "deadline", "unavailable", "internal"]
 
@@ -64,7 +65,7 @@ class Request:
     want: frozenset[Want] = frozenset({"tokens"})
     n: int = 1  # choices; they share the prompt's pages
     prompt_logprobs: int | None = None  # k most likely beside each prompt token; None unless wanted
-    first_needed_row: int | None = None  # earliest position whose hidden state is needed; None: the last one
+    first_needed_row: int | None = None  # earliest position that is needed; None: all for values, else the last one
     priority: int = 0  # lower goes first
     deadline: float | None = None  # time.monotonic() of this machine
     cache_salt: str = ""
@@ -139,9 +140,8 @@ class Output:
     weight_version: int = 0  # of the weights that drew the last of `token_ids`, or gave the rest
     error: EngineError | None = None
     embedding: list[float] | None = None  # pooled, not normalised
-    values: list[float] | None = (
-        None  # of the positions from the request's first needed row on; see `Group` for members
-    )
+    values: list[float] | None = None  # of the positions from the first needed row on; see `Group` for members
+    pooled_index: int | None = None  # the position that `scores` were read at; None: all of them were pooled
     earlier_versions: list[tuple[int, int]] | None = None  # (version, tokens) of its first tokens, where that differs
 
     def runs(self) -> Iterator[tuple[int, int]]:
@@ -204,23 +204,30 @@ class ModelCard:
     context: int  # tokens, prompt and continuation together
     vocab_size: int
     end_ids: tuple[int, ...]
-    labels: int  # outputs of a score head
+    labels: int  # outputs of a head that gives scores or values
     weight_version: int
     created: int  # seconds since the epoch
     aliases: tuple[str, ...] = ()
     max_request_tokens: int = 0  # the most tokens that fit its KV cache at once; a longer request cannot run
     embedding_size: int = 0  # of an embedding model's answers; 0 for all others
-    pooling: str = ""
+    pooling: str = ""  # of embeddings and scores
     normalized: bool = True  # embeddings are meant to be divided by their length
     label_names: tuple[str, ...] = ()  # of a score head's outputs
+    head: str = ""  # how a head that gives scores or values lay on disk
+    reward_mean: float = 0.0  # a reward is (score - mean) / std, by the checkpoint or `commands.Normalize`;
+    reward_std: float = 1.0  # scores of the engine are raw
+    fingerprint: str = ""  # of the tokenizer: ids mean the same where it is; empty: there is none
+    shares: str = ""  # the model whose decoder it computes with; empty: it has its own
     weight_label: str = ""  # the trainer's name for the weights
     paused: bool = False
-    reward_mean: float = 0.0  # a reward is (score - mean) / std
-    reward_std: float = 1.0
 
     @property
     def gives(self) -> Gives:
-        return "embeddings" if self.embedding_size else "scores" if self.labels else "text"
+        if self.embedding_size:
+            return "embeddings"
+        if not self.labels:
+            return "text"
+        return "values" if self.role == "value" else "scores"
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,8 +48,8 @@ class Done:
 class Runner:
     """`context` is the most tokens of one sequence; slots go from 0 to `max_seqs` - 1.
 
-    What a Sampled holds for a failed computation is visible as such: token -1, NaN or infinite scores and
-    log-probabilities, embeddings. The engine turns them into errors.
+    What a Sampled holds for a failed computation is visible as such: token -1, NaN or infinite scores, values,
+    log-probabilities and embeddings. The engine turns them into errors.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Runner:
         self._table = np.zeros((max_seqs, -(-context // cache.page_size)), np.int32)
         self._requests: list[Request | None] = [None] * max_seqs
         self._sampler = Sampler(self._history, model.config.vocab_size, end_ids)
-        self._pooled = None if model.config.pooling is None else Pooled(model, max_seqs, self._device)
+        self._pooled = None if model.config.pools is None else Pooled(model, max_seqs, self._device)
         self._row_numbers = np.arange(max_seqs + 1, dtype=np.int32)
         # Of the last pure decode: slots, positions, and the page table while it still holds.
         self._slots = self._starts = np.zeros(0, np.int64)
@@ -112,13 +112,18 @@ class Runner:
             assert ends is not None
             rows = ends[[row for row, _ in plan.scores]]
             result.scores = self.model.scores(hidden[self._tensor(rows)]).tolist()
+        if plan.values:
+            assert ends is not None
+            places = places_of(plan, plan.values, ends)
+            values = self.model.values(hidden[self._tensor(np.concatenate(places))])
+            result.values = [part.tolist() for part in values.split(list(map(len, places)))]
         if plan.prompt_logprobs:
             assert ends is not None
             result.prompt_logprobs = self._prompt_logprobs(plan, hidden, ends)
-        if plan.embeddings:
+        if plan.pooled:
             assert ends is not None and self._pooled is not None
             found = self._pooled.take(plan, hidden, ends.tolist())
-            result.embeddings = [] if found is None else found.tolist()
+            result.pooled = [] if found is None else found.tolist()
         return result
 
     def _apply(self, plan: Plan) -> None:
@@ -236,15 +241,10 @@ class Runner:
 
     def _prompt_logprobs(self, plan: Plan, hidden: Tensor, ends: Integers) -> list[Logprobs]:
         """The columns of each entry of `plan.prompt_logprobs`; all entries go through the head together."""
-
-        def rows(wanted: PromptRows) -> Integers:
-            last = ends[wanted.row] - (plan.starts[wanted.row] + plan.counts[wanted.row] - 1)
-            return np.arange(last + wanted.first, last + wanted.end)
-
         entries = plan.prompt_logprobs
         slots = [plan.slots[wanted.row] for wanted in entries]
         top = [self.request(slot).prompt_logprobs or 0 for slot in slots]
-        index = np.concatenate([rows(wanted) for wanted in entries])
+        index = np.concatenate(places_of(plan, entries, ends))
         targets = np.concatenate(
             [
                 self._history[slot, wanted.first + 1 : wanted.end + 1]
@@ -265,3 +265,9 @@ class Runner:
 
     def _tensor(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(self._device)
+
+
+def places_of(plan: Plan, entries: list[PromptRows], ends: Integers) -> list[Integers]:
+    """Where the positions of each entry stand in the batch; `ends`: where each row has its last token."""
+    firsts = [ends[one.row] + 1 - plan.counts[one.row] - plan.starts[one.row] for one in entries]
+    return [first + np.arange(one.first, one.end) for first, one in zip(firsts, entries, strict=True)]

@@ -86,8 +86,8 @@ class Running:
         sequence.chain = pages.chain(root, table) if self._prefix_caching else None
         sequence.computed = len(table) * pages.page_size
         sequence.table = table + (pages.allocate(missing) or [])
-        sequence.rows_from = job.needed_row if anew and request.prompt_logprobs is not None else None
-        sequence.prompt_logprobs = None
+        sequence.rows_from = job.needed_row if anew and job.wants_rows else None
+        sequence.prompt_logprobs, sequence.values = None, []
         self._enter(sequence)
         insort(self.prefills, sequence, key=by_rank)
         return True

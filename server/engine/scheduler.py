@@ -23,9 +23,9 @@ from collections.abc import Callable, Iterable
 from .columns import Columns
 from .meter import Meter
 from .pages import Pages
-from .plan import Plan, PromptRows, Sampled
+from .plan import Plan, Sampled
 from .prefixes import groups_of
-from .request import EngineError, Finish, Logprobs, Output, Outputs, Request
+from .request import EngineError, Finish, Output, Outputs, Request
 from .running import Running, by_rank
 from .sequence import UNKNOWN, Flight, Job, Sequence
 from .waiting import Deadlines, Waiting, too_long
@@ -37,7 +37,8 @@ class Scheduler:
     Either `plan`, run it, `commit` (or `fail`), and so on. Or one step ahead: `plan`, launch it, `resolve` the flight
     before it, `advance` the plan to a flight, and so on.
     `pages` pages make up its KV cache; a slot is a place in the runner's buffers that a sequence keeps while it runs.
-    `ahead`: the runner runs ahead. `shared_tokens`: plans name groups of decodes that share so many tokens or more.
+    `ahead`: the runner runs ahead. `pools`: scores are made of all rows of a text. `shared_tokens`: plans name groups
+    of decodes that share so many tokens or more.
     `paused` freezes everything: nothing is planned; requests are still taken, aborted and expired.
     """
 
@@ -54,6 +55,7 @@ class Scheduler:
         max_waiting_tokens: int = 1 << 22,
         prefix_caching: bool = True,
         ahead: bool = False,
+        pools: bool = False,
         shared_tokens: int | None = None,
         weight_version: int = 0,
         clock: Callable[[], float] = time.monotonic,
@@ -63,7 +65,7 @@ class Scheduler:
         self.meter, self._clock = Meter(clock), clock
         self.counts = self.meter.counts
         self._max_tokens, self._shared_tokens, self._ahead = max_batched_tokens, shared_tokens, ahead
-        self._context, self._end_ids = context, frozenset(end_ids)
+        self._context, self._end_ids, self._pools = context, frozenset(end_ids), pools
         self._jobs, self._arrivals = dict[int, Job](), 0
         self._deadlines = Deadlines()
         self._waiting = Waiting(max_waiting_requests, max_waiting_tokens, self.meter.refused)
@@ -301,19 +303,16 @@ class Scheduler:
         return plan or base
 
     def _add_chunk(self, plan: Plan, sequence: Sequence, count: int) -> None:
-        start, job = sequence.computed, sequence.job
+        start, job, want = sequence.computed, sequence.job, sequence.job.request.want
         row = plan.add_row(sequence.slot, start, count)
         self._rows.append(sequence)
-        if sequence.rows_from is not None:
-            first, end = max(start, sequence.rows_from), min(start + count, sequence.prompt - 1)
-            if first < end:
-                plan.prompt_logprobs.append(PromptRows(row, first, end))
+        sequence.name_rows(plan, row, start, start + count)
         complete = start + count == len(sequence.token_ids)
-        if "embedding" in job.request.want:
-            plan.embeddings.append((row, complete))
+        if "embedding" in want or (self._pools and "score" in want):
+            plan.pooled.append((row, complete))
         if not complete:
             return
-        if "score" in job.request.want and not job.announced:
+        if "score" in want and not self._pools and not job.announced:
             plan.scores.append((row, sequence.slot))
         if sequence.draws:
             for one in [sequence, *self._fork(sequence)]:
@@ -362,12 +361,11 @@ class Scheduler:
         """Outputs of the sequences that end with their prompt."""
         outputs: list[Output] = []
         flight.keep(sampled)
-        for values in sampled.scores:
-            self.meter.scored(values)
         for sequence in flight.complete:
             job = sequence.job
-            if sequence.rows_from is not None:
-                job.prompt_logprobs = sequence.prompt_logprobs or Logprobs()
+            if job.scores is not None and not job.announced:
+                self.meter.scored(job.scores)
+            sequence.hand_rows()
             if not sequence.draws and not sequence.gone:
                 finish: Finish = "length" if job.request.sampling else "stop"
                 outputs.append(Output(sequence.id, finish=finish, weight_version=self.weight_version))

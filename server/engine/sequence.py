@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from .pages import Chain
-from .plan import Plan, Sampled
+from .plan import Plan, PromptRows, Sampled
 from .request import Logprobs, Output, Request
 
 if TYPE_CHECKING:
@@ -26,8 +26,10 @@ class Job:
     cached_tokens: int | None = None  # None until it runs for the first time
     prompt_logprobs: Logprobs | None = None
     scores: list[float] | None = None
+    pooled_index: int | None = None
+    values: list[float] | None = None
     embedding: list[float] | None = None
-    announced: bool = False  # the first output is out, and these four with it
+    announced: bool = False  # the first output is out, and these with it
     # For `meter`: moments (0: not yet), and what is told of it at its end.
     started: float = 0.0
     first_token: float = 0.0
@@ -41,10 +43,13 @@ class Job:
 
     @property
     def needed_row(self) -> int:
-        """The request's, and 0 where the prompt's log-probabilities are wanted and nothing says from which row."""
-        if self.request.prompt_logprobs is not None and self.request.first_needed_row is None:
-            return 0
-        return self.request.needed_row
+        """The request's, and 0 where rows of the prompt are wanted and nothing says from which on."""
+        return 0 if self.wants_rows and self.request.first_needed_row is None else self.request.needed_row
+
+    @property
+    def wants_rows(self) -> bool:
+        """Whether something of each row of the prompt is wanted: values, or log-probabilities."""
+        return "values" in self.request.want or self.request.prompt_logprobs is not None
 
     def first_sequence(self, arrival: int, context: int, end_ids: frozenset[int], ahead: bool = False) -> Sequence:
         """The one that computes the prompt; with n > 1 the other choices fork from it.
@@ -76,7 +81,8 @@ class Job:
             self.announced = True
             output.cached_tokens = self.cached_tokens
             output.prompt_logprobs = self.prompt_logprobs
-            output.scores = self.scores
+            output.scores, output.pooled_index = self.scores, self.pooled_index
+            output.values = self.values
             output.embedding = self.embedding
 
 
@@ -106,8 +112,9 @@ class Sequence:
     decoding: bool = False
     forked: bool = False  # the page it writes next may be shared
     chain: Chain | None = None  # None: its pages are not published
-    rows_from: int | None = None  # the prompt row from which log-probabilities are collected, None if they are not
+    rows_from: int | None = None  # the prompt row from which log-probabilities or values are collected; None: no such
     prompt_logprobs: Logprobs | None = None
+    values: list[float] = field(default_factory=list[float])
     gone: bool = False
     landed: bool = False  # nothing is left to compute; it has neither slot nor pages and does not wait
     began: float = 0.0  # when its first token was told, and
@@ -122,6 +129,22 @@ class Sequence:
     def done(self) -> int:
         """How many positions are computed."""
         return len(self.token_ids) - 1 if self.decoding else self.computed
+
+    def name_rows(self, plan: Plan, row: int, start: int, end: int) -> None:
+        """Tells the plan of which positions in its row, from `start` to before `end`, something is wanted."""
+        if self.rows_from is None:
+            return
+        values = "values" in self.job.request.want
+        first, end = max(start, self.rows_from), min(end, self.prompt if values else self.prompt - 1)
+        if first < end:
+            (plan.values if values else plan.prompt_logprobs).append(PromptRows(row, first, end))
+
+    def hand_rows(self) -> None:
+        """All of the prompt is computed: what was collected of it is the request's."""
+        if "values" in self.job.request.want:
+            self.job.values = self.values
+        elif self.rows_from is not None:
+            self.job.prompt_logprobs = self.prompt_logprobs or Logprobs()
 
     def collect(self, found: Logprobs) -> None:
         """More of the prompt's log-probabilities."""
@@ -163,11 +186,18 @@ class Flight:
         plan = self.plan
         for wanted, found in zip(plan.prompt_logprobs, sampled.prompt_logprobs, strict=True):
             self.rows[wanted.row].collect(found)
+        for wanted, values in zip(plan.values, sampled.values, strict=True):
+            self.rows[wanted.row].values += values
         for (row, _), scores in zip(plan.scores, sampled.scores, strict=True):
-            self.rows[row].job.scores = scores
-        last = [row for row, complete in plan.embeddings if complete]
-        for row, embedding in zip(last, sampled.embeddings, strict=True):
-            self.rows[row].job.embedding = embedding
+            job = self.rows[row].job
+            job.scores, job.pooled_index = scores, plan.starts[row] + plan.counts[row] - 1
+        last = [row for row, complete in plan.pooled if complete]
+        for row, found in zip(last, sampled.pooled, strict=True):
+            job = self.rows[row].job
+            if "score" in job.request.want:
+                job.scores = found
+            else:
+                job.embedding = found
 
     def holds(self, sequence: Sequence) -> bool:
         """Whether something of the sequence is still to come."""

@@ -49,6 +49,6 @@ def _apply(hub: Hub, change: Change) -> None:
     for path, digest in change.files:
         if digest_of(path) != digest:
             raise CheckpointError(f"the files of {path} have changed since it was read")
-        update.stage(from_disk(path).tensors)
+        update.stage(from_disk(path, engine.model.config.labels > 0).tensors)
     update.complete(change.partial)
     update.commit()

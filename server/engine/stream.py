@@ -116,7 +116,7 @@ def merge(earlier: Output, later: Output) -> None:
         start += count
     earlier.logprobs = _joined(earlier.logprobs, later.logprobs)
     earlier.prompt_logprobs = _joined(earlier.prompt_logprobs, later.prompt_logprobs)
-    for name in ("finish", "stop_id", "cached_tokens", "scores", "embedding", "values", "error"):
+    for name in ("finish", "stop_id", "cached_tokens", "scores", "pooled_index", "embedding", "values", "error"):
         value = getattr(later, name)
         if value is not None:
             setattr(earlier, name, value)

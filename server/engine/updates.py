@@ -64,7 +64,7 @@ class Updates:
         engine = self._one(command.model)
         name, model = engine.card.name, _model(engine)
         staging = self._idle(name) if name in self._stagings else Staging(started=False)
-        rounds = self._rounds(command)
+        rounds = self._rounds(command, model)
         self._stagings[name] = staging
         staging.busy, kept = True, False
         try:
@@ -130,11 +130,11 @@ class Updates:
             raise Refused(EngineError("conflict", f"another command is staging or committing weights of model {name}"))
         return staging
 
-    def _rounds(self, command: UpdateWeights) -> Callable[[], Rounds]:
+    def _rounds(self, command: UpdateWeights, model: Model) -> Callable[[], Rounds]:
         """What gives the tensors, in another thread. Raises Refused where that is known already to fail."""
         match command.source:
             case "disk":
-                return lambda: iter([from_disk(command.path).tensors])
+                return lambda: iter([from_disk(command.path, model.config.labels > 0).tensors])
             case "shm":
                 return lambda: iter([from_shared_memory(command.path, command.size).tensors])
             case "cuda_ipc":

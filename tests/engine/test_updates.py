@@ -12,7 +12,6 @@ from checkpoints import write_checkpoint
 from hubs import answer, assert_nothing_is_held, collect, generate, make_hub, prompt, score
 from safetensors.torch import load_file, save_file
 
-from tandem.model.model import Model
 from tandem.server.engine import standing
 from tandem.server.engine.commands import (
     FinishUpdate,
@@ -26,9 +25,8 @@ from tandem.server.engine.commands import (
     UpdateWeights,
 )
 from tandem.server.engine.control import Standing
-from tandem.server.engine.engine import Engine
 from tandem.server.engine.hub import Hub
-from tandem.server.engine.options import EngineOptions
+from tandem.server.engine.options import EngineOptions, ModelSpec
 from tandem.server.engine.request import Output, Request
 
 ahead = pytest.mark.parametrize("run_ahead", [False, True], ids=["waits", "ahead"])
@@ -258,28 +256,41 @@ def test_one_update_of_a_model_at_a_time(checkpoints: Path) -> None:
     assert hub.catalog.models[0].weight_version == 1
 
 
-def shared_hub(checkpoints: Path) -> Hub:
-    """`twin` has the policy's decoder."""
-    hub = make_hub(checkpoints / "policy")
-    model = hub.engines[0].model
-    assert isinstance(model, Model)
-    twin = Model(model.config, model.decoder, model.head, model.place, model.naming, "twin")
-    options = EngineOptions(max_num_seqs=16, max_num_batched_tokens=256)
-    cards = [hub.engines[0].card, replace(hub.engines[0].card, name="twin")]
-    return Hub([Engine(card, one, pages=64, options=options) for card, one in zip(cards, (model, twin), strict=True)])
-
-
-def test_shared_weights_change_only_for_all_who_share_them(checkpoints: Path) -> None:
-    hub = shared_hub(checkpoints)
-    with pytest.raises(Refused, match="shared with twin") as refused:
+def test_shared_weights_change_only_for_all_who_share_them(checkpoints: Path, tmp_path: Path) -> None:
+    specs = [
+        ModelSpec("policy", str(checkpoints / "policy")),
+        ModelSpec("base", "", base_of="policy"),
+        ModelSpec("reward", str(checkpoints / "reward")),
+        ModelSpec("value", "", trunk="reward"),
+    ]
+    hub = Hub.load(specs, EngineOptions(kv_cache_memory_bytes=16 << 20))
+    with pytest.raises(Refused, match="shared with base") as refused:
         send(hub, checkpoints / "odd")
     assert refused.value.error.kind == "conflict"
-    updated = send(hub, checkpoints / "odd", also=("twin",), label="both")
-    assert updated.models == ("policy", "twin")
-    assert [(card.weight_version, card.weight_label) for card in hub.catalog.models] == [(1, "both")] * 2
-    for number, name in enumerate(("policy", "twin")):
+    assert [card.weight_version for card in hub.catalog.models] == [0] * 4
+    updated = send(hub, checkpoints / "odd", also=("base",), label="both")
+    assert updated.models == ("policy", "base")
+    assert [(card.weight_version, card.weight_label) for card in hub.catalog.models[:2]] == [(1, "both")] * 2
+    for number, name in enumerate(("policy", "base")):
         found = answer(hub, generate(number, name, prompt(20), max_tokens=10, ignore_eos=True))
         assert {token % 2 for token in found[0].token_ids} == {1}
+
+    head = load_file(checkpoints / "reward" / "model.safetensors")["score.weight"]
+    save_file({"score.weight": -head}, tmp_path / "head.safetensors")
+    before = answer(hub, score(1, "reward", prompt(30)))[0].scores
+    assert before is not None
+    hub.execute(UpdateWeights("value", "disk", str(tmp_path / "head.safetensors"), partial=True))  # shared by nobody
+    assert answer(hub, score(2, "reward", prompt(30)))[0].scores == before
+    hub.execute(UpdateWeights("reward", "disk", str(tmp_path / "head.safetensors"), partial=True))
+    assert answer(hub, score(3, "reward", prompt(30)))[0].scores == [-before[0]]
+    with pytest.raises(Refused, match="shared with value"):
+        hub.execute(UpdateWeights("reward", "disk", str(checkpoints / "reward")))
+    hub.execute(UpdateWeights("reward", "disk", str(checkpoints / "reward"), also=("value",)))
+    assert answer(hub, score(4, "reward", prompt(30)))[0].scores == before
+    assert [card.weight_version for card in hub.catalog.models] == [1, 1, 2, 2]
+    again = Hub.load(specs, EngineOptions(kv_cache_memory_bytes=16 << 20))
+    standing.restore(again, hub.standing)
+    assert again.standing == hub.standing and answer(again, score(5, "reward", prompt(30)))[0].scores == before
 
 
 # After a restart

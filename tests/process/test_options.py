@@ -91,9 +91,35 @@ def test_the_null_model(words: str, name: str, milliseconds: float) -> None:
     assert (Path(spec.text_path) / "tokenizer.json").is_file()
 
 
+def test_models_with_the_weights_of_another_one(model: Path, tmp_path: Path) -> None:
+    reference = parse_model("reference=base-of:policy,kv=20%")
+    assert (reference.name, reference.path, reference.base_of, reference.shares) == (
+        "reference",
+        "",
+        "policy",
+        "policy",
+    )
+    copied = parse_model("value,role=value,trunk=reward")
+    assert (copied.name, copied.path, copied.role, copied.trunk, copied.base_of) == (
+        "value",
+        "",
+        "value",
+        "reward",
+        None,
+    )
+    loaded = parse_model(f"value={tmp_path},trunk=reward")  # no checkpoint: it may hold a head alone
+    assert (loaded.path, loaded.shares) == (str(tmp_path), "reward")
+    assert parse_model(f"{model},trunk=reward").name == "model"
+    assert options.parse_model(f"r={model},pooling=first_eos").pooling == "first_eos"
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        ("base-of:policy", "NAME=PATH or PATH is needed"),
+        ("r=base-of:", "base-of:OTHER names one hosted model"),
+        ("r=base-of:policy,trunk=reward", "trunk= is for value models"),
+        ("v={model}/nothing,trunk=reward", "there is no directory"),
         ("m=null:fast", "null:5 for steps of 5 milliseconds"),
         ("m={model},rolle=reward", "did you mean role="),
         (

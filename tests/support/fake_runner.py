@@ -125,6 +125,11 @@ class FakeRunner:
             sampled.prompt_logprobs.append(
                 Logprobs([float(known.tokens[position + 1]) for position in range(rows.first, rows.end)])
             )
+        for rows in plan.values:
+            start, stop = plan.starts[rows.row], last[rows.row]
+            known = self.slots[plan.slots[rows.row]]
+            assert start <= rows.first < rows.end <= stop
+            sampled.values.append([float(known.tokens[position]) for position in range(rows.first, rows.end)])
         self.pool(plan, sampled)
         self.previous = plan
         if self.ahead:
@@ -139,15 +144,15 @@ class FakeRunner:
     def pool(self, plan: Plan, sampled: Sampled) -> None:
         """Every row of a text that is embedded comes once and in order, whatever else its slot was used for."""
         wanted = [row for row, slot in enumerate(plan.slots) if "embedding" in self.slots[slot].request.want]
-        assert [row for row, _ in plan.embeddings] == wanted
-        for row, complete in plan.embeddings:
+        assert [row for row, _ in plan.pooled] == wanted
+        for row, complete in plan.pooled:
             slot, start = plan.slots[row], plan.starts[row]
             request, end = self.slots[slot].request, start + plan.counts[row]
             assert start == 0 or self.pooled[slot] == (request.id, start), "rows that were not pooled"
             self.pooled[slot] = (request.id, end)
             assert complete == (end == len(request.token_ids))
             if complete:
-                sampled.embeddings.append([float(end)])
+                sampled.pooled.append([float(end)])
 
     def compute(self, slot: int, start: int, count: int, prefix: dict[int, int], shared: int) -> int:
         """Attends to what the pages hold, writes the row's positions, gives the hash at its last one.

@@ -21,8 +21,8 @@ def random_request(draw: random.Random, number: int, now: float) -> Request:
     prompt = [draw.randrange(1, 3) for _ in range(draw.choice([1, 2, 3, 5, 8, 12]))]
     want, sampling, n = {"tokens"}, None, 1
     kind = draw.random()
-    if kind < 0.15:
-        want = {"score"} if kind < 0.08 else {"embedding"}
+    if kind < 0.18:
+        want = {"score"} if kind < 0.06 else {"embedding"} if kind < 0.12 else {"values"}
     elif kind < 0.25:
         want = {"prompt_logprobs"}
     else:
@@ -37,7 +37,8 @@ def random_request(draw: random.Random, number: int, now: float) -> Request:
         )
         if draw.random() < 0.1:
             want.add("score")
-    logprobs = 0 if "prompt_logprobs" in want or draw.random() < 0.1 else None
+    logprobs = 0 if "prompt_logprobs" in want or ("values" not in want and draw.random() < 0.1) else None
+    rows = logprobs is not None or "values" in want
     return Request(
         id=number,
         model="m",
@@ -46,7 +47,7 @@ def random_request(draw: random.Random, number: int, now: float) -> Request:
         want=frozenset(want),  # pyright: ignore[reportArgumentType]
         n=n,
         prompt_logprobs=logprobs,
-        first_needed_row=0 if "embedding" in want else draw.choice([None, 0, 2]) if logprobs is not None else None,
+        first_needed_row=0 if "embedding" in want else draw.choice([None, 0, 2]) if rows else None,
         priority=draw.choice([0, 0, 0, 1, -1]),
         deadline=now + draw.randrange(1, 30) if draw.random() < 0.1 else None,
         cache_salt=draw.choice(["", "", "other"]),
@@ -88,10 +89,14 @@ class Ledger:
         if first:
             assert 0 <= (output.cached_tokens or 0) < len(request.token_ids)
             assert (output.scores is not None) == ("score" in request.want)
+            assert output.pooled_index == (len(request.token_ids) - 1 if "score" in request.want else None)
             assert output.embedding == ([float(len(request.token_ids))] if "embedding" in request.want else None)
             assert (output.prompt_logprobs is not None) == (request.prompt_logprobs is not None)
+            row = min(request.first_needed_row or 0, len(request.token_ids) - 1)
+            assert output.values == (
+                [float(token) for token in request.token_ids[row:]] if "values" in request.want else None
+            )
             if output.prompt_logprobs is not None:
-                row = min(request.first_needed_row or 0, len(request.token_ids) - 1)
                 assert output.prompt_logprobs.values == [float(token) for token in request.token_ids[row + 1 :]]
         if request.sampling:
             known = self.tokens.setdefault((number, choice), [])
