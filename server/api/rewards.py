@@ -28,7 +28,8 @@ async def create(request: Request) -> Response:
     prompts = await prompts_of(body, card, service.texts(card))
     scored = await score(request, card, prompts, body, "input" if body.conversations is None else "conversations")
     data = [
-        entry(index, ids, reward) for index, (ids, (reward,)) in enumerate(zip(prompts, scored.scores, strict=True))
+        entry(index, ids, reward, pooled)
+        for index, (ids, (reward,), pooled) in enumerate(zip(prompts, scored.scores, scored.pooled, strict=True))
     ]
     answer = {"object": "list", "model": card.name, "weight_version": scored.weight_version}
     return JsonAnswer({**answer, "data": data, "usage": scored.usage}, headers)
