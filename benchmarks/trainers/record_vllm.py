@@ -130,7 +130,12 @@ def main() -> int:
     ids, others = (tokenizer(text)["input_ids"] for text in ("The capital of France is", "Two and two"))
     os.environ.update(environment("vllm", 2) | {"VLLM_SERVER_DEV_MODE": "1"})
     for model, name, requests, arguments in (
-        ("policy", POLICY, policy_requests(ids, others), ("--weight-transfer-config", '{"backend": "nccl"}')),
+        (
+            "policy",
+            POLICY,
+            policy_requests(ids, others),
+            ("--enable-scale-out", "--weight-transfer-config", '{"backend": "nccl"}'),
+        ),
         ("reward", REWARD, reward_requests(ids, others), ("--runner", "pooling")),
     ):
         with serving(DEMO / model, name, *arguments) as server:

@@ -24,6 +24,7 @@ from ..api.streaming import JsonAnswer, stream, to_json, whole
 from ..api.structured import grammar_of
 from ..engine.request import Logprobs, ModelCard
 from ..text.text import Text
+from .versions import version_name
 
 router = APIRouter()
 
@@ -117,7 +118,7 @@ class TokensAnswer:
         self._body, self._params, self._generation = body, params, generation
         self._wording = Wording(text, as_ids=False)
         self._id = body.request_id or uuid.uuid4().hex
-        self._model = card.name
+        self._card = card
         self._first = True
 
     def answer(self) -> dict[str, Any]:
@@ -127,7 +128,8 @@ class TokensAnswer:
         return {
             "request_id": self._id,
             "created": int(time.time()),
-            "model": self._model,
+            "model": self._card.name,
+            "output_mode": self._body.output_mode,
             "choices": [self._choice(choice) for choice in generation.choices],
             "usage": generation.usage(),
             "prompt_logprobs": None
@@ -164,9 +166,13 @@ class TokensAnswer:
             "finish_reason": "abort" if choice.aborted else choice.finish_reason,
             "stop_reason": None if choice.aborted else choice.stop_reason,
             "token_ids": delta.token_ids,
-            "weight_versions": None if choice.finish_reason is None else choice.weight_spans(),
+            "weight_versions": None if choice.finish_reason is None else self._versions(choice),
         }
         return said | {"text": delta.text} if self._body.output_mode == "text" else said
+
+    def _versions(self, choice: Choice) -> list[dict[str, Any]]:
+        """Which of its tokens were drawn by which weights."""
+        return [span | {"version": version_name(self._card, span["version"])} for span in choice.weight_spans()]
 
     def _logprobs(self, delta: Delta) -> dict[str, Any] | None:
         if delta.logprobs is None:
