@@ -48,6 +48,7 @@ AREAS = {
         ("-m", "tandem.benchmarks.trainers.matrix"),
         ("server", "model", "kernels", "benchmarks/trainers"),
     ),
+    "rlhf": Area(("-m", "tandem.benchmarks.rlhf.proof"), ("server", "model", "kernels", "benchmarks/rlhf")),
     "demo": Area(("examples/rlhf/evaluate.py", "--count", "150"), ("model", "examples/rlhf")),
 }
 

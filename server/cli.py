@@ -292,7 +292,7 @@ def _announce(ready: Ready, host: str, port: int) -> None:
     age = process_age()
     console = Console()
     if not console.is_terminal:
-        console = Console(width=140)
+        console = Console(width=160)
     table = Table(caption=ready.division, caption_justify="left", title_justify="left")
     for column in ("model", "role", "architecture", "head", "dtype"):
         table.add_column(column)

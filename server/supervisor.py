@@ -26,9 +26,9 @@ from .options import METRICS_DIRECTORY, ServeOptions, StartWorker
 ENGINE = "tandem.server.engine_process"
 WORKER = "tandem.server.worker"
 
-# What the C libraries of a child are told. OpenMP threads that spin for long take the cores from whoever has work: on two
-# busy cores a decode step took nine times as long. Asleep at once they cost a wake-up per operation (PyTorch's own; the
-# C++ kernels have threads of their own). Weights and KV cache in large pages: a decode at batch 1 takes 7 % less time.
+# What the C libraries of a child are told. OpenMP threads that spin for long take the cores from whoever has work: on
+# two busy cores a decode step took nine times as long. Asleep at once they cost a wake-up per operation (PyTorch's own;
+# the C++ kernels have threads of their own). Weights and KV cache in large pages: batch 1 takes 7 % less time.
 LIBRARIES = MappingProxyType(
     {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 )

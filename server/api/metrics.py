@@ -114,6 +114,7 @@ METRICS: tuple[Gauge | Labelled | Count | Spread, ...] = (
         lambda m: _by_reason(m.counts.rejected),
     ),
     Count("corrupted_requests", "Requests for which the model gave NaN or infinity.", lambda m: m.counts.corrupted),
+    Count("computed_tokens", "Tokens of all steps, recomputed ones included.", lambda m: m.counts.computed_tokens),
     Count("scores", "Scores given.", lambda m: m.counts.scores),
     Count(
         "shared_prefix_tokens_saved",

@@ -165,7 +165,7 @@ class Engine:
                 return EngineError("invalid", f"there is no open group {request.group}")
             group, members = self._groups[request.group]
             members.add(request.id)
-            first = None if request.want == {"score"} else len(group.token_ids) - 1
+            first = None if "score" in request.want else len(group.token_ids) - 1
             token_ids = [*group.token_ids, *request.token_ids]
             request = replace(request, token_ids=token_ids, first_needed_row=first, group=0)
         if self.refused is not None:
@@ -321,8 +321,8 @@ class Engine:
         if card.gives == "text" and (asked := [gives for one, gives, _ in SINGLE if one in want]):
             return EngineError("invalid", f"model {card.name} is a language model: it gives no {asked[0]}", "model")
         for only, gives, kind in SINGLE:
-            other = want != {only} or sampling is not None or request.prompt_logprobs is not None
-            if card.gives == gives and other:
+            plain = len(want) == 1 and only in want and sampling is None and request.prompt_logprobs is None
+            if card.gives == gives and not plain:
                 message = f"model {card.name} is {kind} model: it gives {gives}, nothing else"
                 return EngineError("invalid", message, "model")
         if "tokens" in want and sampling is None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...model.heads import carry, pooled
 from ...model.model import Model
+from ...model.pooling import PoolingMode
 from .plan import Plan
 
 
@@ -21,7 +22,8 @@ class Pooled:
 
     def __init__(self, model: Model, max_seqs: int, device: torch.device) -> None:
         assert model.config.pools is not None
-        self._head, self._mode = model.head, model.config.pools
+        self._head = model.head
+        self._mode: PoolingMode = model.config.pools
         self._carried = torch.zeros(max_seqs, model.config.output_size, dtype=torch.float64, device=device)
 
     def take(self, plan: Plan, hidden: Tensor, ends: Sequence[int]) -> Tensor | None:

@@ -119,8 +119,8 @@ def hosted(hub: Hub) -> tuple[HostedModel, ...]:
 
 
 def shown_head(card: ModelCard) -> str:
-    parts = (card.head, card.pooling and f"pooled {card.pooling}", "every token" if card.gives == "values" else "")
-    return ", ".join(filter(None, parts))
+    """What the head is, and where it is read."""
+    return ", ".join(filter(None, (card.head, card.pooling, "every token" if card.gives == "values" else "")))
 
 
 def explain(error: Exception) -> Failed:

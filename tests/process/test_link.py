@@ -110,7 +110,7 @@ def full_output(request_id: int) -> Output:
     error = EngineError("overloaded", "too much", "prompt", 1.5)
     scores, embedding, values = [0.25, -1.0], [0.5, -0.125], [1.5]
     prompt, first = Logprobs([-2.0]), [(11, 1)]
-    return Output(request_id, 0, [8, 9], tops, "error", 9, 16, prompt, scores, 12, error, embedding, values, first)
+    return Output(request_id, 0, [8, 9], tops, "error", 9, 16, prompt, scores, 12, error, embedding, values, 7, first)
 
 
 async def test_every_field_of_an_output_arrives(client: EngineClient, server: EngineServer) -> None:

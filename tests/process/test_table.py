@@ -18,7 +18,7 @@ def card(role: Role, head: str = "", pooling: str = "", labels: int = 0) -> Mode
 
 def test_heads_in_words() -> None:
     assert shown_head(card("policy")) == ""
-    assert shown_head(card("reward", "v_head", "before_first_pad", 1)) == "v_head, pooled before_first_pad"
+    assert shown_head(card("reward", "v_head", "before_first_pad", 1)) == "v_head, before_first_pad"
     assert shown_head(card("value", "TRL v_head", "", 1)) == "TRL v_head, every token"
 
 
@@ -27,11 +27,11 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
         return HostedModel(name, role, "LlamaForCausalLM", head, shares, "float32", 512, weights, 10, 160, 1 << 20, "")
 
     models = (
-        row("judge", "reward", "score, pooled last", "", 40 << 20),
+        row("judge", "reward", "score, last", "", 40 << 20),
         row("critic", "value", "score, every token", "judge", 0),
     )
     _announce(Ready(models, "all is divided"), "127.0.0.1", 8000)
     lines = capsys.readouterr().out.splitlines()
     judge, critic = (next(line for line in lines if name in line) for name in ("judge", "critic"))
-    assert "score, pooled last" in judge and "40.0" in judge
+    assert "score, last" in judge and "40.0" in judge
     assert "value" in critic and "score, every token" in critic and "0.0 + judge's" in critic
