@@ -32,7 +32,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 # GRPO's client wants to import vLLM, for a name or two that it uses on a GPU.
 STUB = {
-    "vllm/__init__.py": '__version__ = "0.25.0"\n',
+    "vllm/__init__.py": '__version__ = "0.25.0"\nclass LLM: ...\nclass RequestOutput: ...\nclass SamplingParams: ...\n',
+    "vllm/sampling_params.py": "class StructuredOutputsParams: ...\n",
     "vllm/utils/__init__.py": "",
     "vllm/utils/network_utils.py": "def get_ip(): ...\ndef get_open_port(): ...\n",
     "vllm/distributed/__init__.py": "",

@@ -42,10 +42,12 @@ class Rollouts:
         self.rewards: list[float] = []
 
     def rollout(self, prompts: list[str], trainer: GRPOTrainer) -> dict[str, Any]:
+        """TRL names each prompt as often as it wants answers to it, one behind the other."""
         prompt_ids = [self._tokenizer(prompt)["input_ids"] for prompt in prompts]
         body = {
             "model": self._policy,
-            "prompt": prompt_ids,
+            "prompt": prompt_ids[::GENERATIONS],
+            "n": GENERATIONS,
             "max_tokens": TOKENS,
             "temperature": 1.0,
             "top_k": 0,
@@ -101,6 +103,7 @@ def main() -> None:
             num_generations=GENERATIONS,
             max_completion_length=TOKENS,
             learning_rate=1e-4,
+            lr_scheduler_type="constant",
             logging_steps=1,
             save_strategy="no",
             report_to=[],
@@ -118,12 +121,14 @@ def main() -> None:
         )
         trainer.train()
     moved = max((a - b).abs().max().item() for a, b in zip(model.parameters(), before.parameters(), strict=True))
-    logged = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
+    steps = [entry for entry in trainer.state.log_history if "reward" in entry]
     report = {
         "version": version("trl"),
         "steps": trainer.state.global_step,
         "rewards": len(rollouts.rewards),
-        "mean_reward_by_step": logged,
+        "mean_reward_by_step": [step["reward"] for step in steps],
+        "reward_spread_by_step": [step["reward_std"] for step in steps],
+        "grad_norm_by_step": [step["grad_norm"] for step in steps],
         "largest_logprob_difference": largest_difference(before, rollouts.first),
         "largest_weight_change": moved,
         "finite": all(map(math.isfinite, rollouts.rewards)),
