@@ -234,6 +234,34 @@ def packed_linear(
     return linear(x, weight.unpack().to(x.dtype), bias, activation, deterministic=True)
 
 
+@op
+def lora(x: Tensor, a: Tensor, b: Tensor, outs: tuple[int, ...], slots: Tensor, y: Tensor) -> None:
+    """y[t] += B · (A · x[t]), in place, with A and B of adapter slots[t]; a row of slot 0 keeps its bits.
+
+    x [T, D] and y [T, O], slots [T] int64 in 0 … S. a [S, n r, D] and b [S, r, O] hold adapter s as entry s - 1. O is
+    `outs`, the outputs of n matrices one behind another; rows i r … (i + 1) r of A are the i-th one's, r the rank.
+
+    Sums are float32, and so is what lies between A and B; y is rounded once. A row's bits depend on that row of x and
+    y and on its adapter, not on T or on the rows beside it.
+    """
+    for slot in slots.unique().tolist():
+        if slot:
+            rows = (slots == slot).nonzero().squeeze(1)
+            y[rows] = (y[rows].float() + _lora_term(x[rows].float(), a[slot - 1], b[slot - 1], outs)).to(y.dtype)
+
+
+def _lora_term(x: Tensor, a: Tensor, b: Tensor, outs: tuple[int, ...]) -> Tensor:
+    """x [T, D] float32, a [n r, D], b [r, O] -> B · (A · x) [T, O] float32."""
+    a, parts = a.float(), b.float().split_with_sizes(outs, 1)
+    rank = b.shape[0]
+
+    def term(rows: Tensor) -> Tensor:
+        inner = F.linear(rows, a).split(rank, 1)
+        return torch.cat([part @ up for part, up in zip(inner, parts, strict=True)], 1)
+
+    return in_blocks(term, x)
+
+
 # Writing K and V ----------------------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..kernels import ops
 from ..kernels.ops import TokenLogprobs
+from .adapters import Adapters
 from .batch import Batch
 from .config import ModelConfig
 from .heads import EmbedHead, LMHead, ScoreHead
@@ -26,8 +27,10 @@ class Model:
     """Weights, no state: everything that a step needs or changes beside them is in its batch and cache.
 
     `deterministic`: results of a row have the same bits whatever rows are computed with it, if the batches say
-    `Sequences.deterministic`, too.
+    `Sequences.deterministic`, too. `adapters`: None until there is room for any.
     """
+
+    adapters: Adapters | None = None
 
     def __init__(
         self, config: ModelConfig, decoder: Decoder, head: AnyHead, place: Place, naming: Naming, digest: str
@@ -44,10 +47,20 @@ class Model:
         model.weight_bytes = 0 if head is None else _bytes(head)
         return model
 
+    def make_room(self, adapters: int, rank: int) -> None:
+        """For so many adapters of at most this rank; their memory counts as weights'. Once, before the first step."""
+        assert self.adapters is None
+        self.adapters = Adapters(self.decoder, adapters, rank, self.place)
+        self.weight_bytes += self.adapters.nbytes
+
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
         """Hidden states [T, D] after the last norm, in the model's dtype. Writes the rows' K and V into the cache."""
-        return self.decoder(batch, cache)
+        if self.adapters is None:
+            assert batch.adapters is None, "rows with an adapter, but no room for any was made"
+            return self.decoder(batch, cache)
+        with self.adapters.beside(batch.adapters):
+            return self.decoder(batch, cache)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from .options import (
     ServeOptions,
     bundled_models,
     has_gpu,
+    parse_adapter,
     parse_model,
     parse_quantity,
     read_config_file,
@@ -37,6 +38,7 @@ app = typer.Typer(
 
 ENGINE, API = EngineOptions(), ApiOptions()
 GPU_SEQS, GPU_TOKENS = 256, 8192  # where a GPU is used and nothing else is said
+LORAS = 8  # of `--enable-lora`: trainers keep the last few versions (6 by default in TRL's AsyncGRPO)
 
 
 def _show_version(wanted: bool) -> None:
@@ -149,6 +151,16 @@ def serve(
     pooling: Annotated[
         str | None, typer.Option(help="Of embedding models: last, mean or cls. None: as the checkpoint says, or last.")
     ] = None,
+    enable_lora: Annotated[
+        bool, typer.Option("--enable-lora", help=f"Room for {LORAS} LoRA adapters, or for as many as is said.")
+    ] = False,
+    max_loras: Annotated[
+        int | None, typer.Option(min=1, help="LoRA adapters that are loaded at once.", show_default=False)
+    ] = None,
+    max_lora_rank: Annotated[int | None, typer.Option(help=f"None: {ENGINE.max_lora_rank}.")] = None,
+    lora_modules: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=PATH", help="An adapter of the policy. Repeatable.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the engine.")] = None,
     step_target_ms: Annotated[
         float | None, typer.Option(min=0.001, help="Longest step of one model while another one writes.")
@@ -218,6 +230,7 @@ def serve(
                 max_waiting_tokens=parse_quantity(max_waiting_tokens, "--max-waiting-tokens"),
                 pooling=_one_of("--pooling", pooling, get_args(PoolingMode)),
                 step_target_ms=step_target_ms,
+                **_loras(enable_lora, max_loras, max_lora_rank, lora_modules or []),
             ),
             api=ApiOptions(
                 api_keys=_api_keys(api_key or [], api_key_file),
@@ -261,6 +274,20 @@ def _models(words: list[str], names: list[str], defaults: dict[str, Any]) -> tup
         )
         for spec in specs
     )
+
+
+def _loras(enabled: bool, most: int | None, rank: int | None, modules: list[str]) -> dict[str, Any]:
+    """The engine's options for adapters. Any of the flags but the rank's makes room for some."""
+    if not (enabled or most or modules):
+        if rank is not None:
+            raise OptionsError(f"--max-lora-rank {rank} is for --enable-lora; give that, too")
+        return {}
+    adapters = tuple(map(parse_adapter, modules))
+    return {
+        "max_loras": most or max(LORAS, len(adapters)),
+        "max_lora_rank": ENGINE.max_lora_rank if rank is None else rank,
+        "lora_modules": adapters,
+    }
 
 
 def _one_of(flag: str, value: str | None, allowed: tuple[str, ...]) -> Any:

@@ -105,6 +105,14 @@ def parse_model(text: str) -> ModelSpec:
     return spec
 
 
+def parse_adapter(text: str) -> tuple[str, str]:
+    """`NAME=PATH` of `--lora-modules`. Raises OptionsError."""
+    name, _, path = text.partition("=")
+    if not name or not path or not Path(path).is_dir():
+        raise OptionsError(f"--lora-modules {text}: NAME=PATH is needed, PATH being the directory of a LoRA adapter")
+    return name, str(Path(path).resolve())
+
+
 def bundled_models() -> tuple[ModelSpec, ...]:
     """The policy and the reward model that come with Tandem."""
     specs = (

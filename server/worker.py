@@ -46,7 +46,7 @@ class Texts:
             self._load(owner.text_path, *told)
 
     def __call__(self, card: ModelCard) -> Text:
-        return self._load(card.path, *self._told.get(card.name, (None, None, None)))
+        return self._load(card.path, *self._told.get(card.parent or card.name, (None, None, None)))
 
     def _load(self, path: str, *told: str | None) -> Text:
         text = self._texts.get((path, *told))

@@ -1,6 +1,7 @@
 // The functions that Python calls (native.py), for one instruction set. Number types: 0 float32, 1 bfloat16.
 
 #include "attention.h"
+#include "low_rank.h"
 
 namespace {
 
@@ -37,6 +38,41 @@ void run_linear(const Linear& a, int threads) {
     });
     linear_of<float, bf16>(a, (const float*)a.wide_x, (bf16*)a.y, threads);
 #endif
+}
+
+template <class T> void lora_of(const Lora& a, long width, int threads) {
+    const long lines = a.parts * a.rank;
+    each(a.rows, part_of(a.rows, threads), threads, [&](long first, long end) {
+        for (long row = first; row < end; ++row) {
+            const long adapter = a.slots[row] - 1;
+            if (adapter < 0) continue;
+            const T *down = (const T*)a.a + adapter * lines * a.ins, *up = (const T*)a.b + adapter * a.rank * width;
+            lora((const T*)a.x + row * a.ins, down, up, a.outs, (T*)a.y + row * width, a.ins, a.parts, a.rank, width);
+        }
+    });
+}
+
+void run_lora(const Lora& a, int threads) {
+    long width = 0, adapted = 0;
+    for (long p = 0; p < a.parts; ++p) width += a.outs[p];
+    for (long row = 0; row < a.rows; ++row) adapted += a.slots[row] != 0;
+    if (adapted * a.rank * (a.parts * a.ins + width) < FEW_PRODUCTS) threads = 1;
+    if (a.type) lora_of<bf16>(a, width, threads);
+    else lora_of<float>(a, width, threads);
+}
+
+template <class T> void activate_of(const Activate& a, int threads) {
+    const long width = a.outs * (a.activation == SILU_AND_MUL ? 2 : 1);
+    each(a.rows, part_of(a.rows, threads), threads, [&](long first, long end) {
+        for (long row = first; row < end; ++row)
+            activate((const T*)a.x + row * width, (T*)a.y + row * a.outs, a.outs, a.activation);
+    });
+}
+
+void run_activate(const Activate& a, int threads) {
+    if (a.rows * a.outs < FEW_ELEMENTS) threads = 1;
+    if (a.type) activate_of<bf16>(a, threads);
+    else activate_of<float>(a, threads);
 }
 
 template <class T> void norm_of(const Norm& a, int threads) {

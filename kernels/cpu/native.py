@@ -18,6 +18,7 @@ from torch import Tensor
 
 SETS = ("none", "AVX2", "AVX-512", "AVX-512 with bfloat16 products")  # by number, see library.cpp
 WIDEST_HEAD = 1024
+MOST_INNER = 4096  # matrices · rank of `lora`
 
 _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 
@@ -33,6 +34,8 @@ def _fields(names: str, kind: Any) -> dict[str, Any]:
 
 Pack = _call(**_fields("w into", _POINTER), **_fields("outs ins type", _LONG))
 Linear = _call(**_fields("x w bias y wide_x", _POINTER), **_fields("rows ins outs activation type w_type", _LONG))
+Lora = _call(**_fields("x a b slots outs y", _POINTER), **_fields("rows ins parts rank type", _LONG))
+Activate = _call(**_fields("x y", _POINTER), **_fields("rows outs activation type", _LONG))
 Norm = _call(**_fields("x residual weight bias y", _POINTER), **_fields("rows size type", _LONG), eps=_FLOAT)
 Rotary = _call(
     **_fields("qkv q_norm k_norm positions cos sin slots q k v", _POINTER),

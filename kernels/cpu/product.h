@@ -177,6 +177,21 @@ void linear(const X* x, const W* w, const T* bias, T* y, long rows, long ins, lo
     });
 }
 
+// to [outs] = activation(x) for one row, the bits that `linear` gives behind a product. silu_and_mul: x has gate, then up.
+template <class T> void activate(const T* from, T* to, long outs, int activation) {
+    for (long column = 0; column < outs; column += COLUMNS) {
+        const long width = outs - column;
+        const bool whole = width >= COLUMNS;
+        Lanes v = whole ? load(from + column) : load_some(from + column, width);
+        if (activation == SILU_AND_MUL)
+            v = silu(v) * (whole ? load(from + outs + column) : load_some(from + outs + column, width));
+        if (activation == GELU_TANH) v = gelu_tanh(v);
+        if (activation == GELU) v = gelu(v);
+        if (whole) store(to + column, v);
+        else store_some(to + column, v, width);
+    }
+}
+
 // Panels of W [outs, ins], what is beyond `outs` 0.
 void pack_panel(const bf16* w, bf16* to, long panel, long outs, long ins) {
     for (long k = 0; k < ins; k += 2)

@@ -69,7 +69,7 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
 
 
 def no_such_model(name: str, catalog: Catalog) -> ApiError:
-    known = ", ".join(sorted(card.name for card in catalog.models))
+    known = ", ".join(sorted(card.name for card in catalog.listed))
     return ApiError(
         404, f"the model {name[:200]!r} is not hosted here; there are: {known}", param="model", code="model_not_found"
     )

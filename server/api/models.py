@@ -28,7 +28,7 @@ SAMPLING = (
 
 @router.get("/v1/models")
 async def every(request: Request) -> JSONResponse:
-    return JSONResponse({"object": "list", "data": [shown(card) for card in Service.of(request).catalog().models]})
+    return JSONResponse({"object": "list", "data": [shown(card) for card in Service.of(request).catalog().listed]})
 
 
 @router.get("/v1/models/{name:path}")
@@ -47,7 +47,7 @@ def shown(card: ModelCard) -> dict[str, Any]:
         "created": card.created,
         "owned_by": "tandem",
         "root": card.name,
-        "parent": None,
+        "parent": card.parent or None,
         "aliases": list(card.aliases),
         "role": card.role,
         "architecture": card.architecture,

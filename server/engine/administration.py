@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from . import commands
+from .adapting import Adapting
 from .commands import AnyCommand, Refused
 from .control import ModelState, Standing
 from .engine import Engine
@@ -55,7 +56,8 @@ class Task:
 class Administration:
     def __init__(self, engines: Sequence[Engine]) -> None:
         self._hosted = Hosted(engines)
-        self.updates = Updates(self._hosted)
+        self._adapting = Adapting(self._hosted)
+        self.updates = Updates(self._hosted, self._adapting)
         self._tasks: list[Task] = []
 
     @property
@@ -106,8 +108,10 @@ class Administration:
                 return (yield from self.updates.join(command))
             case commands.DestroyTransfer():
                 return self.updates.leave(command)
-            case commands.LoadAdapter() | commands.UnloadAdapter():
-                raise Refused(EngineError("invalid", "this engine has no room for adapters", "model"))
+            case commands.LoadAdapter():
+                return (yield from self._adapting.load(command))
+            case commands.UnloadAdapter():
+                return self._adapting.unload(command)
 
     def _pause(self, command: commands.Pause) -> Work[commands.Paused]:
         engines, aborted = self._hosted.named(command.model), 0
@@ -152,4 +156,4 @@ class Administration:
 def _state_of(engine: Engine) -> ModelState:
     card = engine.card
     about = card.weight_version, card.weight_label, card.reward_mean, card.reward_std, card.paused
-    return ModelState(card.name, engine.digest, *about)
+    return ModelState(card.name, engine.digest, *about, adapters=engine.adapters.sources)

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal, Protocol, TypeVar
 from .request import EngineError
 
 InFlight = Literal["keep", "abort", "wait"]
-Source = Literal["disk", "shm", "cuda_ipc", "distributed"]
+Source = Literal["disk", "lora", "shm", "cuda_ipc", "distributed"]
 Backend = Literal["gloo", "nccl"]
 
 Reply = TypeVar("Reply", covariant=True)
@@ -157,15 +157,24 @@ class Normalize:
 
 @dataclass(frozen=True, slots=True)
 class LoadAdapter:
+    """The directory's LoRA adapter, read and checked while others serve, is one of the model's: requests name it
+    instead of the model.
+
+    `replace`: it takes the place of one of that name, if there is one. Decodes of that one go on with the new weights
+    and the keys and values that they have; what is computed anew shares no page with what the old ones computed.
+    """
+
     reply: ClassVar = Adapters
     model: str
     name: str
     path: str
-    replace: bool = False  # one of that name
+    replace: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class UnloadAdapter:
+    """No new request finds it. Those that it has go on with it, and its room is free after the last of them."""
+
     reply: ClassVar = Adapters
     model: str
     name: str
@@ -209,10 +218,11 @@ class StartUpdate:
 class UpdateWeights:
     """New weights: staged while the old ones serve, then committed between two steps, unless an update is started.
 
-    `disk`: `path` is a checkpoint directory or one safetensors file. `shm`: safetensors bytes, the first `size` of the
-    POSIX shared memory named `path` (0: all). `cuda_ipc`: `handles`. `distributed`: `tensors`, in the order in which
-    rank 0 of transfer group `group` broadcasts them: one by one, or `packed` as bytes one behind the other in
-    chunks that are closed once they exceed `chunk_bytes`.
+    `disk`: `path` is a checkpoint directory or one safetensors file. `lora`: `path` is a LoRA adapter's directory, and
+    that adapter becomes the model's own until other weights come: what names no adapter is for it, the base stays as it
+    is. `shm`: safetensors bytes, the first `size` of the POSIX shared memory named `path` (0: all). `cuda_ipc`:
+    `handles`. `distributed`: `tensors`, in the order in which rank 0 of transfer group `group` broadcasts them: one by
+    one, or `packed` as bytes one behind the other in chunks that are closed once they exceed `chunk_bytes`.
 
     `partial`: tensors that do not come stay what they are. `also`: other models whose weights these are, too; all that
     share a tensor with the model must be named. `in_flight` is as `Pause.mode`; requests that are kept go on with the

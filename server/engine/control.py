@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection
 from .options import EngineOptions, ModelSpec
 
 PR_SET_PDEATHSIG = 1
+ADAPTED = "LoRA adapter"  # how a change came that gives a model an adapter of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,7 @@ class ModelState:
     reward_mean: float = 0.0
     reward_std: float = 1.0
     paused: bool = False
+    adapters: tuple[tuple[str, str, str], ...] = ()  # (name, path, digest)
 
 
 @dataclass(frozen=True, slots=True)

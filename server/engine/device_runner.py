@@ -13,8 +13,10 @@ Letters: T tokens of the step, B rows of the plan, S page size, M page-table wid
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,7 +38,7 @@ from .options import AttentionBackend
 from .plan import Plan
 from .pooled import Pooled
 from .request import Request
-from .runner import places_of
+from .runner import NO_ADAPTERS, places_of
 from .staging import Staging
 
 Integers = NDArray[np.int64]
@@ -44,11 +46,20 @@ NONE: Integers = np.zeros(0, np.int64)
 RECORDED = (DRAW, DRAW | RESTRICT)  # what draws may use and still be part of a recorded decode
 
 
+class Kind(NamedTuple):
+    """Of a recorded decode."""
+
+    uses: int | None  # what its draws may use; None: it leaves logits
+    grouped: bool  # rows share prefixes
+    adapted: bool  # a row has an adapter
+
+
 class DeviceRunner:
     """`context` is the most tokens of one sequence; slots go from 0 to `max_seqs` - 1.
 
     The last page of `cache` is nobody's: rows that only fill a graph up belong to one slot more, whose tokens and pages
     mean nothing. `own_stream`: not the device's common one, so that other models' steps may run at the same time.
+    `adapters`: as with `Runner`.
     What a Sampled holds for a failed computation is visible as such, as with `Runner`.
     """
 
@@ -66,9 +77,10 @@ class DeviceRunner:
         attention: AttentionBackend = "triton",
         own_stream: bool = False,
         guides: Guides | None = None,
+        adapters: Mapping[str, int] = NO_ADAPTERS,
     ) -> None:
         self.model, self._cache = model, cache
-        self._guides = guides
+        self._guides, self._adapters = guides, adapters
         self._page_size, self._context = cache.page_size, context
         self._chunks = decode_chunks(context)  # of a sequence at full length
         self._device = torch.device(device)
@@ -80,6 +92,8 @@ class DeviceRunner:
         self._nobody = max_seqs
         self._table[self._nobody] = cache.pages - 1
         self._requests: list[Request | None] = [None] * max_seqs
+        self._adapter = np.zeros(max_seqs, np.int64)
+        self._adapter_there = torch.zeros(max_seqs + 1, dtype=torch.int64, device=self._device)
         self._sampler = DeviceSampler(self._history, model.config.vocab_size, end_ids, self._device)
         self._staging = Staging(self._device)
         # Of the last pure decode, on the device: its slots, how many tokens each has, what was drawn. Synchronous rows
@@ -92,10 +106,9 @@ class DeviceRunner:
         self._row_numbers = torch.arange(max_seqs + 1, dtype=torch.int32, device=self._device)
         self._rows = 0  # of that decode, without synchronous ones; 0 where its slots no longer stand there
         self._behind = 0  # synchronous ones
-        self._uses, self._tops, self._grouped = 0, list[int | None](), False
+        self._uses, self._tops, self._grouped, self._adapted = 0, list[int | None](), False, False
         self._logits: Tensor | None = None  # [max_seqs, V] float32, where a decode leaves them for the sampler
-        # By what their draws may use (None: without draws) and whether rows share prefixes.
-        self._recorded: dict[tuple[int | None, bool], Graphs] = {}
+        self._recorded: dict[Kind, Graphs] = {}
         self._pool = new_pool(self._device)
         self._stream = torch.cuda.Stream(self._device) if own_stream and self._device.type == "cuda" else None
 
@@ -113,6 +126,8 @@ class DeviceRunner:
         if self.model.config.generates:
             with self._on_stream():
                 self._graphs()
+                if self.model.adapters is not None:
+                    self._graphs(adapted=True)
 
     @torch.inference_mode()
     def idle(self) -> bool:
@@ -136,6 +151,10 @@ class DeviceRunner:
             step.clock.stop()
         return step
 
+    def write(self, work: Callable[[], None]) -> None:
+        with self._on_stream():
+            work()
+
     def _on_stream(self) -> AbstractContextManager[object]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
@@ -150,6 +169,7 @@ class DeviceRunner:
         for entered in plan.entered:
             request = entered.request
             self._requests[entered.slot] = request
+            self._adapter[entered.slot] = self._adapters[request.adapter]
             if request.sampling is not None:
                 self._sampler.enter(entered.slot, request.sampling, entered.choice, len(request.token_ids))
             if self._guides is not None:
@@ -158,20 +178,23 @@ class DeviceRunner:
     def _send(self, plan: Plan, *arrays: Integers) -> list[Tensor]:
         """The arrays on the device, after what changed in the slots was applied there, and pages were copied."""
         known = [[*entered.request.token_ids, *entered.generated] for entered in plan.entered]
+        entered = np.array([entered.slot for entered in plan.entered], np.int64)
         sent = self._staging.send(
             [
                 np.array([token for tokens in known for token in tokens], np.int64),
-                np.array([entered.slot for entered in plan.entered], np.int64),
+                entered,
+                self._adapter[entered],
                 np.array([len(tokens) for tokens in known], np.int64),
                 np.array(plan.page_updates, np.int64).reshape(-1, 3),
                 np.array(plan.copies, np.int64).reshape(-1, 2),
                 *arrays,
             ]
         )
-        tokens, slots, counts, updates, copies, *rest = sent
+        tokens, slots, adapters, counts, updates, copies, *rest = sent
         if plan.entered:
             row, position = self._spread(counts, len(tokens))
             self._history[slots[row], position] = tokens.int()
+            self._adapter_there[slots] = adapters
             self._sampler.flush()
         if plan.page_updates:
             self._table[updates[:, 0], updates[:, 1]] = updates[:, 2].int()
@@ -192,15 +215,16 @@ class DeviceRunner:
         own = rows - plan.synchronous
         if not (plan.steady and 0 < self._rows == own):
             self._uses, self._tops = self._wanted(plan.slots[:own])
-            self._grouped = plan.prefixes is not None
+            self._grouped, self._adapted = plan.prefixes is not None, self._any_adapter(plan.slots[:own])
         uses, tops = self._wanted(plan.slots[own:])
         uses, tops = self._uses | uses, self._tops + tops
-        graphs = self._graphs(uses)
+        adapted = self._adapted or self._any_adapter(plan.slots[own:])
+        graphs = self._graphs(uses, adapted)
         self._place(plan, own)
         room = self._room(rows)
         needed = sum(decode_chunks(start + 1) for start in plan.starts) if room < rows * self._chunks else 0
         if needed > room:
-            logits = self._decode_logits(rows, needed, self._grouped)
+            logits = self._decode_logits(rows, needed, self._grouped, adapted)
         else:
             graphs.run(graphs.rows_for(rows))
             if _recorded(uses) is not None:
@@ -228,18 +252,21 @@ class DeviceRunner:
             self._prefixes.copy_(sent[2])
         self._rows, self._behind = own, plan.synchronous
 
-    def _graphs(self, uses: int = 0) -> Graphs:
+    def _any_adapter(self, slots: list[int]) -> bool:
+        return bool(self._adapter[slots].any())
+
+    def _graphs(self, uses: int = 0, adapted: bool = False) -> Graphs:
         """Those that draw as well, where that can be recorded for what the slots use, else those that leave logits."""
         recorded = _recorded(uses)
-        kind = recorded, self._grouped
+        kind = Kind(recorded, self._grouped, adapted)
         if kind not in self._recorded:
             if recorded is None and self._logits is None:
                 shape = (self._nobody, self.model.config.vocab_size)
                 self._logits = torch.empty(shape, dtype=torch.float32, device=self._device)
             if recorded is None:
-                work = partial(self._decode_only, self._grouped)
+                work = partial(self._decode_only, self._grouped, adapted)
             else:
-                work = partial(self._decode_and_draw, self._grouped, recorded)
+                work = partial(self._decode_and_draw, self._grouped, adapted, recorded)
             self._clear_rows()
             self._recorded[kind] = Graphs(work, self._nobody, self._device, self._pool)
         return self._recorded[kind]
@@ -251,18 +278,19 @@ class DeviceRunner:
         self._prefixes.zero_()
         self._rows = 0
 
-    def _decode_and_draw(self, grouped: bool, uses: int, rows: int) -> None:
+    def _decode_and_draw(self, grouped: bool, adapted: bool, uses: int, rows: int) -> None:
         slots, lengths = self._slots[:rows], self._lengths[:rows]
-        drawn = self._sampler.sample(self._decode_logits(rows, self._room(rows), grouped), slots, lengths, uses, 0)
+        logits = self._decode_logits(rows, self._room(rows), grouped, adapted)
+        drawn = self._sampler.sample(logits, slots, lengths, uses, 0)
         self._drawn[:rows] = drawn.tokens
         self._history[slots, lengths] = drawn.tokens.int()
         lengths += slots != self._nobody
 
-    def _decode_only(self, grouped: bool, rows: int) -> None:
+    def _decode_only(self, grouped: bool, adapted: bool, rows: int) -> None:
         assert self._logits is not None
-        self._logits[:rows] = self._decode_logits(rows, self._room(rows), grouped)
+        self._logits[:rows] = self._decode_logits(rows, self._room(rows), grouped, adapted)
 
-    def _decode_logits(self, rows: int, room: int, grouped: bool) -> Tensor:
+    def _decode_logits(self, rows: int, room: int, grouped: bool, adapted: bool) -> Tensor:
         """One token per row: the last one of its slot. [rows, V] float32. `room`: for attention's partial results."""
         slots, lengths = self._slots[:rows], self._lengths[:rows]
         positions = lengths - 1
@@ -270,7 +298,7 @@ class DeviceRunner:
             *(self._row_numbers[: rows + 1], lengths.int(), self._table[slots], rows, 1, self._context, room),
             self._prefixes if grouped else None,
         )
-        batch = self._batch(slots, positions, sequences)
+        batch = self._batch(slots, positions, sequences, adapted)
         return self.model.logits(self.model.forward(batch, self._cache))
 
     def _room(self, rows: int) -> int:
@@ -296,11 +324,12 @@ class DeviceRunner:
             starts, lengths, table, decodes, widest, longest, work, self.model.deterministic, self._attention, {}
         )
 
-    def _batch(self, slots: Tensor, positions: Tensor, sequences: Sequences) -> Batch:
-        """The tokens at `positions` [T] of `slots` [T]."""
+    def _batch(self, slots: Tensor, positions: Tensor, sequences: Sequences, adapted: bool) -> Batch:
+        """The tokens at `positions` [T] of `slots` [T]. `adapted`: a row has an adapter."""
         tokens = self._history[slots, positions].long().clamp_(min=0)  # -1: the model failed, which is told elsewhere
         pages = self._table[slots, positions // self._page_size].long()
-        return Batch(tokens, positions, pages * self._page_size + positions % self._page_size, sequences)
+        places = pages * self._page_size + positions % self._page_size
+        return Batch(tokens, positions, places, sequences, self._adapter_there[slots] if adapted else None)
 
     # Steps with prompts -----------------------------------------------------------------------------------------------
 
@@ -366,7 +395,8 @@ class DeviceRunner:
             *(firsts.int(), lengths.int(), table, plan.decodes, max(plan.counts), longest, room),
             None if plan.prefixes is None else prefixes.int(),
         )
-        return self.model.forward(self._batch(slots[row], starts[row] + place, sequences), self._cache)
+        batch = self._batch(slots[row], starts[row] + place, sequences, self._any_adapter(plan.slots))
+        return self.model.forward(batch, self._cache)
 
     # Draws ------------------------------------------------------------------------------------------------------------
 

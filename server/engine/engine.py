@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,6 +14,7 @@ import torch
 from ...kernels.attention import CHUNK
 from ...model.kv_cache import KVCache
 from ...model.model import Model
+from .adapters import Adapters, LoadedAdapters
 from .building import Building
 from .control import ModelState
 from .counts import ModelStats
@@ -72,6 +73,8 @@ class Engine:
         self._flight: tuple[Flight, Ticket] | None = None
         self._building = Building(options.max_waiting_requests)
         self._groups: dict[int, tuple[Group, set[int]]] = {}  # with its members
+        room = 0 if isinstance(model, NullModel) or model.adapters is None else model.adapters.count
+        loaded = LoadedAdapters(card.name, room)
         self.refused: EngineError | None = None  # what new requests are told; None: they are taken
         follows = grammars is not None and self.card.gives == "text" and bool(card.end_ids)
         self._guides = Guides(grammars(card), card.vocab_size, card.end_ids) if grammars and follows else None
@@ -90,10 +93,13 @@ class Engine:
             shared_tokens=CHUNK if options.groups_decodes else None,
             weight_version=card.weight_version,
         )
-        self.runner = self._make_runner(model, pages, options)
+        self.runner = self._make_runner(model, pages, options, loaded.slots)
+        self.adapters = Adapters(loaded, model, self.scheduler, self.runner)
         self.runner.prepare()
 
-    def _make_runner(self, model: Model | NullModel, pages: int, options: EngineOptions) -> Executor:
+    def _make_runner(
+        self, model: Model | NullModel, pages: int, options: EngineOptions, adapters: Mapping[str, int]
+    ) -> Executor:
         ahead = options.runs_ahead
         if isinstance(model, NullModel):
             return NullRunner(model, options.max_num_seqs, ahead)
@@ -109,6 +115,7 @@ class Engine:
             device=options.device,
             attention=options.attention_backend,
             guides=self._guides,
+            adapters=adapters,
         )
 
     @property
@@ -167,7 +174,8 @@ class Engine:
             members.add(request.id)
             first = None if "score" in request.want else len(group.token_ids) - 1
             token_ids = [*group.token_ids, *request.token_ids]
-            request = replace(request, token_ids=token_ids, first_needed_row=first, group=0)
+            adapter = group.adapter
+            request = replace(request, token_ids=token_ids, first_needed_row=first, group=0, adapter=adapter)
         if self.refused is not None:
             return self.refused
         error = self._refusal(request)
@@ -177,7 +185,14 @@ class Engine:
             future = self._guides.build(request.sampling.grammar)
             if future is not None:
                 return self._building.add(request, future)
-        return error or self.scheduler.add(request)
+        return error or self._admit(request)
+
+    def _admit(self, request: Request) -> EngineError | None:
+        """Hands it to the scheduler. From now on it is for the adapter that has its name now."""
+        key = self.adapters.key(request.adapter)
+        if isinstance(key, EngineError):
+            return key
+        return self.scheduler.add(replace(request, adapter=key) if key else request)
 
     def _pooled(self, request: Request) -> tuple[Request, EngineError | None]:
         """The request as pooling needs it: all rows, none of them from cache, or the text up to the one that counts."""
@@ -260,7 +275,7 @@ class Engine:
         """Hands the scheduler the requests whose grammars are built."""
         outputs: list[Output] = []
         for request, error, aborted in self._building.built():
-            error = error or self.scheduler.add(request)
+            error = error or self._admit(request)
             if error is not None:
                 outputs.append(self._fail(request, error))
             for choice in aborted:  # told already
@@ -316,8 +331,8 @@ class Engine:
         card, sampling, want = self.card, request.sampling, request.want
         if isinstance(self.runner, NullRunner) and (error := self.runner.refusal(request)):
             return error
-        if request.adapter:
-            return EngineError("not_found", f"model {card.name} has no adapter {request.adapter!r}", "model")
+        if isinstance(unknown := self.adapters.key(request.adapter), EngineError):
+            return unknown
         if card.gives == "text" and (asked := [gives for one, gives, _ in SINGLE if one in want]):
             return EngineError("invalid", f"model {card.name} is a language model: it gives no {asked[0]}", "model")
         for only, gives, kind in SINGLE:

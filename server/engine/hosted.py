@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import TypeVar
 
-from .commands import Refused
+from ...model.errors import CheckpointError
+from .background import in_background
+from .commands import InFlight, Refused
 from .engine import Engine
 from .request import EngineError, Output
+from .transfer import TransferFailed
 
 Result = TypeVar("Result")
 Work = Generator[None, None, Result]  # a command: moved on once between two steps, until it has its result
@@ -45,6 +48,24 @@ class Hosted:
                     what = f"model {engine.card.name} was resumed or paused before its requests had finished"
                     raise Refused(EngineError("conflict", what))
 
+    def drained(self, engines: Sequence[Engine], in_flight: InFlight) -> Work[None]:
+        """With `wait`, until these have no request left; none is let in meanwhile. Raises Refused."""
+        if in_flight != "wait":
+            return
+        refused = [engine.refused for engine in engines]
+        try:
+            yield from self.finished(engines, "once its weights are replaced")
+        finally:
+            for engine, error in zip(engines, refused, strict=True):
+                engine.refused = error
+
+    def still(self, engines: Sequence[Engine], in_flight: InFlight) -> None:
+        """With `abort` no request of theirs is left, and in any case no step is on its way."""
+        if in_flight == "abort":
+            self.abort(engines)
+        for engine in engines:
+            self.said += engine.settle()
+
     def abort(self, engines: Iterable[Engine]) -> int:
         """Ends their requests; how many that were."""
         count = 0
@@ -53,6 +74,19 @@ class Hosted:
             why = f"the requests of model {engine.card.name} were aborted by a command"
             self.said += engine.abort_all(EngineError("unavailable", why))
         return count
+
+
+def aside(work: Callable[[], Result], param: str | None = None) -> Work[Result]:
+    """The result of what another thread does. Raises Refused where what was given, as `param`, is to blame."""
+    future = in_background(work)
+    while not future.done():
+        yield
+    try:
+        return future.result()
+    except (CheckpointError, OSError) as error:
+        raise Refused(EngineError("invalid", str(error), param)) from error
+    except TransferFailed as error:
+        raise Refused(EngineError("deadline", str(error), param)) from error
 
 
 def closed(engine: Engine, why: str, until: str) -> EngineError:

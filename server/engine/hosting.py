@@ -12,6 +12,7 @@ import torch
 
 from ...kernels import flash
 from ...kernels.cpu.native import described
+from ...model.errors import CheckpointError
 from ...model.kv_cache import KVCache
 from ...model.model import Model
 from .device_memory import MIB, divide, kv_bytes, measure
@@ -52,14 +53,38 @@ def load_engines(
     cards = [_card(spec, owner_of(spec, specs), model, options) for spec, model in zip(specs, models, strict=True)]
     if options.pooling is not None and not any(card.embedding_size for card in cards):
         raise OptionsError(f"pooling is {options.pooling}, but no hosted model embeds: give one role=embedding")
+    if options.max_loras and all(isinstance(model, NullModel) or model.adapters is None for model in models):
+        raise OptionsError(f"max_loras is {options.max_loras}, but no hosted model is a policy that can have adapters")
     memory, terms = _memory(models, cards, options)
     engines: list[Engine] = []
     for spec, card, model, part in zip(specs, cards, models, parts, strict=True):
         page = KVCache.bytes_per_page(model.config, options.page_size, model.dtype)
         pages = page_count(spec.name, int(memory * part), page, options, card.context)
         engines.append(Engine(card, model, pages=pages, options=options, grammars=grammars))
+    _load_adapters(engines, names, options)
     taken = sum(engine.kv_bytes for engine in engines)
     return engines, f"KV caches take {taken / MIB:,.0f} of {memory / MIB:,.0f} MiB allowed; {terms}"
+
+
+def _load_adapters(engines: list[Engine], taken: list[str], options: EngineOptions) -> None:
+    """Those that are named at the start. Raises CheckpointError and OptionsError."""
+    able = [engine for engine in engines if engine.adapters.possible]
+    if options.lora_modules and len(able) != 1:
+        names = ", ".join(engine.card.name for engine in able)
+        raise OptionsError(
+            f"lora_modules is for one policy, and there are {names}; load their adapters once they serve"
+        )
+    for name, path in options.lora_modules:
+        if name in taken:
+            raise OptionsError(f"lora_modules: {name} is the name of a hosted model; give the adapter another one")
+        try:
+            error = able[0].adapters.load(name, able[0].adapters.read(path))
+        except CheckpointError as broken:
+            raise CheckpointError(f"adapter {name}: {broken}") from broken
+        if error is not None:
+            raise OptionsError(f"lora_modules: {error.message}")
+    for engine in able:
+        engine.card = replace(engine.card, adapters=engine.adapters.cards)
 
 
 def _memory(models: list[Model | NullModel], cards: list[ModelCard], options: EngineOptions) -> tuple[int, str]:

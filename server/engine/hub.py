@@ -22,6 +22,8 @@ from .hosting import Progress, load_engines
 from .options import EngineOptions, ModelSpec
 from .request import Catalog, EngineError, Finish, Group, Output, Outputs, Request
 
+Asked = TypeVar("Asked", Request, Group)
+
 Reply = TypeVar("Reply")
 
 WAIT_SECONDS = 0.001  # between two looks at a command that waits, where nothing else is to do
@@ -113,9 +115,9 @@ class Hub:
 
     def submit(self, request: Request) -> list[Output]:
         """Hands a request to its model. What is refused comes back at once, as an output with an error."""
-        engine = self.engine(request.model)
+        engine, request = self._addressee(request)
         if engine is None:
-            known = ", ".join(card.name for card in self.catalog.models)
+            known = ", ".join(card.name for card in self.catalog.listed)
             error = EngineError("not_found", f"no model {request.model!r} is hosted here; there are {known}", "model")
         else:
             error = engine.add(request)
@@ -123,7 +125,7 @@ class Hub:
 
     def open(self, group: Group) -> None:
         """Begins a group. Why one cannot be is told to its members."""
-        engine = self.engine(group.model)
+        engine, group = self._addressee(group)
         if engine is not None:  # else members are refused for that
             engine.open(group)
 
@@ -205,6 +207,16 @@ class Hub:
             for output in self.step():
                 answers.setdefault(output.request_id, []).append(output)
         return answers
+
+    def _addressee(self, asked: Asked) -> tuple[Engine | None, Asked]:
+        """The engine that it is for. Where an adapter's name stands for the model, the two are told apart from now
+        on."""
+        engine = self.engine(asked.model)
+        if engine is None:
+            for one in self.engines:
+                if any(adapter.name == asked.model for adapter in one.card.adapters):
+                    return one, replace(asked, model=one.card.name, adapter=asked.model)
+        return engine, asked
 
     def _next(self) -> _Place | None:
         busy = [place for place in self._places if place.engine.has_work]

@@ -70,8 +70,8 @@ def _load(spec: ModelSpec, options: EngineOptions, on_progress: Progress | None)
         checkpoint = read_checkpoint(spec.path, head=head, pooling=spec.pooling)
         if checkpoint.config.kind == "embed" and spec.pooling is None and options.pooling is not None:
             checkpoint = read_checkpoint(spec.path, head=head, pooling=options.pooling)
-        role_of(spec, checkpoint.config)
-        return load_model(
+        role = role_of(spec, checkpoint.config)
+        model = load_model(
             checkpoint,
             dtype=spec.dtype,
             device=options.device,
@@ -79,6 +79,9 @@ def _load(spec: ModelSpec, options: EngineOptions, on_progress: Progress | None)
             context=spec.max_model_len or options.max_model_len,
             on_progress=progress,
         )
+        if options.max_loras and role == "policy":
+            model.make_room(options.max_loras, options.max_lora_rank)
+        return model
     except CheckpointError as error:
         raise CheckpointError(f"model {spec.name}: {error}") from error
 

@@ -13,6 +13,7 @@ import json
 import math
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -85,6 +86,9 @@ class NullRunner:
 
     def idle(self) -> bool:
         return False
+
+    def write(self, work: Callable[[], None]) -> None:
+        work()
 
     def refusal(self, request: Request) -> EngineError | None:
         """What it cannot even pretend to do: to draw no other tokens than those that are allowed."""

@@ -14,6 +14,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 AttentionBackend = Literal["triton", "flash", "torch"]
 
 DEMO = Path(__file__).parents[2] / "model" / "demo"  # the bundled models
+MOST_LORA_RANK = 512
 NULL = "null"  # the path of the model whose step is free
 
 
@@ -91,6 +92,9 @@ class EngineOptions:
     max_waiting_requests: int = 4096  # of one model
     max_waiting_tokens: int = 1 << 22
     pooling: PoolingMode | None = None  # of embedding models; None: as each checkpoint says, or the last token
+    max_loras: int = 0  # LoRA adapters that a policy may have at once; their memory is taken at the start
+    max_lora_rank: int = 16
+    lora_modules: tuple[tuple[str, str], ...] = ()  # name and directory of adapters of the one policy
     step_target_ms: float | None = None  # longest step while another model decodes; None: one step of that model
 
     @property
@@ -106,6 +110,13 @@ class EngineOptions:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise OptionsError(f"device is {self.device}: auto, cpu, cuda or cuda:N")
+        if self.max_loras < 0 or not 1 <= self.max_lora_rank <= MOST_LORA_RANK:
+            raise OptionsError(
+                f"max_loras is {self.max_loras} and max_lora_rank {self.max_lora_rank}: at least 0, and 1 to "
+                f"{MOST_LORA_RANK}"
+            )
+        if len(self.lora_modules) > self.max_loras:
+            raise OptionsError(f"max_loras is {self.max_loras}, but lora_modules names {len(self.lora_modules)}")
         for name in ("max_num_seqs", "max_num_batched_tokens", "page_size", "max_waiting_requests"):
             if getattr(self, name) < 1:
                 raise OptionsError(f"{name} is {getattr(self, name)}: at least 1")

@@ -18,6 +18,7 @@ Lists of a plan may be reused by the next one: read them before `Scheduler.plan`
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -147,4 +148,8 @@ class Executor(Protocol):
 
     def idle(self) -> bool:
         """Uses a moment without work for what makes later steps faster; whether more of that is left."""
+        ...
+
+    def write(self, work: Callable[[], None]) -> None:
+        """Does work on the model's tensors behind the steps that are launched, and before those to come."""
         ...

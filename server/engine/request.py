@@ -8,7 +8,7 @@ it. The engine answers with a stream of `Output`s, one per choice and step in wh
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Role = Literal["policy", "reference", "reward", "value", "embedding"]
@@ -69,7 +69,7 @@ class Request:
     priority: int = 0  # lower goes first
     deadline: float | None = None  # time.monotonic() of this machine
     cache_salt: str = ""
-    adapter: str = ""
+    adapter: str = ""  # one of the model's; empty: none, unless `model` is the name of one
     temperature: float = 1.0  # the prompt's log-probabilities are those of logits / temperature
     group: int = 0  # an open `Group`, whose prompt `token_ids` continue; 0: none
 
@@ -193,8 +193,18 @@ class Outputs:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterCard:
+    """A LoRA adapter that is loaded. Requests name it as they would a model."""
+
+    name: str
+    path: str  # its directory
+    rank: int
+    created: int  # when it was loaded, seconds since the epoch
+
+
+@dataclass(frozen=True, slots=True)
 class ModelCard:
-    """What a worker must know of a hosted model."""
+    """What a worker must know of a hosted model, or of one with an adapter: then `name` is the adapter's."""
 
     name: str
     role: Role
@@ -218,6 +228,8 @@ class ModelCard:
     reward_std: float = 1.0  # scores of the engine are raw
     fingerprint: str = ""  # of the tokenizer: ids mean the same where it is; empty: there is none
     shares: str = ""  # the model whose decoder it computes with; empty: it has its own
+    adapters: tuple[AdapterCard, ...] = ()
+    parent: str = ""  # the model that an adapter belongs to; empty for models
     weight_label: str = ""  # the trainer's name for the weights
     paused: bool = False
 
@@ -229,6 +241,11 @@ class ModelCard:
             return "text"
         return "values" if self.role == "value" else "scores"
 
+    def adapted(self, adapter: AdapterCard) -> ModelCard:
+        """The model with one of its adapters."""
+        changes = {"name": adapter.name, "parent": self.name, "created": adapter.created}
+        return replace(self, aliases=(), adapters=(), **changes)
+
 
 @dataclass(frozen=True, slots=True)
 class Catalog:
@@ -238,5 +255,11 @@ class Catalog:
     version: int
     models: tuple[ModelCard, ...]
 
+    @property
+    def listed(self) -> tuple[ModelCard, ...]:
+        """All that a request may name: each model, and behind it the model with each of its adapters."""
+        return tuple(one for card in self.models for one in (card, *map(card.adapted, card.adapters)))
+
     def find(self, name: str) -> ModelCard | None:
-        return next((card for card in self.models if name == card.name or name in card.aliases), None)
+        """A model by its name or an alias, or one with the adapter of that name."""
+        return next((card for card in self.listed if name == card.name or name in card.aliases), None)

@@ -12,7 +12,9 @@ Letters: T tokens of the step, B rows of the plan, S page size, M page-table wid
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -32,6 +34,7 @@ from .request import Logprobs, Request
 from .sampler import Sampler
 
 Integers = NDArray[np.int64]
+NO_ADAPTERS: Mapping[str, int] = MappingProxyType({"": 0})
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,8 @@ class Done:
 
 
 class Runner:
-    """`context` is the most tokens of one sequence; slots go from 0 to `max_seqs` - 1.
+    """`context` is the most tokens of one sequence; slots go from 0 to `max_seqs` - 1. `adapters`: the number of each
+    that a request may carry, as `Batch.adapters` has it; it may change between steps.
 
     What a Sampled holds for a failed computation is visible as such: token -1, NaN or infinite scores, values,
     log-probabilities and embeddings. The engine turns them into errors.
@@ -63,9 +67,10 @@ class Runner:
         device: str = "cpu",
         attention: AttentionBackend = "triton",
         guides: Guides | None = None,
+        adapters: Mapping[str, int] = NO_ADAPTERS,
     ) -> None:
         self.model, self._cache = model, cache
-        self._guides = guides
+        self._guides, self._adapters = guides, adapters
         self._page_size = cache.page_size
         self._context = context
         self._device = torch.device(device)
@@ -73,11 +78,13 @@ class Runner:
         self._history = np.zeros((max_seqs, context), np.int32)
         self._table = np.zeros((max_seqs, -(-context // cache.page_size)), np.int32)
         self._requests: list[Request | None] = [None] * max_seqs
+        self._adapter = np.zeros(max_seqs, np.int64)
         self._sampler = Sampler(self._history, model.config.vocab_size, end_ids)
         self._pooled = None if model.config.pools is None else Pooled(model, max_seqs, self._device)
         self._row_numbers = np.arange(max_seqs + 1, dtype=np.int32)
-        # Of the last pure decode: slots, positions, and the page table while it still holds.
+        # Of the last pure decode: slots, their adapters, positions, and the page table while it still holds.
         self._slots = self._starts = np.zeros(0, np.int64)
+        self._row_adapters: Tensor | None = None
         self._pages: Tensor | None = None
 
     def request(self, slot: int) -> Request:
@@ -96,6 +103,9 @@ class Runner:
 
     def idle(self) -> bool:
         return False
+
+    def write(self, work: Callable[[], None]) -> None:
+        work()
 
     @torch.inference_mode()
     def execute(self, plan: Plan) -> Sampled:
@@ -139,6 +149,7 @@ class Runner:
             if generated:
                 self._history[slot, prompt : prompt + generated] = entered.generated
             self._requests[slot] = request
+            self._adapter[slot] = self._adapters[request.adapter]
             if request.sampling is not None:
                 self._sampler.enter(slot, request.sampling, entered.choice, prompt)
             if self._guides is not None:
@@ -157,6 +168,7 @@ class Runner:
             self._starts += 1
         else:
             self._slots, self._starts = np.array(plan.slots), np.array(plan.starts)
+            self._row_adapters = self._adapters_of(self._slots)
             self._pages = None
         slots, starts = self._slots, self._starts
         rows, longest = len(slots), int(starts.max()) + 1
@@ -178,6 +190,7 @@ class Runner:
                 backend=self._attention,
                 memo={},
             ),
+            self._row_adapters,
         )
 
     def _mixed_batch(self, plan: Plan) -> tuple[Batch, Integers]:
@@ -206,8 +219,14 @@ class Runner:
                 backend=self._attention,
                 memo={},
             ),
+            self._adapters_of(slot),
         )
         return batch, firsts[1:] - 1
+
+    def _adapters_of(self, slots: Integers) -> Tensor | None:
+        """[T] int64, None where no row has one."""
+        adapters = self._adapter[slots]
+        return self._tensor(adapters) if adapters.any() else None
 
     def _page_table(self, slots: Integers, longest: int) -> Tensor:
         """[B, M] int32, as wide as the longest sequence needs."""

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from .columns import Columns
 from .meter import Meter
@@ -181,6 +182,20 @@ class Scheduler:
             if not (keep and sequence.decoding):
                 self._preempt(sequence)
         return self.pages.drop()
+
+    def set_adapter(self, before: str, now: str, keep: bool = True) -> None:
+        """Requests that carry one adapter's key carry another one's: they are for other weights, from this step on.
+
+        To those that run it happens as by `set_version`. `keep` is for keys of one place in the model's tensors."""
+        assert self._plan is None and self._flight is None, "weights change between steps"
+        for job in self._jobs.values():
+            if job.request.adapter == before:
+                job.request = replace(job.request, adapter=now)
+        for sequence in self._running.all():
+            if sequence.job.request.adapter == now:
+                sequence.chain = None
+                if not (keep and sequence.decoding):
+                    self._preempt(sequence)
 
     def plan(self, budget: int | None = None) -> Plan | None:
         """The next step, of at most `budget` tokens. None while paused, without a budget, and without anything to

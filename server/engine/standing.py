@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
+
+from ...model.adapters import Adapter
 from ...model.errors import CheckpointError
 from ...model.incoming import digest_of, from_disk
 from ...model.model import Model
 from ...model.update import Update
-from .control import Change, Standing
+from .control import ADAPTED, Change, ModelState, Standing
+from .engine import Engine
 from .hub import Hub
+
+log = logging.getLogger(__name__)
 
 
 class WeightsLost(Exception):
@@ -38,13 +45,19 @@ def restore(hub: Hub, standing: Standing) -> None:
         except (CheckpointError, OSError) as error:
             raise WeightsLost(f"weights lost: version {versions[name]} of model {name}: {error}") from error
     for engine in hub.engines:
-        engine.restore(states[engine.card.name])
+        state = states[engine.card.name]
+        engine.restore(state)
+        _load_adapters(engine, state)
     hub.resume_from(standing.changes)
 
 
 def _apply(hub: Hub, change: Change) -> None:
     engine = hub.engine(change.models[0])
     assert engine is not None and isinstance(engine.model, Model)
+    if change.came == ADAPTED:
+        engine.adapters.adopt(_adapter(engine, *change.files[0]))
+        return
+    engine.adapters.disown()
     update = Update(engine.model)
     for path, digest in change.files:
         if digest_of(path) != digest:
@@ -52,3 +65,21 @@ def _apply(hub: Hub, change: Change) -> None:
         update.stage(from_disk(path, engine.model.config.labels > 0).tensors)
     update.complete(change.partial)
     update.commit()
+
+
+def _load_adapters(engine: Engine, state: ModelState) -> None:
+    """Those that are still what they were; requests for another one are told that there is none."""
+    for name, path, digest in state.adapters:
+        try:
+            engine.adapters.load(name, _adapter(engine, path, digest), replace=True)
+        except (CheckpointError, OSError) as error:
+            engine.adapters.unload(name)
+            log.warning("adapter %s of model %s is lost: %s", name, engine.card.name, error)
+    engine.card = replace(engine.card, adapters=engine.adapters.cards)
+
+
+def _adapter(engine: Engine, path: str, digest: str) -> Adapter:
+    adapter = engine.adapters.read(path)
+    if adapter.digest != digest:
+        raise CheckpointError(f"the files of {path} have changed since it was read")
+    return adapter

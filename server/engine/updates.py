@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from types import MappingProxyType
 
 import torch
 
@@ -16,18 +16,25 @@ from ...model.model import Model
 from ...model.update import Update
 from ...model.weights import Stored
 from . import commands
-from .background import in_background
+from .adapting import Adapting
 from .commands import FinishUpdate, Refused, Source, Updated, UpdateWeights
-from .control import Change
+from .control import ADAPTED, Change
 from .engine import Engine
-from .hosted import Hosted, Work
+from .hosted import Hosted, Work, aside
 from .ipc import from_cuda_ipc
 from .request import EngineError
-from .transfer import Transfer, TransferFailed, check
+from .transfer import Transfer, check
 
-CAME: dict[Source, str] = {"disk": "disk", "shm": "shared memory", "cuda_ipc": "CUDA IPC", "distributed": "broadcast"}
+CAME: Mapping[Source, str] = MappingProxyType(
+    {
+        "disk": "disk",
+        "lora": ADAPTED,
+        "shm": "shared memory",
+        "cuda_ipc": "CUDA IPC",
+        "distributed": "broadcast",
+    }
+)
 
-Result = TypeVar("Result")
 Rounds = Iterator[list[tuple[str, Stored]]]
 
 
@@ -47,8 +54,8 @@ class Staging:
 class Updates:
     """`changes`: see `control.Standing`."""
 
-    def __init__(self, hosted: Hosted) -> None:
-        self._hosted = hosted
+    def __init__(self, hosted: Hosted, adapting: Adapting) -> None:
+        self._hosted, self._adapting = hosted, adapting
         self._stagings: dict[str, Staging] = {}  # by model
         self._transfers: dict[str, Transfer] = {}  # by group
         self.changes: tuple[Change, ...] = ()
@@ -64,12 +71,17 @@ class Updates:
         engine = self._one(command.model)
         name, model = engine.card.name, _model(engine)
         staging = self._idle(name) if name in self._stagings else Staging(started=False)
+        if command.source == "lora":
+            if staging.started:
+                what = f"an update of model {name} is started; finish it before the model gets an adapter"
+                raise Refused(EngineError("conflict", what, "source"))
+            return (yield from self._adapt(command))
         rounds = self._rounds(command, model)
         self._stagings[name] = staging
         staging.busy, kept = True, False
         try:
             complete = not (staging.started or command.partial)
-            yield from _aside(partial(_stage, staging, model, command, rounds, complete))
+            yield from aside(partial(_stage, staging, model, command, rounds, complete))
             kept = staging.started
             if not kept:
                 return (yield from self._commit(engine, staging, command))
@@ -110,13 +122,21 @@ class Updates:
             what = f"backend is nccl, but the models lie on {device.type}; use gloo"
             raise Refused(EngineError("invalid", what, "backend"))
         self._transfers.pop(command.group, None)
-        self._transfers[command.group] = yield from _aside(partial(Transfer, command, device))
+        self._transfers[command.group] = yield from aside(partial(Transfer, command, device))
         return commands.TransferReady(command.rank_offset, command.world_size)
 
     def leave(self, command: commands.DestroyTransfer) -> commands.TransferClosed:
         """One that was never joined is left, too."""
         self._transfers.pop(command.group, None)
         return commands.TransferClosed(command.group)
+
+    def _adapt(self, command: UpdateWeights) -> Work[Updated]:
+        updated, digest = yield from self._adapting.update(command)
+        before = [
+            change for change in self.changes if not (change.models == updated.models and change.came == CAME["lora"])
+        ]
+        self.changes = (*before, Change(updated.models, True, ((command.path, digest),), CAME["lora"]))
+        return updated
 
     # Inside -----------------------------------------------------------------------------------------------------------
 
@@ -133,6 +153,8 @@ class Updates:
     def _rounds(self, command: UpdateWeights, model: Model) -> Callable[[], Rounds]:
         """What gives the tensors, in another thread. Raises Refused where that is known already to fail."""
         match command.source:
+            case "lora":
+                raise AssertionError("an adapter is no tensors of the model")
             case "disk":
                 return lambda: iter([from_disk(command.path, model.config.labels > 0).tensors])
             case "shm":
@@ -154,21 +176,14 @@ class Updates:
     def _commit(self, engine: Engine, staging: Staging, command: UpdateWeights | FinishUpdate) -> Work[Updated]:
         update = staging.update
         assert update is not None
-        yield from _aside(partial(_complete, staging, update, command.partial))
+        yield from aside(partial(_complete, staging, update, command.partial))
         engines = [engine, *self._sharing(engine, update, command.also)]
-        refused = [each.refused for each in engines]
-        try:
-            if command.in_flight == "wait":
-                yield from self._hosted.finished(engines, "once its weights are replaced")
-        finally:
-            for each, error in zip(engines, refused, strict=True):
-                each.refused = error
+        yield from self._hosted.drained(engines, command.in_flight)
         began = time.perf_counter()
-        if command.in_flight == "abort":
-            self._hosted.abort(engines)
-        for each in engines:
-            self._hosted.said += each.settle()
+        self._hosted.still(engines, command.in_flight)
         update.commit()
+        for each in engines:
+            each.adapters.disown()
         staging.label = command.label or staging.label
         pages = sum(each.renew(staging.label) for each in engines)
         seconds = time.perf_counter() - began
@@ -249,16 +264,3 @@ def _complete(staging: Staging, update: Update, part: bool) -> None:
     began = time.perf_counter()
     update.complete(part)
     staging.seconds += time.perf_counter() - began
-
-
-def _aside(work: Callable[[], Result]) -> Work[Result]:
-    """The result of what another thread does. Raises Refused where what was given is to blame."""
-    future = in_background(work)
-    while not future.done():
-        yield
-    try:
-        return future.result()
-    except (CheckpointError, OSError) as error:
-        raise Refused(EngineError("invalid", str(error))) from error
-    except TransferFailed as error:
-        raise Refused(EngineError("deadline", str(error))) from error

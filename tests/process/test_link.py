@@ -109,8 +109,9 @@ def full_output(request_id: int) -> Output:
     tops = Logprobs([-0.5, float("-inf")], [1, 7], [[3, 4], []], [[-0.5, -1.25], []])
     error = EngineError("overloaded", "too much", "prompt", 1.5)
     scores, embedding, values = [0.25, -1.0], [0.5, -0.125], [1.5]
-    prompt, first = Logprobs([-2.0]), [(11, 1)]
-    return Output(request_id, 0, [8, 9], tops, "error", 9, 16, prompt, scores, 12, error, embedding, values, 7, first)
+    first = Output(request_id, 0, [8, 9], tops, "error", 9, 16, Logprobs([-2.0]), scores, 12, error, embedding, values)
+    first.pooled_index, first.earlier_versions = 7, [(11, 1)]
+    return first
 
 
 async def test_every_field_of_an_output_arrives(client: EngineClient, server: EngineServer) -> None:

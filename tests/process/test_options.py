@@ -237,3 +237,22 @@ def test_crashes_are_forgiven_with_time() -> None:
     assert pauses == [0.1 * 2**i for i in range(CRASHES)]
     assert crashes.add(CRASH_SECONDS - 1) is None
     assert crashes.add(3 * CRASH_SECONDS) == 0.1
+
+
+def test_room_for_adapters(model: Path, told: list[ServeOptions], tmp_path: Path) -> None:
+    """Off unless asked for; one flag is enough."""
+    (tmp_path / "poet").mkdir()
+    module = f"poet={tmp_path / 'poet'}"
+    words = [[], ["--enable-lora"], ["--max-loras", 3, "--max-lora-rank", 64], ["--lora-modules", module]]
+    for given in words:
+        assert serve(model, *given).exit_code == 0
+    found = [(one.engine.max_loras, one.engine.max_lora_rank, one.engine.lora_modules) for one in told]
+    assert found == [(0, 16, ()), (8, 16, ()), (3, 64, ()), (8, 16, (("poet", str(tmp_path / "poet")),))]
+    for given, said in (
+        (["--max-lora-rank", 8], "--max-lora-rank 8 is for --enable-lora"),
+        (["--enable-lora", "--max-lora-rank", 0], "--max-lora-rank 0: at least 0, and 1 to 512"),
+        (["--lora-modules", "poet"], "--lora-modules poet: NAME=PATH"),
+        (["--lora-modules", module, "--lora-modules", f"x{module}", "--max-loras", 1], "--max-loras is 1, but"),
+    ):
+        answer = serve(model, *given)
+        assert answer.exit_code == 2 and said in " ".join(answer.output.split())
