@@ -100,7 +100,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--record", type=Path, metavar="DIRECTORY", help="keep what the trainers sent and got")
     options = parser.parse_args()
-    with tandem("--dtype", "float32", "--max-logprobs", "100") as server, recording(server.url) as recorder:
+    arguments = ["--dtype", "float32", "--max-logprobs", "100", "--enable-lora"]
+    with tandem(*arguments) as server, recording(server.url) as recorder:
         reports = run(recorder, options.record)
     for report in reports:
         state = "passed" if report["ok"] else "FAILED"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import datetime
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
@@ -28,11 +29,13 @@ async def server_info(request: Request) -> JSONResponse:
     service = Service.of(request)
     about, cards = await state.about(service), service.catalog().models
     card = next((card for card in cards if card.gives == "text"), cards[0])
-    return JSONResponse(about | {"vllm_config": vllm_config(card)} | sglang_arguments(card))
+    engine = cast("Mapping[str, Any]", service.settings.get("engine", {}))
+    return JSONResponse(about | {"vllm_config": vllm_config(card, engine)} | sglang_arguments(card))
 
 
-def vllm_config(card: ModelCard) -> dict[str, Any]:
-    """Of vLLM's configuration the values that clients read; of LoRA None where adapters cannot be loaded."""
+def vllm_config(card: ModelCard, engine: Mapping[str, Any]) -> dict[str, Any]:
+    """Of vLLM's configuration the values that clients read. `engine`: the engine's options, by name."""
+    adapters = {name: engine.get(name) for name in ("max_loras", "max_lora_rank")}
     return {
         "model_config": {
             "model": card.path,
@@ -47,7 +50,7 @@ def vllm_config(card: ModelCard) -> dict[str, Any]:
             "world_size": WORLD_SIZE,
         },
         "weight_transfer_config": {"backend": "nccl"},
-        "lora_config": None,
+        "lora_config": adapters if adapters["max_loras"] else None,  # None: there is no room for any
     }
 
 
