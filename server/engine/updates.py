@@ -170,7 +170,8 @@ class Updates:
                     check(command.tensors)
                 except CheckpointError as error:
                     raise Refused(EngineError("invalid", str(error), "tensors")) from error
-                return partial(transfer.receive, command.tensors, command.packed, command.chunk_bytes)
+                packed = transfer.command.packed if command.packed is None else command.packed
+                return partial(transfer.receive, command.tensors, packed, command.chunk_bytes)
 
     def _commit(self, engine: Engine, staging: Staging, command: UpdateWeights | FinishUpdate) -> Work[Updated]:
         update = staging.update
