@@ -10,7 +10,8 @@ needed until another pool asks:
                                has one is done, it goes to the pool that called
 
 A pool that lacks pages calls back slabs of the pool that has the most, as long as that one has at least two more than
-itself: under load the slabs are spread evenly, and none wanders to and fro.
+itself: under load the slabs are spread evenly, and none wanders to and fro. Pages that a pool has promised to keep
+(`Pages.promise`) stay, used or not.
 
 No model can wait for another for ever. Nobody waits while it holds what another needs: a sequence that gets no page
 gives all its pages up and waits in line (`Scheduler`), so who waits holds nothing. And the first in line needs no slab:
@@ -85,11 +86,11 @@ class Arena:
         others = [pool for other, pool in self._pools.items() if other != model]
         mine = len(_staying(self._pools[model])) + len(coming)
         while missing > 0:
-            givers = [pool for pool in others if len(_staying(pool)) >= mine + 2 and any(_used(pool))]
+            givers = [pool for pool in others if len(_staying(pool)) >= mine + 2 and any(_callable(pool))]
             if not givers:
                 return
             giver = max(givers, key=lambda pool: len(_staying(pool)))
-            slab = min(_used(giver), key=lambda slab: slab.used)
+            slab = min(_callable(giver), key=lambda slab: slab.used)
             giver.leave(slab.number)
             self._heirs[slab.number] = model
             missing -= len(self._pages[model][slab.number])
@@ -98,11 +99,14 @@ class Arena:
     def unused(self, model: int, number: int) -> None:
         heir = self._heirs.pop(number, None)
         if heir is None:
-            for other, pool in self._pools.items():
-                pool.relieved |= other != model
+            self.eased(model)
         else:
             giver = self._pools[model]
             self._pools[heir].take(self._take_from(giver, giver.slabs[number]), self._pages[heir][number])
+
+    def eased(self, model: int) -> None:
+        for other, pool in self._pools.items():
+            pool.relieved |= other != model
 
     def check(self) -> None:
         """Raises AssertionError unless every slab is in one place."""
@@ -115,9 +119,15 @@ class Arena:
                 assert (slab.number, slab.pages) == (number, self._pages[model][number]), f"slab {number}: other pages"
 
     def _unused(self, model: int) -> list[tuple[Pages, Slab]]:
-        """What other pools have and do not use."""
-        others = [pool for other, pool in self._pools.items() if other != model]
-        return [(pool, slab) for pool in others for slab in pool.slabs.values() if not slab.used]
+        """What other pools have, do not use and have not promised."""
+        found: list[tuple[Pages, Slab]] = []
+        for pool in (pool for other, pool in self._pools.items() if other != model):
+            spare = pool.staying - pool.promised
+            for slab in pool.slabs.values():
+                if not slab.used and len(slab.pages) <= spare:
+                    spare -= len(slab.pages)
+                    found.append((pool, slab))
+        return found
 
     def _take_from(self, giver: Pages, slab: Slab) -> int:
         giver.give(slab.number)
@@ -130,8 +140,9 @@ def _staying(pool: Pages) -> list[Slab]:
     return [slab for slab in pool.slabs.values() if not slab.leaving]
 
 
-def _used(pool: Pages) -> list[Slab]:
-    return [slab for slab in _staying(pool) if slab.used]
+def _callable(pool: Pages) -> list[Slab]:
+    """Used slabs that it can do without."""
+    return [slab for slab in _staying(pool) if slab.used and len(slab.pages) <= pool.staying - pool.promised]
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,3 +172,7 @@ class Lender:
     def unused(self, slab: int) -> None:
         """No page of the slab, which the pool has, is used any more."""
         self.arena.unused(self.model, slab)
+
+    def eased(self) -> None:
+        """The pool has promised less than before."""
+        self.arena.eased(self.model)

@@ -59,7 +59,9 @@ class Pages:
         self.held = count  # with those of slabs
         self.used = 0
         self.slabs: dict[int, Slab] = {}  # lent to it, by number
-        self.relieved = False  # room has come from elsewhere since `has_room` said no
+        self.staying = count  # of those held, without slabs that leave
+        self.promised = 0  # so many stay, whoever calls
+        self.relieved = False  # other pools have made room; whoever looks resets it
         self._lender = lender
         if lender:
             lender.join(self)
@@ -91,9 +93,28 @@ class Pages:
             return missing <= 0
         missing -= self._lender.lendable
         if missing > 0:
-            self.relieved = False
             self._lender.call_back(missing)
         return missing <= 0
+
+    def secure(self, number: int) -> bool:
+        """Whether so many pages can be promised: they are the pool's now, used or not."""
+        missing = number - self.staying
+        if missing <= 0 or self._lender is None:
+            return missing <= 0
+        missing -= self._lender.lendable
+        if missing > 0:
+            self._lender.call_back(missing)
+            return False
+        while self.staying < number:
+            self._lender.lend(unlent=False)
+        return True
+
+    def promise(self, number: int) -> None:
+        """So many pages, that `secure` found, stay until another number is promised."""
+        assert number <= self.staying, f"{number} pages are promised, and {self.staying} stay"
+        if number < self.promised and self._lender:
+            self._lender.eased()
+        self.promised = number
 
     def match(self, root: Root, token_ids: Sequence[int], limit: int) -> list[int]:
         """The longest published prefix of `token_ids` in whole pages that end at or before position `limit`.
@@ -172,7 +193,14 @@ class Pages:
                 if told and not slab.used and self._lender and slab is not self._own:
                     self._lender.unused(slab.number)
 
-    def fork(self, table: list[int]) -> list[int]:
+    def freed_by(self, tables: Iterable[Sequence[int]]) -> int:
+        """How many pages would be available in addition, were these tables released."""
+        counts = Counter(page for table in tables for page in table)
+        return sum(
+            self._references[page] == count and not self._slab_of[page].leaving for page, count in counts.items()
+        )
+
+    def fork(self, table: Sequence[int]) -> list[int]:
         """A second table with the same pages. Before either writes into a shared page it asks `writable`."""
         self.retain(table)
         return list(table)
@@ -233,12 +261,15 @@ class Pages:
         for page in pages:
             heappush(self._free, page)
         self.held += len(pages)
+        self.staying += len(pages)
         self.relieved = True
 
     def leave(self, number: int) -> None:
         """No page of the slab is given out or found any more, and it goes when the last one is released."""
         slab = self.slabs[number]
         slab.leaving = True
+        self.staying -= len(slab.pages)
+        assert self.staying >= self.promised, f"slab {number} leaves, although its pages are promised"
         for page in slab.pages:
             self._idle.pop(page, None)
             self._forget(page)
@@ -272,6 +303,7 @@ class Pages:
             assert slab.used == sum(self._references[page] > 0 for page in slab.pages), "used pages of a slab"
         assert len(self._published) == sum(digest is not None for digest in self._digests)
         assert self.free + self.cached + self.used + leaving == self.held == len(slabs)
+        assert self.promised <= self.staying == sum(not slab.leaving for slab in slabs.values())
 
     def _evict(self) -> int:
         page, _ = self._idle.popitem(last=False)

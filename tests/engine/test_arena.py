@@ -96,6 +96,16 @@ def test_slabs_are_called_back_until_they_are_spread_evenly() -> None:
     assert [sum(slab.leaving for slab in pool.slabs.values()) for pool in (one, two)] == [2, 0]
 
 
+def test_pages_that_a_model_has_promised_stay() -> None:
+    _, (one, two) = pools(1, 1, slabs=3)
+    assert one.secure(5) and (one.held, one.used) == (5, 0)
+    one.promise(5)
+    assert two.available == 3 and two.secure(3) and not two.secure(4)
+    one.promise(3)
+    assert two.relieved and two.secure(5) and one.held == 3
+    assert not one.secure(8)
+
+
 def test_what_is_computed_on_a_slab_that_leaves_is_not_found_any_more() -> None:
     _, (one, two) = pools(1, 1, slabs=2)
     table = one.allocate(5) or []

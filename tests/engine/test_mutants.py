@@ -15,7 +15,7 @@ REQUIRED = {"missing_decref", "hash_without_version", "partial_page", "double_fr
 MACHINES = {
     "arena": lambda modules: arena_machine(modules["arena"], modules["pages"]),
     "pages": lambda modules: page_machine(modules["pages"]),
-    "scheduler": lambda modules: scheduler_machine(modules["scheduler"]),
+    "scheduler": lambda modules: scheduler_machine(modules["scheduler"], lending=False),
 }
 UNTIL_FIRST_FAILURE = settings(
     max_examples=1000,

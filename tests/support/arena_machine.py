@@ -40,6 +40,7 @@ class Model:
     findable: dict[tuple[int, ...], int] = field(default_factory=dict)
     idle: list[int] = field(default_factory=list)  # cached pages, in the order in which they are thrown out
     refused: int = 0  # pages that it asked for in vain since it last got or gave any
+    promised: int = 0
 
     def references(self) -> Counter[int]:
         return Counter(page for sequence in self.sequences for page in sequence.table)
@@ -99,14 +100,19 @@ def arena_machine(arena_module: ModuleType, pages_module: ModuleType) -> type[Ru
                 for place in self.places(model, page):
                     assert self.memory[place] == (model, sequence.tokens[: index + 1]), "somebody else wrote there"
 
-        def unused_slabs(self, model: int) -> list[int]:
-            """Of other models, and those that nobody has."""
-            found = [slab for slab in range(self.count) if slab not in self.owners]
-            for slab, owner in self.owners.items():
-                used = any(self.models[owner].slab_of(page) == slab for page in self.models[owner].references())
-                if owner != model and not used:
-                    found.append(slab)
-            return found
+        def lendable(self, model: int) -> int:
+            """Pages of slabs that nobody has, and of those that others neither use nor have promised."""
+            count = self.count - len(self.owners)
+            for number, one in enumerate(self.models):
+                used = {one.slab_of(page) for page in one.references()}
+                unused = [slab for slab, owner in self.owners.items() if owner == number and slab not in used]
+                if number != model and self.count:
+                    count += min(len(unused), (self.staying_pages(number) - one.promised) // len(one.slabs[0]))
+            return count * len(self.models[model].slabs[0]) if self.count else 0
+
+        def staying_pages(self, model: int) -> int:
+            one = self.models[model]
+            return one.own + sum(len(one.slabs[slab]) for slab, state in one.pool.slabs.items() if not state.leaving)
 
         def look(self) -> None:
             """Follows slabs that went from one model to another, and forgets what was cached on them."""
@@ -129,11 +135,12 @@ def arena_machine(arena_module: ModuleType, pages_module: ModuleType) -> type[Ru
             held = [*range(one.own)]
             held += [page for slab, state in one.pool.slabs.items() if not state.leaving for page in one.slabs[slab]]
             free = [page for page in held if not references[page] and page not in one.idle]
-            lendable = sum(len(one.slabs[slab]) for slab in self.unused_slabs(model))
+            lendable = self.lendable(model)
             assert one.pool.available == len(free) + len(one.idle) + lendable
             unlent = [slab for slab in range(self.count) if slab not in self.owners]
             before, leaving = [other.staying() for other in self.models], self.leaving(model)
             owners, settled, kept = dict(self.owners), self.settled, list(one.idle)
+            one.pool.relieved = False
             pages = one.pool.allocate(number)
             self.look()
             called = self.leaving(model) - leaving
@@ -174,8 +181,10 @@ def arena_machine(arena_module: ModuleType, pages_module: ModuleType) -> type[Ru
             assert not called or (coming + len(called) - 1) * size < missing, "more than is missing"
             if (coming + len(called)) * size < missing:
                 for number, other in enumerate(self.models):
-                    used = any(slab.used for slab in other.pool.slabs.values() if not slab.leaving)
-                    assert number == model or not used or after[number] < mine + 2, "there was more to call back"
+                    spare = self.staying_pages(number) - other.promised
+                    staying = [slab for slab in other.pool.slabs.values() if not slab.leaving]
+                    more = any(slab.used and len(slab.pages) <= spare for slab in staying)
+                    assert number == model or not more or after[number] < mine + 2, "there was more to call back"
 
         # rules
 
@@ -255,6 +264,17 @@ def arena_machine(arena_module: ModuleType, pages_module: ModuleType) -> type[Ru
             one.refused = 0
             self.look()
 
+        @rule(which=st.integers(0, 2), number=st.integers(0, 12))
+        def promise(self, which: int, number: int) -> None:
+            model = which % len(self.models)
+            one = self.models[model]
+            possible = number <= self.staying_pages(model) + self.lendable(model)
+            assert one.pool.secure(number) == possible
+            self.look()
+            if possible:
+                one.pool.promise(number)
+                one.promised, one.refused = number, 0
+
         @rule(which=st.integers(0, 2))
         def drop(self, which: int) -> None:
             one = self.models[which % len(self.models)]
@@ -272,6 +292,7 @@ def arena_machine(arena_module: ModuleType, pages_module: ModuleType) -> type[Ru
                 used = sum(count > 0 for count in one.references().values())
                 assert (one.pool.used, one.pool.cached) == (used, len(one.idle))
                 assert one.pool.held == one.own + sum(len(one.slabs[slab]) for slab in one.pool.slabs)
+                assert one.promised <= one.pool.staying, "a promise is broken"
                 assert all(slab.used for slab in one.pool.slabs.values() if slab.leaving), "an unused slab does not go"
                 assert not 0 < one.refused <= one.pool.available or one.pool.relieved, "nobody said that there is room"
 
