@@ -31,6 +31,9 @@ INTEGERS = {
         "prefixes",
         "running",
         "waiting",
+        "groups",
+        "line",
+        "jobs",
         "scheduler",
     )
 }

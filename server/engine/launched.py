@@ -55,7 +55,7 @@ class Launched:
 
     `tops` says per drawn token how many likely tokens are wanted beside it, None where no log-probability is;
     `policies` whether the policy's is, too; `prompts` (first row, end, likely tokens) of each part of a prompt in
-    `prompt_logprobs`.
+    `prompt_logprobs`; `parts` how many values belong to each.
     """
 
     clock: Clock

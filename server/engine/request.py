@@ -72,7 +72,7 @@ class Request:
     deadline: float | None = None  # time.monotonic() of this machine
     cache_salt: str = ""
     adapter: str = ""  # one of the model's; empty: none, unless `model` is the name of one
-    temperature: float = 1.0  # the prompt's log-probabilities are those of logits / temperature
+    temperature: float = 1.0  # the prompt's log-probabilities are those of logits / temperature; 0: of the logits
     group: int = 0  # an open `Group`, whose prompt `token_ids` continue; 0: none
 
     @property
@@ -87,9 +87,12 @@ class Group:
     """A prompt that stays computed while it is open, for members that continue it with tokens that are there already.
 
     A member is a `Request` with `group` set, whose `token_ids` (C of them) are the continuation, with neither sampling
-    nor n. Of what it wants, `prompt_logprobs` gives C entries, one per token of its own; `values` C + 1, the first
-    before its first token, the last behind its last; `score` is read at its last token. Prompt and members are computed
-    once each. `id` is unique among groups and requests.
+    nor n, and under the group's priority, salt and adapter. Of what it wants, `prompt_logprobs` gives C entries, one
+    per token of its own; `values` C + 1, the first before its first token, the last behind its last; `score` is read at
+    its last token. `id` is unique among groups and requests.
+
+    Prompt and members are computed once each: P + sum of C tokens. The prompt again after new weights, and where other
+    requests took its pages while the group had no unfinished member.
     """
 
     id: int
