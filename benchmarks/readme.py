@@ -77,8 +77,15 @@ def clients(figures: Record) -> Iterator[Line]:
     )
 
 
+def trainers(figures: Record) -> Iterator[Line]:
+    for name, report in figures["trainers"].items():
+        calls = sum(report["routes"].values())
+        beside = f"{calls} calls of {len(report['routes'])} routes, {report['seconds']:.0f} s"
+        yield f"{name} {report['version']}, unmodified", report["figure"], beside
+
+
 AREAS: Mapping[str, Callable[[Record], Iterator[Line]]] = MappingProxyType(
-    {"startup": startup, "demo": demo, "clients": clients, "peers": peers}
+    {"startup": startup, "demo": demo, "clients": clients, "trainers": trainers, "peers": peers}
 )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 from fastapi import FastAPI
 
+from .. import compat
 from ..engine.link import EngineClient
 from ..engine.request import ModelCard
 from ..text.text import Text
@@ -34,10 +35,10 @@ def create_app(
     app = FastAPI(title="Tandem", openapi_url=None, redirect_slashes=False)
     app.state.service = Service(client, texts, options, traffic, settings or {})
     errors.install(app)
-    openai, rlhf = (chat, completions, embeddings), (rewards, score_group, evaluate, rollout)
-    for part in (*openai, *rlhf, normalize, weights, preferences, tokens, models, state, metrics):
-        app.include_router(part.router)
-    for router in (admins := (normalize.admin, weights.admin)):
+    openai, rlhf = (chat, completions, embeddings), (rewards, score_group, evaluate, rollout, normalize, weights)
+    own = [part.router for part in (*openai, *rlhf, preferences, tokens, models, state, metrics)]
+    admins = (normalize.admin, weights.admin, *compat.ADMINS)
+    for router in (*own, *compat.ROUTERS, *admins):
         app.include_router(router)
     app.add_middleware(
         Gate,

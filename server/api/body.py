@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, TypeVar
@@ -63,6 +64,16 @@ def checked(received: Received, model: type[Body], known: Known, options: ApiOpt
     if received.constants:
         raise invalid(f"the body is not valid JSON: {received.constants[0]} is no JSON number")
     return body, headers
+
+
+@contextmanager
+def within(field: str) -> Iterator[None]:
+    """Refusals in it are about what is inside that field."""
+    try:
+        yield
+    except ApiError as error:
+        inner = f"{field}.{error.param}" if error.param else field
+        raise ApiError(error.status, f"{field}: {error.message}", param=inner, code=error.code) from None
 
 
 def validated(model: type[Body], value: Mapping[str, Any]) -> Body:

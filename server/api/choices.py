@@ -66,6 +66,11 @@ class Choice:
         spans = self.weight_spans()
         return {"weight_spans": spans} if len(spans) > 1 else {}
 
+    @property
+    def aborted(self) -> bool:
+        """OpenAI's clients know no such reason; the others are told."""
+        return self.finish_reason == "length" and self.stop_reason == "abort"
+
     def push(self, output: Output) -> bool:
         """True when it ended here, by a stop string or its only call, which the engine does not know."""
         if self.reader is not None and self.reader.one_call and len(output.token_ids) > 1:
@@ -100,7 +105,7 @@ class Choice:
         waiting.token_ids += output.token_ids[:count]
         waiting.offsets += piece.offsets[:count]
         if output.logprobs is not None:
-            waiting.logprobs = _extended(waiting.logprobs, output.logprobs, count)
+            waiting.logprobs = extended(waiting.logprobs, output.logprobs, count)
         ended = piece.stop is not None and output.finish is None
         if self.reader is None:
             waiting.text += piece.text
@@ -174,7 +179,7 @@ def best(choices: Sequence[Choice], count: int) -> Sequence[Choice]:
     return choices if len(choices) <= count else sorted(choices, key=mean, reverse=True)[:count]
 
 
-def _extended(first: Logprobs | None, more: Logprobs, count: int) -> Logprobs:
+def extended(first: Logprobs | None, more: Logprobs, count: int) -> Logprobs:
     first = Logprobs() if first is None else first
     first.values += more.values[:count]
     first.ranks += more.ranks[:count]

@@ -125,7 +125,7 @@ class Completion:
             "index": index,
             "text": self._echoes[place].text + delta.text if self._echoes else delta.text,
             "logprobs": self._columns(choice, delta, first=True),
-            "finish_reason": choice.finish_reason,
+            "finish_reason": self._finish_reason(choice),
             "stop_reason": choice.stop_reason,
             **({} if choice.reward is None else {"reward": choice.reward}),
             **choice.shown_spans(),
@@ -136,6 +136,12 @@ class Completion:
     def _prompt_of(self, choice: Choice) -> tuple[int, Part]:
         place = choice.index // self._generation.parts[0].request.n
         return place, self._generation.parts[place]
+
+    def _finish_reason(self, choice: Choice) -> str | None:
+        """Who asks for ids knows vLLM, and by `abort` that the answer can be gone on with: AReaL sends it again."""
+        if choice.aborted and (self._body.return_tokens_as_token_ids or self._body.return_token_ids):
+            return "abort"
+        return choice.finish_reason
 
     def _columns(self, choice: Choice, delta: Delta, first: bool) -> dict[str, Any] | None:
         """`first`: with the prompt's, where it is echoed."""
@@ -182,7 +188,7 @@ class Completion:
             if self._body.return_token_ids:
                 extra = "," + to_json(self._token_ids(choice, delta, first))[1:-1]
             if finished:
-                finish = to_json(choice.finish_reason)
+                finish = to_json(self._finish_reason(choice))
                 extra += "," + to_json({"stop_reason": choice.stop_reason, **choice.shown_spans()})[1:-1]
             elif not (delta.text or delta.logprobs or echoes or (extra and delta.token_ids)):
                 continue

@@ -36,6 +36,24 @@ def honoured(*names: str) -> dict[str, Field]:
 
 ACCOUNT = ignored("bookkeeping of OpenAI's accounts")
 STRUCTURED = refused("structured_outputs replaces it")
+NO_IMAGES = refused("the models read text only", [], {}, "")
+
+VLLM: dict[str, Field] = {  # what its sampling parameters and its bodies have besides
+    "session_id": ignored("every prompt prefix is cached"),
+    "stream_interval": ignored("a chunk holds what has come"),
+    "truncation_side": refused("truncate_prompt_tokens keeps the last tokens", "left"),
+    "logprob_token_ids": refused("log-probabilities are of the drawn and the likeliest tokens", []),
+    "thinking_token_budget": refused("thinking is not counted apart"),
+    "repetition_detection": refused("an answer that repeats itself goes on"),
+    "routed_experts_prompt_start": refused("there are no experts", 0),
+    "watermarking": refused("nothing is marked", False),
+    "vllm_xargs": refused("there are none", {}),
+    "kv_transfer_params": refused("one engine computes prompt and answer", {}),
+    "ec_transfer_params": refused("one engine computes prompt and answer", {}),
+    "return_token_offsets": refused("logprobs has text_offset", False),
+    "return_mm_kwargs": refused("the models read text only", False),
+    "mm_payload": NO_IMAGES,
+}
 
 _GENERATION = {  # chat and completions
     **honoured("model", "n", "stream", "stream_options", "stop", "seed", "max_tokens", "min_tokens"),
@@ -53,7 +71,8 @@ _GENERATION = {  # chat and completions
     "use_beam_search": refused("there is no beam search", False),
     "length_penalty": refused("it belongs to beam search, and there is none", 1, 1.0),
     "spaces_between_special_tokens": refused("special tokens are decoded as the tokenizer has them", True),
-    "mm_processor_kwargs": refused("the models read text only"),
+    "mm_processor_kwargs": NO_IMAGES,
+    **VLLM,
 }
 
 CHAT: dict[str, Field] = {
@@ -78,6 +97,9 @@ CHAT: dict[str, Field] = {
     "functions": refused("tools replace it", []),
     "function_call": refused("tool_choice replaces it", "none"),
     "chat_template": refused("a template from a request is never run; start the server with --chat-template"),
+    "include_reasoning": refused("--reasoning-parser tells thinking apart", True),
+    "return_prompt_text": refused("POST /tokenize shows what a template makes", False),
+    "media_io_kwargs": NO_IMAGES,
     "documents": refused("pass what the template needs in chat_template_kwargs"),
 }
 

@@ -239,7 +239,7 @@ class UpdateWeights:
     handles: tuple[IpcTensor, ...] = ()
     tensors: tuple[TensorSpec, ...] = ()
     group: str = ""
-    packed: bool = False
+    packed: bool | None = False  # None: as the group was initialised
     chunk_bytes: int = 1 << 30
     partial: bool = False
     also: tuple[str, ...] = ()
@@ -280,6 +280,7 @@ class InitTransfer:
     world_size: int
     backend: Backend = "gloo"
     group: str = ""
+    packed: bool = False  # of broadcasts that do not say it themselves
     seconds: float = 300.0  # the longest wait, for the others and for each broadcast
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ from .memory import available_memory, kv_cache_bytes, page_count, shares
 from .null_runner import NullModel
 from .options import EngineOptions, ModelSpec, OptionsError, owner_of
 from .request import ModelCard
-from .tokenizer_files import fingerprint, tokenizer_end_ids
+from .tokenizer_files import fingerprint, read_object, tokenizer_end_ids
 
 
 def load_engines(
@@ -153,4 +154,11 @@ def _card(spec: ModelSpec, owner: ModelSpec, model: Model | NullModel, options: 
         reward_normalization="none" if (config.score.mean, config.score.std) == (0, 1) else "checkpoint",
         fingerprint=fingerprint(text),
         shares=spec.shares,
+        label_names=label_names(Path(spec.path), config.labels),
     )
+
+
+def label_names(directory: Path, labels: int) -> tuple[str, ...]:
+    """What the checkpoint calls its score head's outputs; transformers' own names where it does not say."""
+    named: dict[str, Any] = read_object(directory / "config.json").get("id2label") or {}
+    return tuple(str(named.get(str(label), f"LABEL_{label}")) for label in range(labels))

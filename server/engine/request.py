@@ -231,6 +231,7 @@ class ModelCard:
     embedding_size: int = 0  # of an embedding model's answers; 0 for all others
     pooling: str = ""  # of embeddings and scores
     normalized: bool = True  # embeddings are meant to be divided by their length
+    label_names: tuple[str, ...] = ()  # of a score head's outputs
     head: str = ""  # how a head that gives scores or values lay on disk
     reward_mean: float = 0.0  # a reward is (score - mean) / std, by the checkpoint or `commands.Normalize`;
     reward_std: float = 1.0  # scores of the engine are raw

@@ -163,14 +163,15 @@ class Updates:
                 return lambda: iter([from_cuda_ipc(command.handles)])
             case "distributed":
                 transfer = self._transfers.get(command.group)
-                if transfer is None:
+                if transfer is None or transfer.failed:
                     what = f"there is no transfer group {command.group!r}: init it first"
                     raise Refused(EngineError("conflict", what, "group"))
                 try:
                     check(command.tensors)
                 except CheckpointError as error:
                     raise Refused(EngineError("invalid", str(error), "tensors")) from error
-                return partial(transfer.receive, command.tensors, command.packed, command.chunk_bytes)
+                packed = transfer.command.packed if command.packed is None else command.packed
+                return partial(transfer.receive, command.tensors, packed, command.chunk_bytes)
 
     def _commit(self, engine: Engine, staging: Staging, command: UpdateWeights | FinishUpdate) -> Work[Updated]:
         update = staging.update

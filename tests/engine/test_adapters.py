@@ -312,3 +312,23 @@ def test_the_reference_is_the_base_of_an_adapted_policy(directory: Path) -> None
     found = [logprobs(number, model) for number, model in enumerate((BASE, "reference", "poet"), 2)]
     assert found[1] == before[1] and len({tuple(one) for one in found}) == 3
     assert refused(hub, LoadAdapter("reference", "c", str(directory / "c"))).kind == "invalid"
+
+
+def test_a_group_computes_with_its_adapter(directory: Path) -> None:
+    """Members, of a group that was opened before the adapter was replaced and of one opened behind it."""
+    hub, plain = with_adapters(directory, "a"), make_hub(directory / "merged-b")
+    own: dict[str, Any] = {"want": frozenset({"prompt_logprobs"}), "prompt_logprobs": 0}
+    hub.open(Group(100, "a", prompt(40), longest=9))
+    answer_of = {number: prompt(7, seed=number) for number in (1, 2, 3)}
+    hub.run([Request(1, "a", answer_of[1], group=100, **own)])
+    load(hub, "a", directory / "b", replace=True)
+    hub.open(Group(200, BASE, prompt(40), longest=9, adapter="a"))
+    for number, group in ((2, 100), (3, 200)):
+        (found,) = collect(hub.run([Request(number, "a", answer_of[number], group=group, **own)])[number]).values()
+        whole = Request(number, "merged-b", [*prompt(40), *answer_of[number]], first_needed_row=39, **own)
+        (expected,) = answer(plain, whole)
+        assert found.prompt_logprobs is not None and expected.prompt_logprobs is not None
+        assert found.prompt_logprobs.values == pytest.approx(expected.prompt_logprobs.values, abs=1e-4)
+    for group in (100, 200):
+        hub.close(group)
+    assert_nothing_is_held(hub)
