@@ -81,15 +81,18 @@ class Model:
         return self.head(hidden).squeeze(-1)
 
     @torch.inference_mode()
-    def logprobs_of(self, hidden: Tensor, targets: Tensor, top: int = 0) -> TokenLogprobs:
-        """`ops.token_logprobs` of the logits of hidden [T, D], which exist a few rows at a time; targets [T] int64.
+    def logprobs_of(
+        self, hidden: Tensor, targets: Tensor, top: int = 0, factors: Tensor | None = None
+    ) -> TokenLogprobs:
+        """`ops.token_logprobs` of the logits of hidden [T, D], which exist a few rows at a time; targets [T] int64,
+        factors [T] float32.
 
         On CPUs and in deterministic mode these are the bits that `logits` gives. Language models only.
         """
         assert isinstance(self.head, LMHead), self.config.architecture
         if hidden.device.type != "cpu" and not self.deterministic and self.head.plain:
-            return ops.logprobs_of(hidden, self.head.lm_head.weight, targets, top)
-        return ops.logprobs_in_rounds(self.head, hidden, targets, top, self.config.vocab_size)
+            return ops.logprobs_of(hidden, self.head.lm_head.weight, targets, top, factors)
+        return ops.logprobs_in_rounds(self.head, hidden, targets, top, self.config.vocab_size, factors)
 
 
 def _bytes(*parts: nn.Module) -> int:

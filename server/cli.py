@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
@@ -167,6 +168,20 @@ def serve(
     ] = None,
     api_key: Annotated[list[str] | None, typer.Option(help="Repeatable; any of them opens every route.")] = None,
     api_key_file: Annotated[Path | None, typer.Option(help="One key per line.")] = None,
+    admin_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Repeatable; opens every route, and alone those that change models. None: with API keys these stay "
+            "shut, without any they open to this machine."
+        ),
+    ] = None,
+    admin_key_file: Annotated[Path | None, typer.Option(help="One key per line.")] = None,
+    weights_root: Annotated[
+        Path | None, typer.Option(help="Directory that requests may have new weights read from. None: no path is read.")
+    ] = None,
+    preferences: Annotated[
+        Path | None, typer.Option(help="JSONL file that /v1/rlhf/preferences appends to. None: none are taken.")
+    ] = None,
     api_workers: Annotated[int, typer.Option(min=1, max=64, help="HTTP processes.")] = 1,
     drain_seconds: Annotated[float, typer.Option(min=0.0, help="For running requests, at the end.")] = 30.0,
     stream_timeout: Annotated[float, typer.Option(min=0.001, help="A reader that takes nothing is aborted.")] = (
@@ -191,7 +206,7 @@ def serve(
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
     access_log: Annotated[bool, typer.Option("--access-log", help="A line per request.")] = False,
 ) -> None:
-    """Serve models over HTTP, with the OpenAI API and /v1/rewards."""
+    """Serve models over HTTP, with the OpenAI API, /v1/rewards and /v1/rlhf."""
     from .supervisor import CannotServe, Supervisor, bind
 
     try:
@@ -233,13 +248,16 @@ def serve(
                 **_loras(enable_lora, max_loras, max_lora_rank, lora_modules or []),
             ),
             api=ApiOptions(
-                api_keys=_api_keys(api_key or [], api_key_file),
+                api_keys=_keys("--api-key", api_key or [], api_key_file),
+                admin_keys=_keys("--admin-key", admin_key or [], admin_key_file),
                 max_body=parse_quantity(max_body, "--max-body"),
                 max_request_seconds=max_request_seconds,
                 stream_timeout=stream_timeout,
                 ignore_unknown_fields=ignore_unknown_fields,
                 max_logprobs=max_logprobs,
                 logprobs_mode=_one_of("--logprobs-mode", logprobs_mode, get_args(LogprobsMode)),
+                weights_root=_directory("--weights-root", weights_root),
+                preferences=_appendable("--preferences", preferences),
             ),
             host=host,
             port=port,
@@ -296,17 +314,33 @@ def _one_of(flag: str, value: str | None, allowed: tuple[str, ...]) -> Any:
     return value
 
 
-def _api_keys(keys: list[str], file: Path | None) -> tuple[str, ...]:
+def _keys(flag: str, keys: list[str], file: Path | None) -> tuple[str, ...]:
     if file is not None:
         try:
             keys = [*keys, *(line.strip() for line in file.read_text("utf-8").splitlines() if line.strip())]
         except (OSError, ValueError) as error:
-            raise OptionsError(f"--api-key-file {file}: {error}") from None
+            raise OptionsError(f"{flag}-file {file}: {error}") from None
         if not keys:
-            raise OptionsError(f"--api-key-file {file}: it holds no key")
+            raise OptionsError(f"{flag}-file {file}: it holds no key")
     if not all(key.isascii() and key.isprintable() and key for key in keys):
-        raise OptionsError("--api-key: a key is one or more printable ASCII characters")
+        raise OptionsError(f"{flag}: a key is one or more printable ASCII characters")
     return tuple(keys)
+
+
+def _directory(flag: str, path: Path | None) -> str | None:
+    if path is not None and not path.is_dir():
+        raise OptionsError(f"{flag} {path}: there is no such directory")
+    return None if path is None else str(path.resolve())
+
+
+def _appendable(flag: str, file: Path | None) -> str | None:
+    if file is None:
+        return None
+    try:
+        os.close(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600))
+        return str(file.resolve())
+    except OSError as error:
+        raise OptionsError(f"{flag} {file}: {error.strerror}") from None
 
 
 def _announce(ready: Ready, host: str, port: int) -> None:

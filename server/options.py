@@ -42,7 +42,8 @@ class ServeOptions:
     def shown(self) -> dict[str, Any]:
         """As JSON, without the keys."""
         about = asdict(self)
-        del about["api"]["api_keys"]
+        for name in ("api_keys", "admin_keys"):
+            del about["api"][name]
         return about
 
 

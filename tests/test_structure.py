@@ -42,6 +42,9 @@ INTEGERS = {
         "prefixes",
         "running",
         "waiting",
+        "groups",
+        "line",
+        "jobs",
         "scheduler",
     )
 }

@@ -59,7 +59,7 @@ async def receive(request: Request, options: ApiOptions, may_be_empty: bool = Fa
 
 def checked(received: Received, model: type[Body], known: Known, options: ApiOptions) -> tuple[Body, dict[str, str]]:
     """As `read`. Takes fields out of `received`."""
-    headers = _sort_out(received.value, known, options.ignore_unknown_fields)
+    headers = sort_out(received.value, known, options.ignore_unknown_fields)
     body = validated(model, received.value)
     if received.constants:
         raise invalid(f"the body is not valid JSON: {received.constants[0]} is no JSON number")
@@ -152,7 +152,7 @@ def _too_deep() -> ApiError:
     return invalid(f"the body nests deeper than {MAX_DEPTH} levels")
 
 
-def _sort_out(value: dict[str, Any], known: Known, ignore_unknown: bool) -> dict[str, str]:
+def sort_out(value: dict[str, Any], known: Known, ignore_unknown: bool) -> dict[str, str]:
     """Take out of `value` what is ignored, and what is null; refuse what is refused or unknown."""
     unknown: list[str] = []
     for name in list(value):

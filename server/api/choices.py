@@ -48,6 +48,7 @@ class Choice:
     waiting: Delta = field(default_factory=Delta)
     reader: Reader | None = None  # None: all text is prose
     calls: int = 0  # begun so far
+    reward: float | None = None  # a reward model's, where choices are ranked by it
     versions: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])  # of weights, by first token
 
     def weight_spans(self) -> list[dict[str, int]]:
@@ -161,18 +162,21 @@ class Choice:
 
 
 def best(choices: Sequence[Choice], count: int) -> Sequence[Choice]:
-    """Of more choices than that the `count` whose tokens have the highest mean log-probability, the best first.
+    """The `count` best, the best first: by reward where they have one, else of more than `count` those whose tokens
+    have the highest mean log-probability.
 
-    They are finished, nothing of them has been taken, and all have log-probabilities.
+    They are finished, nothing of them has been taken, and all have a reward, or log-probabilities where there are more.
     """
-    if len(choices) <= count:
-        return choices
 
     def mean(choice: Choice) -> float:
         values = choice.waiting.logprobs.values if choice.waiting.logprobs else []
         return sum(values) / len(values) if values else -math.inf
 
-    return sorted(choices, key=mean, reverse=True)[:count]
+    rewards = [choice.reward for choice in choices if choice.reward is not None]
+    if rewards:
+        ranked = sorted(zip(rewards, choices, strict=True), key=lambda pair: -pair[0])
+        return [choice for _, choice in ranked[:count]]
+    return choices if len(choices) <= count else sorted(choices, key=mean, reverse=True)[:count]
 
 
 def extended(first: Logprobs | None, more: Logprobs, count: int) -> Logprobs:
@@ -181,6 +185,7 @@ def extended(first: Logprobs | None, more: Logprobs, count: int) -> Logprobs:
     first.ranks += more.ranks[:count]
     first.top_ids += more.top_ids[:count]
     first.top_values += more.top_values[:count]
+    first.policy += more.policy[:count]
     return first
 
 
@@ -193,7 +198,11 @@ def _one_by_one(output: Output) -> Iterator[Output]:
         if logprobs is not None:
             here = slice(i, i + 1)
             single.logprobs = Logprobs(
-                logprobs.values[here], logprobs.ranks[here], logprobs.top_ids[here], logprobs.top_values[here]
+                logprobs.values[here],
+                logprobs.ranks[here],
+                logprobs.top_ids[here],
+                logprobs.top_values[here],
+                logprobs.policy[here],
             )
         if i == last:
             single.finish, single.stop_id = output.finish, output.stop_id

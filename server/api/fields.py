@@ -34,7 +34,6 @@ def honoured(*names: str) -> dict[str, Field]:
     return dict.fromkeys(names, HONOURED)
 
 
-LATER = "this server does not do it yet"
 ACCOUNT = ignored("bookkeeping of OpenAI's accounts")
 STRUCTURED = refused("structured_outputs replaces it")
 NO_IMAGES = refused("the models read text only", [], {}, "")
@@ -62,14 +61,13 @@ _GENERATION = {  # chat and completions
     **honoured("presence_penalty", "frequency_penalty", "repetition_penalty", "allowed_token_ids", "bad_words"),
     **honoured("stop_token_ids", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens"),
     **honoured("return_token_ids", "return_tokens_as_token_ids", "truncate_prompt_tokens", "add_special_tokens"),
-    **honoured("priority", "cache_salt", "timeout", "response_format", "structured_outputs"),
+    **honoured("priority", "cache_salt", "timeout", "response_format", "structured_outputs", "best_of", "rank_by"),
     "user": ACCOUNT,
     "request_id": ignored("the x-request-id header names a request"),
     "guided_json": STRUCTURED,
     "guided_regex": STRUCTURED,
     "guided_choice": STRUCTURED,
     "guided_grammar": STRUCTURED,
-    "rank_by": refused(LATER),
     "use_beam_search": refused("there is no beam search", False),
     "length_penalty": refused("it belongs to beam search, and there is none", 1, 1.0),
     "spaces_between_special_tokens": refused("special tokens are decoded as the tokenizer has them", True),
@@ -79,7 +77,6 @@ _GENERATION = {  # chat and completions
 
 CHAT: dict[str, Field] = {
     **_GENERATION,
-    "best_of": refused(LATER, 1),
     "echo": refused("a chat's answer is the new message alone; continue_final_message writes on from one", False),
     **honoured("messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "parallel_tool_calls"),
     **honoured("add_generation_prompt", "continue_final_message", "chat_template_kwargs"),
@@ -108,7 +105,7 @@ CHAT: dict[str, Field] = {
 
 COMPLETIONS: dict[str, Field] = {
     **_GENERATION,
-    **honoured("prompt", "echo", "best_of"),
+    **honoured("prompt", "echo"),
     "suffix": refused("the models only write on from a prompt", ""),
     "prompt_embeds": refused("send a prompt as text or token ids"),
 }
@@ -126,7 +123,7 @@ DETOKENIZE: dict[str, Field] = honoured("model", "tokens", "skip_special_tokens"
 
 REWARDS: dict[str, Field] = {
     **honoured("model", "input", "conversations", "add_special_tokens", "chat_template_kwargs"),
-    **honoured("priority", "cache_salt", "timeout"),
+    **honoured("priority", "cache_salt", "timeout", "normalize"),
     "user": ACCOUNT,
     "request_id": ignored("the x-request-id header names a request"),
 }

@@ -84,7 +84,7 @@ METRICS: tuple[Gauge | Labelled | Count | Spread, ...] = (
         lambda m: {(str(m.page_size), str(m.pages)): 1.0},
         counts=False,
     ),
-    Count("prompt_tokens", "Tokens of the prompts of requests that ran.", lambda m: m.counts.prompt_tokens),
+    Count("prompt_tokens", "Tokens of the prompts of requests and groups that ran.", lambda m: m.counts.prompt_tokens),
     Count("prompt_tokens_cached", "Of these found in the prefix cache.", lambda m: m.counts.cached_tokens),
     Labelled(
         "prompt_tokens_by_source",
@@ -118,7 +118,7 @@ METRICS: tuple[Gauge | Labelled | Count | Spread, ...] = (
     Count("scores", "Scores given.", lambda m: m.counts.scores),
     Count(
         "shared_prefix_tokens_saved",
-        "Prompt tokens not computed again, because further choices take them from the first.",
+        "Prompt tokens not computed again, because further choices and members of groups share them.",
         lambda m: m.counts.forked_tokens,
     ),
     Count("weight_updates", "Times that the weights were replaced.", lambda m: m.counts.weight_updates),

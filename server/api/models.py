@@ -67,10 +67,9 @@ def shown(card: ModelCard) -> dict[str, Any]:
     if card.gives == "scores":
         about |= {"labels": card.labels, "pooling": card.pooling}
         about |= {"reward_mean": card.reward_mean, "reward_std": card.reward_std}
+        about["reward_normalization"] = card.reward_normalization
     if card.gives == "embeddings":
         about |= {"embedding_size": card.embedding_size, "pooling": card.pooling, "normalized": card.normalized}
-    if card.gives == "scores":
-        about |= {"reward_mean": card.reward_mean, "reward_std": card.reward_std}
     if card.gives == "text":
         about["sampling_defaults"] = {name: GenerationBody.model_fields[name].default for name in SAMPLING}
     return about

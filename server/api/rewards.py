@@ -1,8 +1,6 @@
-"""POST /v1/rewards: the raw scores that a reward model gives to texts, token ids or conversations."""
+"""POST /v1/rewards: the scores that a reward model gives to texts, token ids or conversations; raw unless asked."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -13,6 +11,7 @@ from . import body as bodies
 from . import fields
 from .errors import ApiError, invalid
 from .protocol import RewardBody
+from .rlhf.evaluation import normalised
 from .scoring import reward_model, score
 from .service import Service, check_ids, encode, in_thread_if
 from .streaming import JsonAnswer
@@ -28,8 +27,14 @@ async def create(request: Request) -> Response:
     prompts = await prompts_of(body, card, service.texts(card))
     scored = await score(request, card, prompts, body, "input" if body.conversations is None else "conversations")
     data = [
-        entry(index, ids, reward, pooled)
-        for index, (ids, (reward,), pooled) in enumerate(zip(prompts, scored.scores, scored.pooled, strict=True))
+        {
+            "index": index,
+            "reward": normalised(score, card) if body.normalize else score,
+            "raw_reward": score,
+            "pooled_index": pooled,
+            "prompt_tokens": len(ids),
+        }
+        for index, (ids, (score,), pooled) in enumerate(zip(prompts, scored.scores, scored.pooled, strict=True))
     ]
     answer = {"object": "list", "model": card.name, "weight_version": scored.weight_version}
     return JsonAnswer({**answer, "data": data, "usage": scored.usage}, headers)
@@ -58,13 +63,3 @@ async def prompts_of(body: RewardBody, card: ModelCard, text: Text) -> list[list
         check_ids(ids, card, "conversations")
         prompts.append(ids)
     return prompts
-
-
-def entry(index: int, ids: list[int], reward: float, pooled: int | None) -> dict[str, Any]:
-    return {
-        "index": index,
-        "reward": reward,
-        "raw_reward": reward,
-        "pooled_index": pooled,
-        "prompt_tokens": len(ids),
-    }

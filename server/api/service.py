@@ -19,6 +19,7 @@ from .errors import invalid, no_such_model, of_engine, unavailable
 from .options import ApiOptions
 from .protocol import Common, Prompt
 from .traffic import Traffic
+from .weights_root import confined
 
 LONG_TEXT = 16_384  # characters; what takes longer than a few milliseconds to encode leaves the event loop
 
@@ -71,9 +72,10 @@ class Service:
         return card
 
     async def command(self, command: Command[Reply], request_id: str) -> Reply:
-        """What the engine answers, once every worker knows what has changed. Raises ApiError."""
+        """What the engine answers, once every worker knows what has changed. Raises ApiError, also for a path outside
+        --weights-root."""
         try:
-            return await self.client.command(command)
+            return await self.client.command(confined(command, self.options.weights_root))
         except Refused as refused:
             raise of_engine(refused.error, request_id) from None
         except EngineUnavailable as error:

@@ -3,8 +3,6 @@ else: `api` reads bodies, makes requests of the engine and takes its outputs."""
 
 from __future__ import annotations
 
-from fastapi.routing import APIRoute
-
 from . import (
     adapters,
     llama_factory,
@@ -26,11 +24,5 @@ GENERATION = (vllm_generate, sglang_generate, trl_legacy, trl_scoring)
 STATE = (vllm_control, sglang_info)
 CONTROL = (vllm_control, sglang_control, adapters, trl_legacy)  # each has `admin`, routes that not everybody may call
 
-ROUTERS = tuple(module.router for module in (*SCORING, *GENERATION, *STATE)) + tuple(part.admin for part in CONTROL)
-ADMIN_ROUTES = frozenset(  # (method, path)
-    (method, route.path)
-    for part in CONTROL
-    for route in part.admin.routes
-    if isinstance(route, APIRoute)
-    for method in route.methods
-)
+ROUTERS = tuple(module.router for module in (*SCORING, *GENERATION, *STATE))
+ADMINS = tuple(module.admin for module in CONTROL)

@@ -60,7 +60,7 @@ class LoadedAdapters:
     def room(self, name: str, replace: bool, in_use: Callable[[str], bool]) -> int | EngineError:
         """The slot that an adapter of that name would get: its own, where it is to be replaced, or a free one.
 
-        `in_use`: whether a request that carries the key is not finished.
+        `in_use`: whether a request that carries the key is not finished, or a group of it open.
         """
         if not self.count:
             message = f"model {self._model} has no room for adapters; policies get it by --enable-lora"
@@ -174,8 +174,7 @@ class Adapters:
             self._scheduler.set_adapter(str(key), "", keep=False)
 
     def _room(self, name: str, replace: bool) -> int | EngineError:
-        requests = self._scheduler.requests
-        return self._loaded.room(name, replace, lambda key: any(request.adapter == key for request in requests))
+        return self._loaded.room(name, replace, self._scheduler.uses)
 
     def _put(self, name: str, adapter: Adapter, slot: int) -> tuple[str, str]:
         assert isinstance(self._model, Model) and self._model.adapters is not None

@@ -149,7 +149,8 @@ class Administration:
             raise Refused(EngineError("invalid", f"mean is {mean}; it must be finite", "mean"))
         if not (math.isfinite(std) and std > 0):
             raise Refused(EngineError("invalid", f"std is {std}; it must be finite and above 0", "std"))
-        engine.card = replace(engine.card, reward_mean=mean, reward_std=std)
+        kind = command.normalization
+        engine.card = replace(engine.card, reward_mean=mean, reward_std=std, reward_normalization=kind)
         return commands.Normalized(mean, std)
 
 

@@ -7,9 +7,9 @@ once every API worker knows what it changed. `reply` names the type of a command
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
-from .request import EngineError
+from .request import EngineError, Normalization
 
 InFlight = Literal["keep", "abort", "wait"]
 Source = Literal["disk", "lora", "shm", "cuda_ipc", "distributed"]
@@ -119,7 +119,7 @@ class Pause:
     all finished. After `abort` and `wait` new requests are refused. Deadlines expire as ever.
     """
 
-    reply: ClassVar = Paused
+    reply = Paused
     model: str | None = None
     mode: InFlight = "keep"
     clear_cache: bool = False  # as by `ResetPrefixCache`
@@ -127,7 +127,7 @@ class Pause:
 
 @dataclass(frozen=True, slots=True)
 class Resume:
-    reply: ClassVar = Resumed
+    reply = Resumed
     model: str | None = None
 
 
@@ -135,24 +135,26 @@ class Resume:
 class AbortAll:
     """Ends all requests of the model (None: of all) with the tokens that they have."""
 
-    reply: ClassVar = Aborted
+    reply = Aborted
     model: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ResetPrefixCache:
-    reply: ClassVar = CacheReset
+    reply = CacheReset
     model: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Normalize:
-    """The model's card says from now on that a reward is (score - mean) / std. Scores themselves stay raw."""
+    """The model's card says from now on that a reward is (score - mean) / std, and what they come from. Scores
+    themselves stay raw."""
 
-    reply: ClassVar = Normalized
+    reply = Normalized
     model: str
     mean: float
     std: float
+    normalization: Normalization = "mean_std"
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +166,7 @@ class LoadAdapter:
     and the keys and values that they have; what is computed anew shares no page with what the old ones computed.
     """
 
-    reply: ClassVar = Adapters
+    reply = Adapters
     model: str
     name: str
     path: str
@@ -175,7 +177,7 @@ class LoadAdapter:
 class UnloadAdapter:
     """No new request finds it. Those that it has go on with it, and its room is free after the last of them."""
 
-    reply: ClassVar = Adapters
+    reply = Adapters
     model: str
     name: str
 
@@ -210,7 +212,7 @@ class StartUpdate:
     """What `UpdateWeights` brings for the model from now on is staged until `FinishUpdate`. Forgets what an update
     that was started before has staged."""
 
-    reply: ClassVar = UpdateStarted
+    reply = UpdateStarted
     model: str
 
 
@@ -229,7 +231,7 @@ class UpdateWeights:
     new weights. A model that is paused stays so. `label`: the trainer's name for the version.
     """
 
-    reply: ClassVar = Updated
+    reply = Updated
     model: str
     source: Source
     path: str = ""
@@ -249,7 +251,7 @@ class UpdateWeights:
 class FinishUpdate:
     """Commits what was staged since `StartUpdate`. Fields as in `UpdateWeights`."""
 
-    reply: ClassVar = Updated
+    reply = Updated
     model: str
     partial: bool = False
     also: tuple[str, ...] = ()
@@ -261,7 +263,7 @@ class FinishUpdate:
 class LabelWeights:
     """The trainer's name for the weights that are served now."""
 
-    reply: ClassVar = Labelled
+    reply = Labelled
     model: str
     label: str
 
@@ -271,7 +273,7 @@ class InitTransfer:
     """The engine joins a group of processes, in which rank 0, the trainer, broadcasts weights; its own rank is
     `rank_offset`. Answered when all are there. A group of that name is left first."""
 
-    reply: ClassVar = TransferReady
+    reply = TransferReady
     master_address: str
     master_port: int
     rank_offset: int
@@ -284,7 +286,7 @@ class InitTransfer:
 
 @dataclass(frozen=True, slots=True)
 class DestroyTransfer:
-    reply: ClassVar = TransferClosed
+    reply = TransferClosed
     group: str = ""
 
 

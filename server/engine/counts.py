@@ -44,9 +44,9 @@ class Counts:
     """What happened since the start. Times are from the engine's receipt of a request, in seconds."""
 
     started: int = 0  # requests that began to run
-    prompt_tokens: int = 0  # of those
+    prompt_tokens: int = 0  # of those, and of the prompts of groups, once each
     cached_tokens: int = 0  # of which were found in the prefix cache
-    forked_tokens: int = 0  # of prompts that further choices took over from the one that computed them
+    forked_tokens: int = 0  # of prompts that further choices, and members of groups, took over from what computed them
     computed_tokens: int = 0  # in all plans, recomputed ones included
     generated_tokens: int = 0
     preemptions: int = 0

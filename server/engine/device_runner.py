@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,32 +25,23 @@ from torch import Tensor
 from ...kernels import ops
 from ...kernels.attention import decode_chunks
 from ...kernels.ops import Sequences
-from ...kernels.sampling import DRAW, RESTRICT
 from ...model.batch import Batch
 from ...model.kv_cache import KVCache
 from ...model.model import Model
 from .device_sampler import DeviceSampler
-from .graphs import Graphs, new_pool
+from .graphs import Graphs, Kind, new_pool, recorded_uses
 from .guides import Guides
 from .launched import Clock, Launched, logprobs_to_host, to_host
 from .options import AttentionBackend
 from .plan import Plan
 from .pooled import Pooled
+from .prompt_rows import Pinned, Rows, factors_of, sizes_of, targets_of
 from .request import Request
-from .runner import NO_ADAPTERS, places_of
+from .runner import NO_ADAPTERS
 from .staging import Staging
 
 Integers = NDArray[np.int64]
 NONE: Integers = np.zeros(0, np.int64)
-RECORDED = (DRAW, DRAW | RESTRICT)  # what draws may use and still be part of a recorded decode
-
-
-class Kind(NamedTuple):
-    """Of a recorded decode."""
-
-    uses: int | None  # what its draws may use; None: it leaves logits
-    grouped: bool  # rows share prefixes
-    adapted: bool  # a row has an adapter
 
 
 class DeviceRunner:
@@ -103,6 +93,7 @@ class DeviceRunner:
         self._drawn = torch.zeros(max_seqs, dtype=torch.int64, device=self._device)
         self._prefixes = torch.zeros(2, max_seqs, dtype=torch.int32, device=self._device)  # see ops.attention_work
         self._pooled = None if model.config.pools is None else Pooled(model, max_seqs, self._device)
+        self._pinned = Pinned(max_seqs, model, self._device)
         self._row_numbers = torch.arange(max_seqs + 1, dtype=torch.int32, device=self._device)
         self._rows = 0  # of that decode, without synchronous ones; 0 where its slots no longer stand there
         self._behind = 0  # synchronous ones
@@ -227,7 +218,7 @@ class DeviceRunner:
             logits = self._decode_logits(rows, needed, self._grouped, adapted)
         else:
             graphs.run(graphs.rows_for(rows))
-            if _recorded(uses) is not None:
+            if recorded_uses(uses) is not None:
                 step.tokens = to_host(self._drawn[:rows])
                 return
             assert self._logits is not None
@@ -257,7 +248,7 @@ class DeviceRunner:
 
     def _graphs(self, uses: int = 0, adapted: bool = False) -> Graphs:
         """Those that draw as well, where that can be recorded for what the slots use, else those that leave logits."""
-        recorded = _recorded(uses)
+        recorded = recorded_uses(uses)
         kind = Kind(recorded, self._grouped, adapted)
         if kind not in self._recorded:
             if recorded is None and self._logits is None:
@@ -342,19 +333,20 @@ class DeviceRunner:
         drawing = np.array(plan.samples, np.int64).reshape(-1, 2)
         needed, copies = np.unique(drawing[:, 0], return_inverse=True)
         scored = ends[[row for row, _ in plan.scores]]
-        valued, asked = places_of(plan, plan.values, ends), places_of(plan, plan.prompt_logprobs, ends)
-        targets = [  # where they stand in the history
-            plan.slots[wanted.row] * self._history.shape[1] + np.arange(wanted.first + 1, wanted.end + 1)
-            for wanted in plan.prompt_logprobs
-        ]
+        valued, asked = Rows.of(plan, plan.values, ends), Rows.of(plan, plan.prompt_logprobs, ends)
+        requests = [self.request(plan.slots[rows.row]) for rows in plan.prompt_logprobs]
+        factors = factors_of(requests, plan.prompt_logprobs)
         sent = self._send(
             plan,
             *(slots, starts, counts, firsts, lengths, _prefixes(plan, plan.decodes)),
             *(ends[needed], copies.reshape(-1), drawing[:, 1], lengths[drawing[:, 0]]),
-            *(scored, *(np.concatenate([NONE, *each]) for each in (valued, asked, targets))),
+            *(scored, *valued, *asked, targets_of(plan, plan.prompt_logprobs, self._history.shape[1])),
+            NONE if factors is None else factors.view(np.int32).astype(np.int64),
+            *np.array([(ends[row], pin) for row, pin in plan.pins], np.int64).reshape(-1, 2).T,
         )
         hidden = self._forward(plan, int(lengths.max()), *sent[:6])
-        rows, places, drawers, histories, scored_rows, valued_rows, asked_rows, target_places = sent[6:]
+        rows, places, drawers, histories, scored_rows = sent[6:11]
+        valued_rows, asked_rows, (target_places, sent_factors, last_rows, pins) = sent[11:14], sent[14:17], sent[17:]
         if plan.samples:
             logits = self.model.logits(hidden[rows])
             if len(needed) < len(drawing):  # several choices draw from one row
@@ -363,18 +355,22 @@ class DeviceRunner:
         if plan.scores:
             step.scores = to_host(self.model.scores(hidden[scored_rows]))
         if plan.values:
-            step.values, step.parts = to_host(self.model.values(hidden[valued_rows])), list(map(len, valued))
+            step.values = to_host(self.model.values(self._pinned.gather(hidden, *valued_rows)))
+            step.parts = sizes_of(plan.values)
         if plan.pooled:
             assert self._pooled is not None
             found = self._pooled.take(plan, hidden, ends.tolist())
             step.pooled = None if found is None else to_host(found)
         if plan.prompt_logprobs:
-            wanted = [self.request(plan.slots[rows.row]).prompt_logprobs or 0 for rows in plan.prompt_logprobs]
+            wanted = [request.prompt_logprobs or 0 for request in requests]
             ids = self._history.view(-1)[target_places].long()
-            found = self.model.logprobs_of(hidden[asked_rows], ids, max(wanted))
+            scales = None if factors is None else sent_factors.int().view(torch.float32)
+            found = self.model.logprobs_of(self._pinned.gather(hidden, *asked_rows), ids, max(wanted), scales)
             step.prompt_logprobs = logprobs_to_host(found)
-            edges = np.cumsum([0, *map(len, asked)]).tolist()
+            edges = np.cumsum([0, *sizes_of(plan.prompt_logprobs)]).tolist()
             step.prompts = list(zip(edges, edges[1:], wanted, strict=False))
+        if plan.pins:
+            self._pinned.keep(pins, hidden[last_rows])
 
     def _forward(
         self,
@@ -425,11 +421,8 @@ class DeviceRunner:
         step.tokens = to_host(drawn.tokens)
         if drawn.logprobs is not None:
             step.logprobs, step.tops = logprobs_to_host(drawn.logprobs), tops
-
-
-def _recorded(uses: int) -> int | None:
-    """What the draws of a recorded decode may use that fits such rows; None: only its logits can be recorded."""
-    return next((known for known in RECORDED if uses & ~known == 0), None)
+        if drawn.policy is not None:
+            step.policy, step.policies = to_host(drawn.policy), self._sampler.policies_of(s for _, s in plan.samples)
 
 
 def _prefixes(plan: Plan, rows: int) -> Integers:

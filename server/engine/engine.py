@@ -72,7 +72,6 @@ class Engine:
         self.last_step = Step()
         self._flight: tuple[Flight, Ticket] | None = None
         self._building = Building(options.max_waiting_requests)
-        self._groups: dict[int, tuple[Group, set[int]]] = {}  # with its members
         room = 0 if isinstance(model, NullModel) or model.adapters is None else model.adapters.count
         loaded = LoadedAdapters(card.name, room)
         self.refused: EngineError | None = None  # what new requests are told; None: they are taken
@@ -159,23 +158,19 @@ class Engine:
         return self.runner.idle()
 
     def open(self, group: Group) -> None:
-        self._groups[group.id] = group, set()
+        """Begins a group. Why it cannot be is told to its members."""
+        key, error = self.adapters.key(group.adapter), self._outside("prompt", group.token_ids)
+        if isinstance(key, EngineError):
+            self.scheduler.open(group, key)
+        else:
+            self.scheduler.open(replace(group, adapter=key), error)
 
     def close(self, group_id: int) -> list[Output]:
-        _, members = self._groups.pop(group_id, (None, set[int]()))
-        return [output for member in members for output in self.abort(member)]
+        """Ends a group; its members that are not finished are aborted."""
+        return self.scheduler.close(group_id)
 
     def add(self, request: Request) -> EngineError | None:
         """Takes a request, or says why it cannot be answered."""
-        if request.group:
-            if request.group not in self._groups:
-                return EngineError("invalid", f"there is no open group {request.group}")
-            group, members = self._groups[request.group]
-            members.add(request.id)
-            first = None if "score" in request.want else len(group.token_ids) - 1
-            token_ids = [*group.token_ids, *request.token_ids]
-            adapter = group.adapter
-            request = replace(request, token_ids=token_ids, first_needed_row=first, group=0, adapter=adapter)
         if self.refused is not None:
             return self.refused
         error = self._refusal(request)
@@ -201,12 +196,17 @@ class Engine:
             return replace(request, first_needed_row=0), None
         if self.card.gives == "embeddings" or not token_ids:
             return request, None
+        prompt = self.scheduler.prompt_of(request.group) if request.group else []
         try:
-            place = self._score_pooling.position(token_ids)
+            place = self._score_pooling.position([*prompt, *token_ids])
         except LookupError as error:
             return request, EngineError("invalid", f"model {self.card.name}: {error}")
         assert place is not None
-        return (request if place == len(token_ids) - 1 else replace(request, token_ids=token_ids[: place + 1])), None
+        own = place + 1 - len(prompt)
+        if own < 1:
+            message = f"model {self.card.name} reads scores at {mode}, which is token {place} of the group's prompt"
+            return request, EngineError("invalid", f"{message}: all members would have the same one")
+        return (request if own == len(token_ids) else replace(request, token_ids=token_ids[:own])), None
 
     def abort(self, request_id: int, choice: int | None = None, finish: Finish = "abort") -> list[Output]:
         early = self._building.abort(request_id, choice, finish, self.scheduler.weight_version)
@@ -331,6 +331,9 @@ class Engine:
         card, sampling, want = self.card, request.sampling, request.want
         if isinstance(self.runner, NullRunner) and (error := self.runner.refusal(request)):
             return error
+        if request.group and (sampling is not None or request.n != 1 or "embedding" in want):
+            message = "a member of a group is given with its tokens: it has neither sampling nor n, and no embedding"
+            return EngineError("invalid", message, "group")
         if isinstance(unknown := self.adapters.key(request.adapter), EngineError):
             return unknown
         if card.gives == "text" and (asked := [gives for one, gives, _ in SINGLE if one in want]):
@@ -344,6 +347,9 @@ class Engine:
             return EngineError("invalid", "tokens are wanted, but no sampling parameters are given", "sampling")
         if "logprobs" in want and (sampling is None or sampling.logprobs is None):
             return EngineError("invalid", "logprobs are wanted, but not how many beside each token", "logprobs")
+        if sampling and sampling.policy_logprobs and sampling.logprobs is None:
+            message = "policy_logprobs are given beside logprobs: say how many of these beside each token (0: none)"
+            return EngineError("invalid", message, "logprobs")
         if "prompt_logprobs" in want and request.prompt_logprobs is None:
             message = "prompt_logprobs are wanted, but not how many beside each token"
             return EngineError("invalid", message, "prompt_logprobs")
@@ -413,7 +419,7 @@ class Engine:
         for rows, values in zip(plan.values, sampled.values, strict=True):
             if not all(map(math.isfinite, values)):
                 note(flight.rows[rows.row], "value")
-        last = [row for row, complete in plan.pooled if complete]
+        last = [row for row, complete, _ in plan.pooled if complete]
         for row, found in zip(last, sampled.pooled, strict=True):
             if not all(map(math.isfinite, found)):
                 note(flight.rows[row], "score" if self.card.gives == "scores" else "embedding")

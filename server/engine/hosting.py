@@ -151,6 +151,7 @@ def _card(spec: ModelSpec, owner: ModelSpec, model: Model | NullModel, options: 
         head=config.score.format if config.labels else "",
         reward_mean=config.score.mean,
         reward_std=config.score.std,
+        reward_normalization="none" if (config.score.mean, config.score.std) == (0, 1) else "checkpoint",
         fingerprint=fingerprint(text),
         shares=spec.shares,
         label_names=label_names(Path(spec.path), config.labels),

@@ -54,14 +54,16 @@ class Launched:
     """Host copies of the results, good once the clock has stopped.
 
     `tops` says per drawn token how many likely tokens are wanted beside it, None where no log-probability is;
-    `prompts` (first row, end, likely tokens) of each part of a prompt in `prompt_logprobs`; `parts` how many values
-    belong to each.
+    `policies` whether the policy's is, too; `prompts` (first row, end, likely tokens) of each part of a prompt in
+    `prompt_logprobs`; `parts` how many values belong to each.
     """
 
     clock: Clock
     tokens: Tensor | None = None  # [R] int64
     logprobs: TokenLogprobs | None = None  # of the drawn tokens
     tops: list[int | None] = field(default_factory=list[int | None])
+    policy: Tensor | None = None  # [R] float32
+    policies: list[bool] = field(default_factory=list[bool])
     scores: Tensor | None = None  # [rows, labels]
     values: Tensor | None = None  # [rows] float32
     parts: list[int] = field(default_factory=list[int])
@@ -81,6 +83,10 @@ class Launched:
             result.logprobs = [
                 None if top is None else _cut(columns, row, row + 1, top) for row, top in enumerate(self.tops)
             ]
+            if self.policy is not None:
+                for found, wanted, value in zip(result.logprobs, self.policies, self.policy.tolist(), strict=True):
+                    if found and wanted:
+                        found.policy.append(value)
         if self.scores is not None:
             result.scores = self.scores.tolist()
         if self.values is not None:

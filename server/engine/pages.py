@@ -135,7 +135,12 @@ class Pages:
                 else:
                     self._idle[page] = None
 
-    def fork(self, table: list[int]) -> list[int]:
+    def freed_by(self, tables: Iterable[Sequence[int]]) -> int:
+        """How many pages would be available in addition, were these tables released."""
+        counts = Counter(page for table in tables for page in table)
+        return sum(self._references[page] == count for page, count in counts.items())
+
+    def fork(self, table: Sequence[int]) -> list[int]:
         """A second table with the same pages. Before either writes into a shared page it asks `writable`."""
         self.retain(table)
         return list(table)

@@ -12,6 +12,8 @@ parameters) and applies a plan in this order:
    states: of a text whose embedding or score is pooled every chunk is named, because that may have to be carried on. A
    token sampled for a slot from row r stands at position `starts[r] + counts[r]` of *that slot's* history; the slot's
    next row starts exactly there, so the runner writes it into the history without being told.
+6. `pins`: the hidden states of these rows' last positions, and what is pooled up to there, are kept, each in the place
+   of what was kept under its number before.
 
 Lists of a plan may be reused by the next one: read them before `Scheduler.plan` is called again; do not change them.
 """
@@ -46,12 +48,14 @@ class PromptRows:
 
     In `prompt_logprobs` that is the next token's log-probability: entry i of the answer is that of prompt token
     `first + i + 1` given the tokens up to `first + i`, so `end` never exceeds the prompt's length - 1. In `values` it
-    is the position's value, given the tokens up to and including its own.
+    is the position's value, given the tokens up to and including its own. With `pin`, position `first` is the one
+    before the row, and its hidden state what an earlier plan pinned under that number.
     """
 
     row: int
     first: int
     end: int
+    pin: int | None = None
 
 
 @dataclass(slots=True)
@@ -71,7 +75,9 @@ class Plan:
     scores: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])  # (row, slot): the row's last position
     prompt_logprobs: list[PromptRows] = field(default_factory=list[PromptRows])
     values: list[PromptRows] = field(default_factory=list[PromptRows])
-    pooled: list[tuple[int, bool]] = field(default_factory=list[tuple[int, bool]])  # (row, whether it is the last)
+    # (row, whether it is the last, the pin under which lies what is pooled before it)
+    pooled: list[tuple[int, bool, int | None]] = field(default_factory=list[tuple[int, bool, int | None]])
+    pins: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])  # (row, pin)
     left: list[int] = field(default_factory=list[int])
     entered: list[Entered] = field(default_factory=list[Entered])
     page_updates: list[tuple[int, int, int]] = field(default_factory=list[tuple[int, int, int]])  # (slot, index, page)

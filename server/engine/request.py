@@ -16,6 +16,7 @@ Want = Literal["tokens", "logprobs", "prompt_logprobs", "score", "values", "embe
 LogprobsMode = Literal["raw", "processed"]
 Gives = Literal["text", "scores", "embeddings", "values"]
 PoolingMode = Literal["last", "mean", "cls"]
+Normalization = Literal["none", "checkpoint", "bias", "mean_std"]  # of rewards: where their mean and std come from
 ScorePoolingMode = Literal["last", "last_non_pad", "first_eos", "before_first_pad", "mean", "token_id"]
 Finish = Literal["stop", "length", "abort", "error"]
 ErrorKind = Literal["invalid", "not_found", "conflict", "overloaded", "deadline", "unavailable", "internal"]
@@ -46,7 +47,8 @@ class Sampling:
     bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that must not be completed
     grammar: str = ""  # the answer's, as `text.grammar` makes it; empty: none
     logprobs: int | None = None  # None: none; k: of the drawn token and the k most likely
-    logprobs_mode: LogprobsMode = "raw"
+    logprobs_mode: LogprobsMode = "raw"  # of the model as it is, or of what the tokens are drawn from
+    policy_logprobs: bool = False  # beside those: of logits / temperature (greedy: of the logits), nothing else applied
 
     @property
     def penalises(self) -> bool:
@@ -70,7 +72,7 @@ class Request:
     deadline: float | None = None  # time.monotonic() of this machine
     cache_salt: str = ""
     adapter: str = ""  # one of the model's; empty: none, unless `model` is the name of one
-    temperature: float = 1.0  # the prompt's log-probabilities are those of logits / temperature
+    temperature: float = 1.0  # the prompt's log-probabilities are those of logits / temperature; 0: of the logits
     group: int = 0  # an open `Group`, whose prompt `token_ids` continue; 0: none
 
     @property
@@ -85,9 +87,12 @@ class Group:
     """A prompt that stays computed while it is open, for members that continue it with tokens that are there already.
 
     A member is a `Request` with `group` set, whose `token_ids` (C of them) are the continuation, with neither sampling
-    nor n. Of what it wants, `prompt_logprobs` gives C entries, one per token of its own; `values` C + 1, the first
-    before its first token, the last behind its last; `score` is read at its last token. Prompt and members are computed
-    once each. `id` is unique among groups and requests.
+    nor n, and under the group's priority, salt and adapter. Of what it wants, `prompt_logprobs` gives C entries, one
+    per token of its own; `values` C + 1, the first before its first token, the last behind its last; `score` is read at
+    its last token. `id` is unique among groups and requests.
+
+    Prompt and members are computed once each: P + sum of C tokens. The prompt again after new weights, and where other
+    requests took its pages while the group had no unfinished member.
     """
 
     id: int
@@ -102,12 +107,16 @@ class Group:
 
 @dataclass(slots=True)
 class Logprobs:
-    """Log-probabilities of a run of tokens, column by column; `top_*[i]` holds the k most likely at token i."""
+    """Log-probabilities of a run of tokens, column by column; `top_*[i]` holds the k most likely at token i.
+
+    `policy` is empty unless `Sampling.policy_logprobs` asked for it.
+    """
 
     values: list[float] = field(default_factory=list[float])
     ranks: list[int] = field(default_factory=list[int])  # 1 is the most likely
     top_ids: list[list[int]] = field(default_factory=list[list[int]])
     top_values: list[list[float]] = field(default_factory=list[list[float]])
+    policy: list[float] = field(default_factory=list[float])
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +235,7 @@ class ModelCard:
     head: str = ""  # how a head that gives scores or values lay on disk
     reward_mean: float = 0.0  # a reward is (score - mean) / std, by the checkpoint or `commands.Normalize`;
     reward_std: float = 1.0  # scores of the engine are raw
+    reward_normalization: Normalization = "none"
     fingerprint: str = ""  # of the tokenizer: ids mean the same where it is; empty: there is none
     shares: str = ""  # the model whose decoder it computes with; empty: it has its own
     adapters: tuple[AdapterCard, ...] = ()

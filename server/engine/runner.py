@@ -28,8 +28,9 @@ from ...model.kv_cache import KVCache
 from ...model.model import Model
 from .guides import Guides
 from .options import AttentionBackend
-from .plan import Plan, PromptRows, Sampled
+from .plan import Plan, Sampled
 from .pooled import Pooled
+from .prompt_rows import Pinned, Rows, factors_of, sizes_of, targets_of
 from .request import Logprobs, Request
 from .sampler import Sampler
 
@@ -81,6 +82,7 @@ class Runner:
         self._adapter = np.zeros(max_seqs, np.int64)
         self._sampler = Sampler(self._history, model.config.vocab_size, end_ids)
         self._pooled = None if model.config.pools is None else Pooled(model, max_seqs, self._device)
+        self._pinned = Pinned(max_seqs, model, self._device)
         self._row_numbers = np.arange(max_seqs + 1, dtype=np.int32)
         # Of the last pure decode: slots, their adapters, positions, and the page table while it still holds.
         self._slots = self._starts = np.zeros(0, np.int64)
@@ -124,9 +126,8 @@ class Runner:
             result.scores = self.model.scores(hidden[self._tensor(rows)]).tolist()
         if plan.values:
             assert ends is not None
-            places = places_of(plan, plan.values, ends)
-            values = self.model.values(hidden[self._tensor(np.concatenate(places))])
-            result.values = [part.tolist() for part in values.split(list(map(len, places)))]
+            rows = self._pinned.gather(hidden, *map(self._tensor, Rows.of(plan, plan.values, ends)))
+            result.values = [part.tolist() for part in self.model.values(rows).split(sizes_of(plan.values))]
         if plan.prompt_logprobs:
             assert ends is not None
             result.prompt_logprobs = self._prompt_logprobs(plan, hidden, ends)
@@ -134,6 +135,10 @@ class Runner:
             assert ends is not None and self._pooled is not None
             found = self._pooled.take(plan, hidden, ends.tolist())
             result.pooled = [] if found is None else found.tolist()
+        if plan.pins:
+            assert ends is not None
+            rows, pins = np.array(plan.pins).T
+            self._pinned.keep(self._tensor(pins), hidden[self._tensor(ends[rows])])
         return result
 
     def _apply(self, plan: Plan) -> None:
@@ -261,22 +266,18 @@ class Runner:
     def _prompt_logprobs(self, plan: Plan, hidden: Tensor, ends: Integers) -> list[Logprobs]:
         """The columns of each entry of `plan.prompt_logprobs`; all entries go through the head together."""
         entries = plan.prompt_logprobs
-        slots = [plan.slots[wanted.row] for wanted in entries]
-        top = [self.request(slot).prompt_logprobs or 0 for slot in slots]
-        index = np.concatenate(places_of(plan, entries, ends))
-        targets = np.concatenate(
-            [
-                self._history[slot, wanted.first + 1 : wanted.end + 1]
-                for slot, wanted in zip(slots, entries, strict=True)
-            ]
-        )
+        requests = [self.request(plan.slots[wanted.row]) for wanted in entries]
+        top = [request.prompt_logprobs or 0 for request in requests]
+        targets = self._history.ravel()[targets_of(plan, entries, self._history.shape[1])]
+        rows = self._pinned.gather(hidden, *map(self._tensor, Rows.of(plan, entries, ends)))
+        factors = factors_of(requests, entries)
         chosen = self._tensor(targets.astype(np.int64))
-        found = self.model.logprobs_of(hidden[self._tensor(index)], chosen, max(top))
+        found = self.model.logprobs_of(rows, chosen, max(top), None if factors is None else self._tensor(factors))
         values, ranks, top_values, top_ids = (column.tolist() for column in found)
         columns: list[Logprobs] = []
         begin = 0
-        for wanted, k in zip(entries, top, strict=True):
-            part = slice(begin, begin + wanted.end - wanted.first)
+        for size, k in zip(sizes_of(entries), top, strict=True):
+            part = slice(begin, begin + size)
             begin = part.stop
             ids, likely = ([row[:k] for row in column[part]] for column in (top_ids, top_values))
             columns.append(Logprobs(values[part], ranks[part], ids, likely))
@@ -284,9 +285,3 @@ class Runner:
 
     def _tensor(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(self._device)
-
-
-def places_of(plan: Plan, entries: list[PromptRows], ends: Integers) -> list[Integers]:
-    """Where the positions of each entry stand in the batch; `ends`: where each row has its last token."""
-    firsts = [ends[one.row] + 1 - plan.counts[one.row] - plan.starts[one.row] for one in entries]
-    return [first + np.arange(one.first, one.end) for first, one in zip(firsts, entries, strict=True)]

@@ -11,6 +11,7 @@ from .request import Logprobs, Output, Request
 
 if TYPE_CHECKING:
     from .columns import Columns
+    from .groups import OpenGroup
 
 UNKNOWN = -1  # a token that is drawn, but has not come back from the device yet
 Rank = tuple[int, int, int]  # priority, arrival, choice: the lower goes first; no two sequences have the same
@@ -22,6 +23,7 @@ class Job:
 
     request: Request
     arrived: float
+    shared: int = 0  # tokens of the prompt that are its group's
     sequences: dict[int, Sequence] = field(default_factory=dict[int, "Sequence"])
     cached_tokens: int | None = None  # None until it runs for the first time
     prompt_logprobs: Logprobs | None = None
@@ -42,6 +44,11 @@ class Job:
         return len(self.request.token_ids)
 
     @property
+    def own(self) -> int:
+        """Tokens of the prompt that are not its group's."""
+        return self.prompt - self.shared
+
+    @property
     def needed_row(self) -> int:
         """The request's, and 0 where rows of the prompt are wanted and nothing says from which on."""
         return 0 if self.wants_rows and self.request.first_needed_row is None else self.request.needed_row
@@ -51,7 +58,9 @@ class Job:
         """Whether something of each row of the prompt is wanted: values, or log-probabilities."""
         return "values" in self.request.want or self.request.prompt_logprobs is not None
 
-    def first_sequence(self, arrival: int, context: int, end_ids: frozenset[int], ahead: bool = False) -> Sequence:
+    def first_sequence(
+        self, rank: Rank, context: int, end_ids: frozenset[int] = frozenset(), ahead: bool = False
+    ) -> Sequence:
         """The one that computes the prompt; with n > 1 the other choices fork from it.
 
         `ahead`: the device runs ahead of the host, which a grammar cannot do.
@@ -63,7 +72,7 @@ class Job:
             self,
             request.id,
             choice=0,
-            rank=(request.priority, arrival, 0),
+            rank=rank,
             token_ids=list(request.token_ids),
             prompt=prompt,
             draws=answer > 0,
@@ -106,6 +115,7 @@ class Sequence:
     stops_from: int  # a stop counts once there are more tokens than this
     synchronous: bool = False  # it has a row only once its last token is known, because its mask follows from that
     siblings: list[int] = field(default_factory=list[int])  # choices that fork from this one at the prompt's end
+    group: OpenGroup | None = None  # whose anchor or member it is
     slot: int = -1
     table: list[int] = field(default_factory=list[int])
     computed: int = 0
@@ -119,6 +129,20 @@ class Sequence:
     landed: bool = False  # nothing is left to compute; it has neither slot nor pages and does not wait
     began: float = 0.0  # when its first token was told, and
     told: float = 0.0  # when its last one was, as far as `meter` does not know it better
+
+    @property
+    def anchors(self) -> OpenGroup | None:
+        """The group whose prompt it computes."""
+        return None if self.member else self.group
+
+    @property
+    def member(self) -> bool:
+        return self.shared > 0
+
+    @property
+    def shared(self) -> int:
+        """So many of its tokens, the first ones, are computed by its group's anchor."""
+        return self.job.shared
 
     @property
     def known(self) -> bool:
@@ -136,8 +160,16 @@ class Sequence:
             return
         values = "values" in self.job.request.want
         first, end = max(start, self.rows_from), min(end, self.prompt if values else self.prompt - 1)
+        pin = self.pin_before(start)
+        if pin is not None:
+            first = start - 1
         if first < end:
-            (plan.values if values else plan.prompt_logprobs).append(PromptRows(row, first, end))
+            (plan.values if values else plan.prompt_logprobs).append(PromptRows(row, first, end, pin))
+
+    def pin_before(self, start: int) -> int | None:
+        """Where the runner keeps the hidden state of the position before `start`, if that is the end of its group's
+        prompt."""
+        return self.group.pin if self.member and self.group and start == self.shared else None
 
     def hand_rows(self) -> None:
         """All of the prompt is computed: what was collected of it is the request's."""
@@ -191,7 +223,7 @@ class Flight:
         for (row, _), scores in zip(plan.scores, sampled.scores, strict=True):
             job = self.rows[row].job
             job.scores, job.pooled_index = scores, plan.starts[row] + plan.counts[row] - 1
-        last = [row for row, complete in plan.pooled if complete]
+        last = [row for row, complete, _ in plan.pooled if complete]
         for row, found in zip(last, sampled.pooled, strict=True):
             job = self.rows[row].job
             if "score" in job.request.want:

@@ -139,4 +139,5 @@ def _joined(earlier: Logprobs | None, later: Logprobs | None) -> Logprobs | None
     earlier.ranks += later.ranks
     earlier.top_ids += later.top_ids
     earlier.top_values += later.top_values
+    earlier.policy += later.policy
     return earlier

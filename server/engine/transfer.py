@@ -38,6 +38,7 @@ class Transfer:
     def __init__(self, command: InitTransfer, device: torch.device) -> None:
         """Returns once all are there. NCCL receives on `device`."""
         self.command = command
+        self.failed = False  # nothing comes any more: leave it, and join another
         self._timeout = timedelta(seconds=command.seconds)
         self._device = device if command.backend == "nccl" else torch.device("cpu")
         try:
@@ -82,6 +83,7 @@ class Transfer:
             self._group.broadcast([into], options).wait(self._timeout)
             return into.cpu()
         except RuntimeError as error:
+            self.failed = True
             raise TransferFailed(f"the broadcast of {into.nbytes} bytes did not come: {_first(error)}") from error
 
 

@@ -163,7 +163,7 @@ class Updates:
                 return lambda: iter([from_cuda_ipc(command.handles)])
             case "distributed":
                 transfer = self._transfers.get(command.group)
-                if transfer is None:
+                if transfer is None or transfer.failed:
                     what = f"there is no transfer group {command.group!r}: init it first"
                     raise Refused(EngineError("conflict", what, "group"))
                 try:

@@ -27,6 +27,8 @@ SHARED: dict[str, ROW] = {
     "frequency_penalty": ([-2, 2], [-2.01, 2.01, INF], {}, ""),
     "repetition_penalty": ([0.01, 100, 1e-320, 1e308], [0, -1, NAN, INF], {}, ""),
     "n": ([1, 128], [0, 129, 1.0, True, "2"], {}, ""),
+    "best_of": ([None, 1, 128], [0, 129, 1.0, True], {}, ""),
+    "rank_by": ([None, "reward"], ["", 5, "policy"], {}, ""),
     "max_tokens": ([1, 5], [0, -1, 10**6, HUGE, 2.5, "5"], {}, ""),
     "min_tokens": ([0, 1], [-1, 2], {}, ""),
     "seed": ([-HUGE, 2 * HUGE - 1, 0], [-HUGE - 1, 2 * HUGE, 1.5, "1"], {}, ""),
@@ -103,7 +105,6 @@ CHAT: dict[str, ROW] = SHARED | {
     "continue_final_message": ([True], ["x"], {"messages": [{"role": "assistant", "content": "So"}]}, ""),
     "add_generation_prompt": ([True, False, None], [1, "yes"], {}, ""),
     "modalities": ([["text"]], [["text", "audio"]], {}, "text only"),
-    "best_of": ([None, 1], [2], {}, "not supported"),
     "echo": ([False], [True], {}, "not supported"),
     "audio": ([None], [{"voice": "alloy"}], {}, "text only"),
     "chat_template": ([None], ["{{ messages }}"], {}, "never run"),
@@ -118,7 +119,6 @@ COMPLETIONS: dict[str, ROW] = SHARED | {
     ),
     "suffix": (["", None], ["x"], {}, "not supported"),
     "echo": ([True, False, None], [1, "yes"], {}, ""),
-    "best_of": ([None, 1, 128], [0, 129, 1.0, True], {}, ""),
 }
 
 

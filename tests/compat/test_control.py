@@ -14,6 +14,7 @@ from dialects import IDS, post
 from servers import Server, eventually
 
 from tandem.server import compat
+from tandem.server.api.security import routes_of
 
 NOTHING_OF_A = {"names": ["a"], "dtype_names": [], "shapes": []}
 LONG = {"prompt": IDS, "max_tokens": 3000, "ignore_eos": True, "return_token_ids": True, "logprobs": 0}
@@ -138,10 +139,10 @@ def test_what_a_client_asks_before_it_trusts_a_server(control: httpx.Client) -> 
 
 
 def test_what_changes_the_server_is_for_operators() -> None:
-    paths = {path for _, path in compat.ADMIN_ROUTES}
+    paths = {path for _, path in routes_of(*compat.ADMINS)}
     assert {"/pause", "/update_weights", "/v1/load_lora_adapter", "/flush_cache", "/abort_request"} <= paths
     assert not {"/classify", "/generate", "/is_paused", "/v1/loads", "/server_info"} & paths
-    assert {method for method, path in compat.ADMIN_ROUTES if path == "/flush_cache"} == {"GET", "POST"}
+    assert {method for method, path in routes_of(*compat.ADMINS) if path == "/flush_cache"} == {"GET", "POST"}
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from tandem.model.errors import CheckpointError
 from tandem.server.engine.commands import LoadAdapter, Pause, Refused, Resume, UnloadAdapter, UpdateWeights
 from tandem.server.engine.hub import Hub
 from tandem.server.engine.options import EngineOptions, ModelSpec, OptionsError
-from tandem.server.engine.request import EngineError, Output, Request
+from tandem.server.engine.request import EngineError, Group, Output, Request
 from tandem.server.engine.standing import WeightsLost, restore
 
 BASE = "llama-gqa"
@@ -90,6 +90,33 @@ def test_choices_and_preemptions_keep_their_adapter(directory: Path) -> None:
         found.append([[choice.token_ids for choice in collect(outputs[r.id]).values()] for r in requests])
         assert_nothing_is_held(hub)
     assert found[0] == found[1] and small.engines[0].stats.counts.preemptions > 0
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["waits", "ahead"])
+def test_a_group_keeps_to_its_adapter(directory: Path, ahead: bool) -> None:
+    """Another one in its place has the prompt computed again; one that is unloaded stays until the group is closed."""
+    hub = with_adapters(directory, "a", run_ahead=ahead, max_loras=1)
+    ids, rest = prompt(20), prompt(6)
+    hub.open(Group(99, BASE, ids, 6, adapter="a"))
+    member = Request(1, BASE, rest, None, frozenset({"prompt_logprobs"}), prompt_logprobs=0, group=99)
+
+    def assert_rated_by(adapter: str, number: int) -> None:
+        found = collect(hub.run([replace(member, id=number)])[number])[0].prompt_logprobs
+        merged = directory / f"merged-{adapter}"
+        whole = replace(member, model=merged.name, token_ids=ids + rest, first_needed_row=19, group=0)
+        expected = answer(make_hub(merged), whole)[0].prompt_logprobs
+        assert found and expected and found.values == pytest.approx(expected.values, abs=1e-4)
+
+    assert_rated_by("a", 1)
+    load(hub, "a", directory / "c", replace=True)
+    assert_rated_by("c", 2)
+    hub.execute(UnloadAdapter(BASE, "a"))
+    assert_rated_by("c", 3)
+    assert hub.engines[0].stats.counts.computed_tokens == 20 + 6 + 20 + 6 + 6
+    assert refused(hub, LoadAdapter(BASE, "b", str(directory / "b"))).kind == "overloaded"
+    hub.close(99)
+    load(hub, "b", directory / "b")
+    assert_nothing_is_held(hub)
 
 
 def cached(hub: Hub, request: Request) -> tuple[int, list[int]]:
@@ -285,3 +312,23 @@ def test_the_reference_is_the_base_of_an_adapted_policy(directory: Path) -> None
     found = [logprobs(number, model) for number, model in enumerate((BASE, "reference", "poet"), 2)]
     assert found[1] == before[1] and len({tuple(one) for one in found}) == 3
     assert refused(hub, LoadAdapter("reference", "c", str(directory / "c"))).kind == "invalid"
+
+
+def test_a_group_computes_with_its_adapter(directory: Path) -> None:
+    """Members, of a group that was opened before the adapter was replaced and of one opened behind it."""
+    hub, plain = with_adapters(directory, "a"), make_hub(directory / "merged-b")
+    own: dict[str, Any] = {"want": frozenset({"prompt_logprobs"}), "prompt_logprobs": 0}
+    hub.open(Group(100, "a", prompt(40), longest=9))
+    answer_of = {number: prompt(7, seed=number) for number in (1, 2, 3)}
+    hub.run([Request(1, "a", answer_of[1], group=100, **own)])
+    load(hub, "a", directory / "b", replace=True)
+    hub.open(Group(200, BASE, prompt(40), longest=9, adapter="a"))
+    for number, group in ((2, 100), (3, 200)):
+        (found,) = collect(hub.run([Request(number, "a", answer_of[number], group=group, **own)])[number]).values()
+        whole = Request(number, "merged-b", [*prompt(40), *answer_of[number]], first_needed_row=39, **own)
+        (expected,) = answer(plain, whole)
+        assert found.prompt_logprobs is not None and expected.prompt_logprobs is not None
+        assert found.prompt_logprobs.values == pytest.approx(expected.prompt_logprobs.values, abs=1e-4)
+    for group in (100, 200):
+        hub.close(group)
+    assert_nothing_is_held(hub)

@@ -23,7 +23,8 @@ class FakeModel:
     """Remembers its batches. A row's most likely token is (token + position) % VOCAB, so a wrong row shows."""
 
     def __init__(self) -> None:
-        self.config, self.deterministic = SimpleNamespace(vocab_size=VOCAB, pools=None), False
+        self.config = SimpleNamespace(vocab_size=VOCAB, output_size=VOCAB, pools=None)
+        self.deterministic, self.dtype = False, torch.float32
         self.batches: list[Batch] = []
         self.log: list[str] = []
 
@@ -36,9 +37,9 @@ class FakeModel:
         self.log.append(f"logits {len(hidden)}")
         return hidden.clone()
 
-    def logprobs_of(self, hidden: Tensor, targets: Tensor, top: int) -> TokenLogprobs:
+    def logprobs_of(self, hidden: Tensor, targets: Tensor, top: int, factors: Tensor | None) -> TokenLogprobs:
         self.log.append(f"logprobs {len(hidden)}")
-        return token_logprobs(hidden, targets, top)
+        return token_logprobs(hidden, targets, top, factors)
 
     def scores(self, hidden: Tensor) -> Tensor:
         return hidden.argmax(-1, keepdim=True).float()

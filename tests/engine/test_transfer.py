@@ -159,6 +159,8 @@ def test_what_does_not_come_is_said_in_time(checkpoints: Path, port: int) -> Non
         trainer.process.kill()
         with pytest.raises(Refused, match=r"broadcast of .* bytes did not come"):
             served_while(hub, update)
+        with pytest.raises(Refused, match="no transfer group"):
+            served_while(hub, update)
     assert hub.catalog.models[0].weight_version == 0
 
 

@@ -161,6 +161,9 @@ def test_what_is_wrong_with_a_model_is_said_in_one_line(
         (["--port", "70000"], "--port"),
         (["--api-key", ""], "--api-key"),
         (["--api-key-file", "/nowhere"], "--api-key-file"),
+        (["--admin-key", "ключ"], "--admin-key"),
+        (["--weights-root", "/nowhere"], "--weights-root"),
+        (["--preferences", "/nowhere/file"], "--preferences"),
         (["--tensor-parallel-size", "2"], "--tensor-parallel-size"),
         (["--config", "/nowhere"], "--config"),
     ],
@@ -183,13 +186,16 @@ def test_flags_reach_the_engine_and_the_api(model: Path, told: list[ServeOptions
     flags = "--max-model-len 4K --max-num-seqs 5 --max-waiting-requests 6 --kv-cache-memory-bytes 1G --max-body 1M"
     more = "--no-enable-prefix-caching --dtype float32 --chat-template plain --api-key one --ignore-unknown-fields"
     result = serve(
-        f"a={model}", f"b={model},dtype=bfloat16", *flags.split(), *more.split(), "--api-key-file", tmp_path / "keys"
-    )
+        f"a={model}", f"b={model},dtype=bfloat16", *flags.split(), *more.split(), "--api-key-file", tmp_path / "keys",
+        "--admin-key", "root", "--weights-root", tmp_path, "--preferences", tmp_path / "kept",
+    )  # fmt: skip
     assert result.exit_code == 0, result.output
     engine, api = told[0].engine, told[0].api
     assert (engine.max_model_len, engine.max_num_seqs, engine.max_waiting_requests) == (4096, 5, 6)
     assert (engine.kv_cache_memory_bytes, engine.enable_prefix_caching) == (1 << 30, False)
     assert (api.max_body, api.api_keys, api.ignore_unknown_fields) == (1 << 20, ("one", "two", "three"), True)
+    assert (api.admin_keys, api.weights_root, api.preferences) == (("root",), str(tmp_path), str(tmp_path / "kept"))
+    assert not {"root", "one"} & set(str(told[0].shown()).split("'"))
     assert [(spec.dtype, spec.chat_template) for spec in told[0].models] == [
         ("float32", "plain"),
         ("bfloat16", "plain"),

@@ -77,7 +77,7 @@ def collect(outputs: Iterable[Output]) -> dict[int, Answer]:
         answer.cached_tokens = answer.cached_tokens if output.cached_tokens is None else output.cached_tokens
         answer.prompt_logprobs = output.prompt_logprobs or answer.prompt_logprobs
         if output.logprobs:
-            for name in ("values", "ranks", "top_ids", "top_values"):
+            for name in ("values", "ranks", "top_ids", "top_values", "policy"):
                 getattr(answer.logprobs, name).extend(getattr(output.logprobs, name))
     return answers
 
