@@ -98,7 +98,7 @@ async def one_chat(client: openai.AsyncOpenAI, text: str, seen: Seen) -> None:
         max_tokens=ANSWER,
         temperature=0,
         stream=True,
-        extra_body={"return_token_ids": True, "ignore_eos": True, "weight_spans": True},
+        extra_body={"return_token_ids": True, "ignore_eos": True, "return_weight_spans": True},
     )
     ids: list[int] = []
     spans: list[dict[str, int]] = []

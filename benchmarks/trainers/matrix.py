@@ -101,6 +101,7 @@ def main() -> int:
     parser.add_argument("--record", type=Path, metavar="DIRECTORY", help="keep what the trainers sent and got")
     options = parser.parse_args()
     arguments = ["--dtype", "float32", "--max-logprobs", "100", "--enable-lora"]
+    arguments += ["--weights-root", "/"]  # TRL's adapter lies in a temporary directory, what AReaL gives in ours
     with tandem(*arguments) as server, recording(server.url) as recorder:
         reports = run(recorder, options.record)
     for report in reports:

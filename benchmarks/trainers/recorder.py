@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
+import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+
+from ..clients.environments import ROOT
 
 HOP_BY_HOP = frozenset({"connection", "transfer-encoding", "content-length", "content-encoding", "keep-alive", "date"})
 
@@ -105,8 +109,9 @@ def kept(exchanges: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def save(file: Path, client: str, version: str, exchanges: list[dict[str, Any]]) -> Path:
-    """A fixture: who spoke, and what was said."""
+    """A fixture: who spoke, and what was said. Places on this machine are not."""
     file.parent.mkdir(parents=True, exist_ok=True)
     record = {"client": client, "version": version, "exchanges": exchanges}
-    file.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    file.write_text(re.sub(re.escape(tempfile.gettempdir()) + r"/tmp\w+", "$TMP", text.replace(str(ROOT), "$ROOT")))
     return file

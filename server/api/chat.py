@@ -146,6 +146,7 @@ class Chat:
         self._wording = Wording(text, body.return_tokens_as_token_ids)
         self._tails = Tails(generation, body.stream_options)
         self._ids, self._logprobs, self._n = body.return_token_ids, body.logprobs, body.n
+        self._spans = body.return_weight_spans
         self._about: dict[str, Any] = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "object": "chat.completion.chunk" if body.stream else "chat.completion",
@@ -180,7 +181,7 @@ class Chat:
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,
             **({} if choice.reward is None else {"reward": choice.reward}),
-            **choice.shown_spans(),
+            **choice.shown_spans(self._spans),
             **({"token_ids": delta.token_ids} if self._ids else {}),
         }
 
@@ -204,7 +205,7 @@ class Chat:
             elif delta.text or columns or extra:
                 events.append(self._event(choice, f'{{"content":{quoted(delta.text)}}}', columns, extra, tail))
             if choice.finish_reason is not None:
-                extra = "," + to_json({"stop_reason": choice.stop_reason, **choice.shown_spans()})[1:-1]
+                extra = "," + to_json({"stop_reason": choice.stop_reason, **choice.shown_spans(self._spans)})[1:-1]
                 events.append(self._event(choice, "{}", None, extra, tail, to_json(choice.finish_reason)))
         return "".join(events)
 

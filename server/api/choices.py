@@ -61,10 +61,10 @@ class Choice:
             if first < end
         ]
 
-    def shown_spans(self) -> dict[str, object]:
-        """For an answer: nothing where one version drew all of it."""
+    def shown_spans(self, asked: bool) -> dict[str, object]:
+        """For an answer: nothing where nobody asked and one version drew all of it."""
         spans = self.weight_spans()
-        return {"weight_spans": spans} if len(spans) > 1 else {}
+        return {"weight_spans": spans} if asked or len(spans) > 1 else {}
 
     @property
     def aborted(self) -> bool:

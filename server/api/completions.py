@@ -128,7 +128,7 @@ class Completion:
             "finish_reason": self._finish_reason(choice),
             "stop_reason": choice.stop_reason,
             **({} if choice.reward is None else {"reward": choice.reward}),
-            **choice.shown_spans(),
+            **choice.shown_spans(self._body.return_weight_spans),
             **self._token_ids(choice, delta, first=True),
             **extras,
         }
@@ -189,7 +189,12 @@ class Completion:
                 extra = "," + to_json(self._token_ids(choice, delta, first))[1:-1]
             if finished:
                 finish = to_json(self._finish_reason(choice))
-                extra += "," + to_json({"stop_reason": choice.stop_reason, **choice.shown_spans()})[1:-1]
+                extra += (
+                    ","
+                    + to_json(
+                        {"stop_reason": choice.stop_reason, **choice.shown_spans(self._body.return_weight_spans)}
+                    )[1:-1]
+                )
             elif not (delta.text or delta.logprobs or echoes or (extra and delta.token_ids)):
                 continue
             text = self._echoes[self._prompt_of(choice)[0]].text + delta.text if echoes else delta.text

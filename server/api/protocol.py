@@ -208,6 +208,7 @@ class GenerationBody(Common):
     logprobs_mode: LogprobsMode | None = None
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
+    return_weight_spans: bool = False
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=INT64)] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None

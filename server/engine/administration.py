@@ -156,5 +156,14 @@ class Administration:
 
 def _state_of(engine: Engine) -> ModelState:
     card = engine.card
-    about = card.weight_version, card.weight_label, card.reward_mean, card.reward_std, card.paused
-    return ModelState(card.name, engine.digest, *about, adapters=engine.adapters.sources)
+    return ModelState(
+        name=card.name,
+        digest=engine.digest,
+        version=card.weight_version,
+        label=card.weight_label,
+        reward_mean=card.reward_mean,
+        reward_std=card.reward_std,
+        reward_normalization=card.reward_normalization,
+        paused=card.paused,
+        adapters=engine.adapters.sources,
+    )

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields
 from multiprocessing.connection import Connection
 
 from .options import EngineOptions, ModelSpec
+from .request import Normalization
 
 PR_SET_PDEATHSIG = 1
 ADAPTED = "LoRA adapter"  # how a change came that gives a model an adapter of its own
@@ -30,6 +31,7 @@ class ModelState:
     label: str = ""
     reward_mean: float = 0.0
     reward_std: float = 1.0
+    reward_normalization: Normalization = "none"
     paused: bool = False
     adapters: tuple[tuple[str, str, str], ...] = ()  # (name, path, digest)
 

@@ -267,6 +267,7 @@ class Engine:
             weight_label=state.label,
             reward_mean=state.reward_mean,
             reward_std=state.reward_std,
+            reward_normalization=state.reward_normalization,
         )
         if state.paused:
             self.pause()

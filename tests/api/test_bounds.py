@@ -55,6 +55,7 @@ SHARED: dict[str, ROW] = {
     "add_special_tokens": ([True, False, None], [0, "yes"], {}, ""),
     "return_token_ids": ([True, False], [1], {}, ""),
     "return_tokens_as_token_ids": ([True, False], [1], {}, ""),
+    "return_weight_spans": ([True, False], [1], {}, ""),
     "stream": ([True, False], [1, "true"], {}, ""),
     "length_penalty": ([1, 1.0], [0.9, 2], {}, "beam search"),
     "spaces_between_special_tokens": ([True], [False], {}, "tokenizer"),

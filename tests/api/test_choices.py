@@ -138,7 +138,7 @@ def test_every_token_is_told_with_the_weights_that_drew_it(text: Text, size: int
     ids = text.encode(TWO, False)
     versions = [3 if at < 4 else 4 if at < 9 else 6 for at in range(len(ids))]
     choice = choice_of(text, one_call)
-    assert choice.weight_spans() == [] and choice.shown_spans() == {}
+    assert choice.weight_spans() == [] and choice.shown_spans(False) == {}
     for at in range(0, len(ids), size):
         merged = Output(1, 0, [ids[at]], weight_version=versions[at])
         for token, version in zip(ids[at + 1 : at + size], versions[at + 1 : at + size], strict=True):
@@ -147,7 +147,7 @@ def test_every_token_is_told_with_the_weights_that_drew_it(text: Text, size: int
             break
     told = [span["version"] for span in choice.weight_spans() for _ in range(span["start"], span["end"])]
     assert told == versions[: choice.tokens] and (choice.tokens < len(ids)) == one_call
-    assert choice.shown_spans() == {"weight_spans": choice.weight_spans()} and len(choice.weight_spans()) == 3
+    assert choice.shown_spans(False) == {"weight_spans": choice.weight_spans()} and len(choice.weight_spans()) == 3
 
 
 def test_one_version_alone_is_not_told(text: Text) -> None:
@@ -156,4 +156,4 @@ def test_one_version_alone_is_not_told(text: Text) -> None:
     for token in ids:
         choice.push(Output(1, 0, [token], weight_version=7))
     choice.push(Output(1, 0, finish="abort", weight_version=8))  # drew nothing
-    assert choice.weight_spans() == [{"version": 7, "start": 0, "end": len(ids)}] and choice.shown_spans() == {}
+    assert choice.weight_spans() == [{"version": 7, "start": 0, "end": len(ids)}] and choice.shown_spans(False) == {}

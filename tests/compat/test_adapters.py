@@ -33,8 +33,9 @@ def versions(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tup
 
 @pytest.fixture(scope="module")
 def tuned(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    root = tmp_path_factory.getbasetemp()
     with (
-        Server(tmp_path_factory.mktemp("log"), f"policy={policy}", "--max-loras", 2) as server,
+        Server(tmp_path_factory.mktemp("log"), f"policy={policy}", "--max-loras", 2, "--weights-root", root) as server,
         httpx.Client(base_url=server.base_url, timeout=60) as client,
     ):
         server.wait_ready()

@@ -13,8 +13,10 @@ import httpx
 import pytest
 from servers import Server
 
-FIXTURES = Path(__file__).parent / "fixtures"
-RECORDS = {file.stem: json.loads(file.read_text()) for file in sorted(FIXTURES.glob("*.json"))}
+FIXTURES, ROOT = Path(__file__).parent / "fixtures", Path(__file__).parents[2]
+RECORDS = {
+    file.stem: json.loads(file.read_text().replace("$ROOT", str(ROOT))) for file in sorted(FIXTURES.glob("*.json"))
+}
 CLOSE = 2e-3  # log-probabilities and scores of two engines in float32
 OWN = {  # changes on every call, or is the server's own
     *(
@@ -46,7 +48,7 @@ TWO_SIDED = {
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     """The models that were recorded."""
     with (
-        Server(tmp_path_factory.mktemp("log"), "--dtype", "float32", "--max-logprobs", 100) as server,
+        Server(tmp_path_factory.mktemp("log"), "--dtype", "float32", "--max-logprobs", 100, "--enable-lora") as server,
         httpx.Client(base_url=server.base_url, timeout=60) as client,
     ):
         server.wait_ready()

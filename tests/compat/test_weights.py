@@ -36,8 +36,9 @@ def expected(checkpoints: list[Path]) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def trainee(checkpoints: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     reward = write_checkpoint(tmp_path_factory.mktemp("reward"), "llama-reward")
+    models, root = [f"policy={checkpoints[0]}", f"reward={reward}"], tmp_path_factory.getbasetemp()
     with (
-        Server(tmp_path_factory.mktemp("log"), f"policy={checkpoints[0]}", f"reward={reward}") as server,
+        Server(tmp_path_factory.mktemp("log"), *models, "--weights-root", root) as server,
         httpx.Client(base_url=server.base_url, timeout=60) as client,
     ):
         server.wait_ready()

@@ -13,6 +13,7 @@ from hubs import answer, assert_nothing_is_held, collect, generate, make_hub, pr
 from tandem.server.engine.commands import AbortAll, Normalize, Pause, Refused, ResetPrefixCache, Resume
 from tandem.server.engine.hub import Hub
 from tandem.server.engine.request import Output
+from tandem.server.engine.standing import restore
 
 ahead = pytest.mark.parametrize("run_ahead", [False, True], ids=["waits", "ahead"])
 
@@ -177,9 +178,12 @@ def test_prefixes_are_forgotten(checkpoints: Path) -> None:
 def test_rewards_are_normalised_by_the_card_alone(checkpoints: Path) -> None:
     hub = make_hub(checkpoints / "policy", checkpoints / "reward")
     before = answer_of_score(hub)
-    assert hub.execute(Normalize("reward", 0.5, 2.0)).std == 2.0
-    card = hub.catalog.models[1]
-    assert (card.reward_mean, card.reward_std) == (0.5, 2.0) and answer_of_score(hub) == before
+    assert hub.execute(Normalize("reward", 0.5, 2.0, "mean_std")).std == 2.0
+    again = make_hub(checkpoints / "policy", checkpoints / "reward")
+    restore(again, hub.standing)
+    for card in (hub.catalog.models[1], again.engines[1].card):
+        assert (card.reward_mean, card.reward_std, card.reward_normalization) == (0.5, 2.0, "mean_std")
+    assert answer_of_score(hub) == before
     for wrong in (Normalize("policy", 0.0, 1.0), Normalize("reward", math.nan, 1.0), Normalize("reward", 0.0, 0.0)):
         with pytest.raises(Refused, match=r"policy gives text|mean is nan|std is 0"):
             hub.execute(wrong)

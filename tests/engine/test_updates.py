@@ -27,7 +27,7 @@ from tandem.server.engine.commands import (
 from tandem.server.engine.control import Standing
 from tandem.server.engine.hub import Hub
 from tandem.server.engine.options import EngineOptions, ModelSpec
-from tandem.server.engine.request import Output, Request
+from tandem.server.engine.request import Group, Output, Request
 
 ahead = pytest.mark.parametrize("run_ahead", [False, True], ids=["waits", "ahead"])
 
@@ -136,6 +136,24 @@ def test_a_prompt_that_is_half_computed_begins_again(checkpoints: Path, run_ahea
         expected = answer(fresh, replace(request, model="odd"))[0]
         assert found.token_ids == expected.token_ids and found.prompt_logprobs == expected.prompt_logprobs
     assert {output.weight_version for output in outputs} == {1}
+
+
+@ahead
+def test_the_prompt_of_an_open_group_is_computed_again(checkpoints: Path, run_ahead: bool, tmp_path: Path) -> None:
+    other = write_checkpoint(tmp_path / "other", "llama-reward", seed=5, tokenizer=False)
+    hub, fresh = (make_hub(path, run_ahead=run_ahead) for path in (checkpoints / "reward", other))
+    shared, member = prompt(50), prompt(12, 1)
+    hub.open(Group(100, "reward", shared, longest=20))
+    found: list[list[float] | None] = []
+    for number in range(4):
+        found.append(collect(hub.run([replace(score(number, "reward", member), group=100)])[number])[0].scores)
+        if number == 1:
+            hub.execute(UpdateWeights("reward", "disk", str(other)))
+    expected = answer(fresh, score(9, "other", [*shared, *member]))[0].scores
+    assert expected is not None
+    assert found[0] == found[1] != found[2] == found[3] and found[3] == pytest.approx(expected, abs=1e-5)
+    hub.close(100)
+    assert_nothing_is_held(hub)
 
 
 def test_other_models_do_not_change_by_a_bit(checkpoints: Path) -> None:

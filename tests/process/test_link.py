@@ -147,6 +147,7 @@ async def test_every_field_of_a_request_arrives(client: EngineClient, server: En
         grammar='start: "é"',
         logprobs=3,
         logprobs_mode="processed",
+        policy_logprobs=True,
     )
     asked = Request(
         client.next_id(),
