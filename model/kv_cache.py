@@ -38,12 +38,12 @@ class KVCache:
         if memory is None:
             memory = torch.empty(pages * size, dtype=torch.uint8, device=device)
         self._whole = memory[: pages * size].view(dtype).view(pages, -1)  # [P, values of a page]
-        shape = (config.layers, 2, config.kv_heads, page_size)
+        shape = (pages, config.layers, 2, config.kv_heads, page_size)
         count = 2 * config.layers * config.kv_heads * page_size  # tokens and heads of a page
-        values = self._whole[:, : count * config.head_size].unflatten(1, (*shape, config.head_size))
+        values = self._whole[:, : count * config.head_size].view(*shape, config.head_size)
         if dtype == torch.int8:
             rest = self._whole[:, count * config.head_size :].view(SCALE_DTYPE)
-            scales = rest[:, :count].unflatten(1, shape)
+            scales = rest[:, :count].view(shape)
             self.layers = [
                 KVLayer(values[:, layer, 0], values[:, layer, 1], scales[:, layer, 0], scales[:, layer, 1])
                 for layer in range(config.layers)

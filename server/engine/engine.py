@@ -51,8 +51,8 @@ class Step:
 
 
 class Engine:
-    """`card.context` and `card.end_ids` hold. `pages`: of its KV cache, how many or a pool; they lie in `memory` [bytes],
-    and behind them one that is nobody's. Without it memory is taken now. Without `grammars` no request may have one.
+    """`card.context` and `card.end_ids` hold. `pages`: of its KV cache, how many or a pool; `memory` [bytes] holds them
+    and one more, nobody's, and is taken now where none is given. Without `grammars` no request may have one.
 
     `step` and everything else is called from one thread.
     """
