@@ -45,6 +45,10 @@ AREAS = {
     ),
     "clients": Area(("-m", "tandem.benchmarks.clients.matrix"), ("server", "model", "kernels", "benchmarks/clients")),
     "demo": Area(("examples/rlhf/evaluate.py", "--count", "150"), ("model", "examples/rlhf")),
+    "ppo": Area(
+        ("examples/rlhf/ppo.py", "--seed", "1", "2", "3", "--plot", "docs/ppo.png"),
+        ("server", "model", "kernels", "examples/rlhf"),
+    ),
 }
 
 

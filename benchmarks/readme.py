@@ -77,8 +77,19 @@ def clients(figures: Record) -> Iterator[Line]:
     )
 
 
+def ppo(figures: Record) -> Iterator[Line]:
+    for run in figures["runs"]:
+        accuracy = f"{run['accuracy_before']:.3f} → {run['accuracy_after']:.3f}"
+        beside = (
+            f"{run['reward_before']:.2f} → {run['reward_after']:.2f}; KL {run['kl']:.1f} nats, accuracy {accuracy}; "
+            f"bar ≥ 1 at ≤ 10 nats, accuracy within 0.02{'' if run['met'] else ', **missed**'}"
+        )
+        name = f"PPO on the bundled policy, {run['seconds'] / 60:.1f} min, seed {run['seed']}: held-out reward"
+        yield name, f"{run['gain']:+.2f} SD", beside
+
+
 AREAS: Mapping[str, Callable[[Record], Iterator[Line]]] = MappingProxyType(
-    {"startup": startup, "demo": demo, "clients": clients, "peers": peers}
+    {"startup": startup, "demo": demo, "ppo": ppo, "clients": clients, "peers": peers}
 )
 
 
