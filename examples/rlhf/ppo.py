@@ -27,6 +27,7 @@ from learner import Learner, Settings, save_checkpoint, weights
 from rollouts import Sample, Tandem
 from sft import DEMO, Encoder, Progress
 from tokenizers import Tokenizer
+from transformers.utils import logging
 
 from tandem.benchmarks.bench.served import tandem as serve
 
@@ -240,6 +241,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
+    logging.disable_progress_bar()  # of transformers' loading and saving
     runs = [train(options, seed) for seed in options.seed]
     draw(runs, options.plot or options.out / "ppo.png")
     reports = [run.report for run in runs]
