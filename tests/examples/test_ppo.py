@@ -200,7 +200,7 @@ def test_smoke(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
     found = json.loads(line)
-    assert found["iterations"] == 2 and found["kl"] > 0 and math.isfinite(found["reward_after"])
+    assert found["iterations"] == 2 and found["kl"] != 0 and math.isfinite(found["reward_after"])
     assert "iteration 2 reward" in done.stderr
     assert (tmp_path / "ppo" / "ppo.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "ppo" / "policy" / "model.safetensors").exists()
