@@ -44,6 +44,11 @@ AREAS = {
         ("server", "model", "kernels", "benchmarks/bench", "benchmarks/peers"),
     ),
     "clients": Area(("-m", "tandem.benchmarks.clients.matrix"), ("server", "model", "kernels", "benchmarks/clients")),
+    "trainers": Area(
+        ("-m", "tandem.benchmarks.trainers.matrix"),
+        ("server", "model", "kernels", "benchmarks/trainers"),
+    ),
+    "rlhf": Area(("-m", "tandem.benchmarks.rlhf.proof"), ("server", "model", "kernels", "benchmarks/rlhf")),
     "demo": Area(("examples/rlhf/evaluate.py", "--count", "150"), ("model", "examples/rlhf")),
     "ppo": Area(
         ("examples/rlhf/ppo.py", "--seed", "1", "2", "3", "--plot", "docs/ppo.png"),

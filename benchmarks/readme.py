@@ -88,8 +88,15 @@ def ppo(figures: Record) -> Iterator[Line]:
         yield name, f"{run['gain']:+.2f} SD", beside
 
 
+def trainers(figures: Record) -> Iterator[Line]:
+    for name, report in figures["trainers"].items():
+        calls = sum(report["routes"].values())
+        beside = f"{calls} calls of {len(report['routes'])} routes, {report['seconds']:.0f} s"
+        yield f"{name} {report['version']}, unmodified", report["figure"], beside
+
+
 AREAS: Mapping[str, Callable[[Record], Iterator[Line]]] = MappingProxyType(
-    {"startup": startup, "demo": demo, "ppo": ppo, "clients": clients, "peers": peers}
+    {"startup": startup, "demo": demo, "ppo": ppo, "clients": clients, "trainers": trainers, "peers": peers}
 )
 
 

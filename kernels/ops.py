@@ -234,6 +234,34 @@ def packed_linear(
     return linear(x, weight.unpack().to(x.dtype), bias, activation, deterministic=True)
 
 
+@op
+def lora(x: Tensor, a: Tensor, b: Tensor, outs: tuple[int, ...], slots: Tensor, y: Tensor) -> None:
+    """y[t] += B · (A · x[t]), in place, with A and B of adapter slots[t]; a row of slot 0 keeps its bits.
+
+    x [T, D] and y [T, O], slots [T] int64 in 0 … S. a [S, n r, D] and b [S, r, O] hold adapter s as entry s - 1. O is
+    `outs`, the outputs of n matrices one behind another; rows i r … (i + 1) r of A are the i-th one's, r the rank.
+
+    Sums are float32, and so is what lies between A and B; y is rounded once. A row's bits depend on that row of x and
+    y and on its adapter, not on T or on the rows beside it.
+    """
+    for slot in slots.unique().tolist():
+        if slot:
+            rows = (slots == slot).nonzero().squeeze(1)
+            y[rows] = (y[rows].float() + _lora_term(x[rows].float(), a[slot - 1], b[slot - 1], outs)).to(y.dtype)
+
+
+def _lora_term(x: Tensor, a: Tensor, b: Tensor, outs: tuple[int, ...]) -> Tensor:
+    """x [T, D] float32, a [n r, D], b [r, O] -> B · (A · x) [T, O] float32."""
+    a, parts = a.float(), b.float().split_with_sizes(outs, 1)
+    rank = b.shape[0]
+
+    def term(rows: Tensor) -> Tensor:
+        inner = F.linear(rows, a).split(rank, 1)
+        return torch.cat([part @ up for part, up in zip(inner, parts, strict=True)], 1)
+
+    return in_blocks(term, x)
+
+
 # Writing K and V ----------------------------------------------------------------------------------------------------
 
 
@@ -358,15 +386,17 @@ def copy_pages(pages: Tensor, src: Tensor, dst: Tensor) -> None:
 
 
 @op
-def token_logprobs(logits: Tensor, targets: Tensor, top: int) -> TokenLogprobs:
+def token_logprobs(logits: Tensor, targets: Tensor, top: int, factors: Tensor | None = None) -> TokenLogprobs:
     """log softmax(logits)[target], its rank and the `top` most likely tokens, row by row.
 
     logits [T, V] of any float dtype, targets [T] int64. A token's rank is 1 + the number of tokens that are strictly
     more likely. A target of -1 asks for no token: value and rank are 0. `top` may exceed V: all are given then.
-    A row's bits do not depend on T.
+    `factors` [T] float32, positive: the logits of row t are multiplied by factors[t], the inverse of a temperature.
+    A row's bits do not depend on T, and those of a factor of 1 are those without factors.
     """
     logits = logits.float()
-    logprobs = logits.log_softmax(-1)  # a row is one thread's; one row's logsumexp is divided among all
+    scaled = logits if factors is None else logits * factors.unsqueeze(-1)
+    logprobs = scaled.log_softmax(-1)  # a row is one thread's; one row's logsumexp is divided among all
     place = targets.clamp(min=0).unsqueeze(-1)
     unasked = targets < 0
     ranks = (logits > logits.gather(-1, place)).sum(-1).add_(1).masked_fill_(unasked, 0)
@@ -376,21 +406,29 @@ def token_logprobs(logits: Tensor, targets: Tensor, top: int) -> TokenLogprobs:
 
 
 @op
-def logprobs_of(hidden: Tensor, head: Tensor, targets: Tensor, top: int = 0) -> TokenLogprobs:
-    """`token_logprobs` of the logits hidden · headᵀ. hidden [T, D], head [V, D], targets [T] int64.
+def logprobs_of(
+    hidden: Tensor, head: Tensor, targets: Tensor, top: int = 0, factors: Tensor | None = None
+) -> TokenLogprobs:
+    """`token_logprobs` of the logits hidden · headᵀ. hidden [T, D], head [V, D], targets [T] int64, factors [T].
 
     The logits are computed a few rows at a time, never T × V at once.
     """
-    return logprobs_in_rounds(lambda rows: F.linear(rows, head), hidden, targets, top, head.shape[0])
+    return logprobs_in_rounds(lambda rows: F.linear(rows, head), hidden, targets, top, head.shape[0], factors)
 
 
 def logprobs_in_rounds(
-    head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, top: int, vocab_size: int
+    head: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    targets: Tensor,
+    top: int,
+    vocab_size: int,
+    factors: Tensor | None = None,
 ) -> TokenLogprobs:
     """`token_logprobs` of head(hidden) [T, V], LOGIT_ELEMENTS (on a CUDA device DEVICE_LOGIT_ELEMENTS) at a time."""
     rows = max(1, (LOGIT_ELEMENTS if hidden.device.type == "cpu" else DEVICE_LOGIT_ELEMENTS) // vocab_size)
+    hiddens, wanted = hidden.split(rows), targets.split(rows)
+    scales = [None] * len(hiddens) if factors is None else factors.split(rows)
     parts = [
-        token_logprobs(head(part), wanted, top)
-        for part, wanted in zip(hidden.split(rows), targets.split(rows), strict=True)
+        token_logprobs(head(part), ids, top, scale) for part, ids, scale in zip(hiddens, wanted, scales, strict=True)
     ]
     return TokenLogprobs(*(torch.cat(column) for column in zip(*parts, strict=True)))

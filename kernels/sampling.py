@@ -31,13 +31,13 @@ GREEDY_BELOW = 1e-5  # temperatures under this are greedy: dividing by them leav
 HEAD = 256  # candidates that top-p looks at before it sorts a whole row
 
 # What a slot uses, one bit each.
-DRAW, RESTRICT, PENALTY, BIAS, ALLOWED, BANS, FLOOR, LOGPROBS, PROCESSED = (1 << bit for bit in range(9))
+DRAW, RESTRICT, PENALTY, BIAS, ALLOWED, BANS, FLOOR, LOGPROBS, PROCESSED, POLICY = (1 << bit for bit in range(10))
 RULES = BIAS | ALLOWED | BANS | FLOOR
 EDITS = PENALTY | RULES
 
 # The columns of `Slots.columns`. A seed's low word comes before its high one. `*_AT` are places in `Slots.lists`.
 USES, TEMPERATURE, TOP_K, TOP_P, MIN_P, LOG_MIN_P, REPETITION, PRESENCE, FREQUENCY = range(9)
-SEED, SEED_HIGH, CHOICE, PROMPT, MIN_TOKENS, BIAS_AT, BIASES, BANS_AT, BANNED, ALLOWED_AT = range(9, 19)
+SEED, SEED_HIGH, CHOICE, PROMPT, MIN_TOKENS, BIAS_AT, BIASES, BANS_AT, BANNED, ALLOWED_AT, FACTOR = range(9, 20)
 COLUMNS = 20
 
 Words = NDArray[np.uint64]  # 32-bit words, wide enough for a product of two
@@ -119,6 +119,11 @@ def greedy(logits: Tensor) -> Tensor:
     on_cpu = logits.device.type == "cpu"  # numpy's argmax is vectorised, torch's is not
     ids = torch.from_numpy(logits.numpy().argmax(-1)) if on_cpu else logits.argmax(-1)
     return ids.masked_fill_(~logits.gather(1, ids[:, None])[:, 0].isfinite(), -1)
+
+
+def factor(temperature: float) -> float:
+    """What logits are multiplied by for log-probabilities at a temperature: 1 where tokens would be drawn greedily."""
+    return 1.0 if temperature < GREEDY_BELOW else float(np.float32(1) / np.float32(temperature))
 
 
 def scale(logits: Tensor, temperature: Tensor) -> Tensor:

@@ -20,3 +20,4 @@ class Batch:
     positions: Tensor  # [T] int64, position in the row's own sequence
     slots: Tensor  # [T] int64, page * S + offset: where the row's K and V go
     sequences: Sequences
+    adapters: Tensor | None = None  # [T] int64, slot of each row's adapter, 0 is none; None: no row has one

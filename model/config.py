@@ -4,11 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from .errors import CheckpointError
 from .fields import Fields
-from .pooling import Pooling, PoolingMode, read_pooling
+from .pooling import Pooling, PoolingMode, ScorePooling, read_pooling
 from .rotary import Rope
+
+LAST = ScorePooling()
+HeadKind = Literal["lm", "score", "value", "embed"]
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """A head that gives scores or values: matrices with a ReLU between each two."""
+
+    format: str = "score"  # its name in `head_formats`
+    layers: tuple[str, ...] = ("score",)  # what the checkpoint calls the matrices
+    inner: tuple[int, ...] = ()  # outputs of all of them but the last
+    bias: bool = False  # the checkpoint must have a bias of each; else it may
+    pooling: ScorePooling = LAST
+    mean: float = 0.0  # the checkpoint's own scale of its scores: (score - mean) / std. The head does not apply it
+    std: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -26,12 +43,14 @@ class ModelConfig:
     context: int  # most tokens of one sequence
     norm_eps: float
     dtype: str  # "float32" | "bfloat16" | "float16": what the checkpoint says of itself
-    labels: int  # outputs of the reward head; 0: a language model or an embedding model
+    labels: int  # outputs of the head that gives scores or values; 0: a language model or an embedding model
     end_ids: tuple[int, ...]  # of config.json and generation_config.json
     tied: bool  # the language model's head is the embedding
     activation: str
     gated: bool = False  # the MLP has three matrices: activation(gate) · up, then down
     pooling: Pooling | None = None  # of an embedding model
+    score: ScoreConfig = ScoreConfig()  # where there are labels
+    values: bool = False  # the head is read at every token: a value model
     rope: Rope | None = None
     local_rope: Rope | None = None  # Gemma 3: of the layers with a window
     windows: tuple[int | None, ...] = ()  # sliding window of each layer in tokens
@@ -54,9 +73,22 @@ class ModelConfig:
     alibi: bool = False  # Falcon: instead of rotation
 
     @property
+    def kind(self) -> HeadKind:
+        if self.pooling is not None:
+            return "embed"
+        return "value" if self.values else "score" if self.labels else "lm"
+
+    @property
     def generates(self) -> bool:
         """Whether it has a language model's head."""
-        return not self.labels and self.pooling is None
+        return self.kind == "lm"
+
+    @property
+    def pools(self) -> PoolingMode | None:
+        """How all rows of a text become the one that the head reads; None: it reads rows as they are."""
+        if self.pooling is not None:
+            return self.pooling.mode
+        return "mean" if self.kind == "score" and self.score.pooling.mode == "mean" else None
 
     @property
     def output_size(self) -> int:
@@ -68,7 +100,8 @@ def read_config(path: str | Path, *, embedding: bool = False, pooling: PoolingMo
     """The decoder that the checkpoint in directory `path` describes.
 
     It embeds if its architecture has no head, or, with `embedding`, has a language model's, which is then left out;
-    `pooling` says how, instead of the checkpoint.
+    `pooling` says how, instead of the checkpoint. A head that gives scores is taken for transformers' own: which one it
+    is only the tensors say (`read_checkpoint`).
 
     Raises CheckpointError that names what is missing or, with its value, the field that is not supported.
     """
@@ -80,7 +113,9 @@ def read_config(path: str | Path, *, embedding: bool = False, pooling: PoolingMo
     fields.only("add_cross_attention", False)
     fields.only("is_causal", True)
     name, entry = read_architecture(fields)
-    config = entry.family.configure(fields, name, read_labels(fields) if entry.head == "score" else 0)
+    scores, own = entry.head in ("score", "value"), name in (fields.strings("architectures") or [])
+    labels = read_labels(fields) if scores and own else int(scores)  # foreign classes have one output
+    config = replace(entry.family.configure(fields, name, labels), values=entry.head == "value")
     if entry.head == "none" or (embedding and entry.head == "lm"):
         return replace(config, pooling=read_pooling(Path(path), pooling))
     return config

@@ -1,4 +1,4 @@
-"""What a model's last hidden states become: logits, scores, or an embedding."""
+"""What a model's last hidden states become: logits, scores, values, or an embedding."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import ops
+from .config import ScoreConfig
 from .linear import Linear
 from .pooling import PoolingMode
 from .slots import Place, Slot
@@ -55,38 +56,57 @@ class LMHead(nn.Module):
         return logits.div_(self.softcap).tanh_().mul_(self.softcap)
 
 
+def carry(mode: PoolingMode, rows: Tensor, before: Tensor | None) -> Tensor:
+    """rows [n, D] of a text's chunk, `before`: what was carried so far, None at the text's start -> [D] float64."""
+    if mode == "mean":
+        total = rows.double().sum(0)
+        return total if before is None else before + total
+    if mode == "cls":
+        return rows[0].double() if before is None else before
+    return rows[-1].double()
+
+
+def pooled(mode: PoolingMode, carried: Tensor, count: int) -> Tensor:
+    """What was carried [D] over all `count` tokens of a text -> [D] float32."""
+    return (carried / count if mode == "mean" else carried).float()
+
+
 class EmbedHead(nn.Module):
-    """The hidden states of a text, chunk by chunk -> its embedding [D] float32, not normalised. It has no weights."""
+    """pooled [R, D] -> embeddings [R, D] float32, not normalised. It has no weights."""
 
-    def __init__(self, mode: PoolingMode) -> None:
-        super().__init__()
-        self.mode = mode
-
-    def carry(self, rows: Tensor, before: Tensor | None) -> Tensor:
-        """rows [n, D] of a chunk, `before`: what was carried so far, None at the text's start -> [D] float64."""
-        if self.mode == "mean":
-            total = rows.double().sum(0)
-            return total if before is None else before + total
-        if self.mode == "cls":
-            return rows[0].double() if before is None else before
-        return rows[-1].double()
-
-    def embedding(self, carried: Tensor, count: int) -> Tensor:
-        """Of a text of `count` tokens."""
-        return (carried / count if self.mode == "mean" else carried).float()
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden
 
 
 class ScoreHead(nn.Module):
-    """hidden [R, D] -> scores [R, labels], in float32 whatever the model's dtype. A checkpoint may lack the bias."""
+    """hidden [R, D] -> scores or values [R, labels], in float32 whatever the model's dtype."""
 
-    def __init__(self, labels: int, hidden_size: int, place: Place) -> None:
+    def __init__(self, config: ScoreConfig, labels: int, hidden_size: int, place: Place) -> None:
         super().__init__()
-        self.deterministic, place = place.deterministic, place._replace(dtype=torch.float32)
-        self.weight, self.bias = nn.Buffer(place.empty(labels, hidden_size)), nn.Buffer(place.zeros(labels))
-
-    def slots(self, path: str) -> Iterator[Slot]:
-        yield Slot("score.weight", self.weight)
-        yield Slot("score.bias", self.bias, optional=True)
+        place, sizes = place._replace(dtype=torch.float32), (hidden_size, *config.inner, labels)
+        self.layers = nn.ModuleList(
+            ScoreLayer(name, ins, outs, config.bias, place)
+            for name, ins, outs in zip(config.layers, sizes, sizes[1:], strict=False)
+        )
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return ops.linear(hidden.float(), self.weight, self.bias, deterministic=self.deterministic)
+        hidden = hidden.float()
+        for index, layer in enumerate(self.layers):
+            hidden = layer(hidden if index == 0 else hidden.relu_())
+        return hidden
+
+
+class ScoreLayer(nn.Module):
+    """x [R, ins] -> [R, outs]. `name`: the checkpoint's; without `bias` it may lack that."""
+
+    def __init__(self, name: str, ins: int, outs: int, bias: bool, place: Place) -> None:
+        super().__init__()
+        self.name, self.needs_bias, self.deterministic = name, bias, place.deterministic
+        self.weight, self.bias = nn.Buffer(place.empty(outs, ins)), nn.Buffer(place.zeros(outs))
+
+    def slots(self, path: str) -> Iterator[Slot]:
+        yield Slot(f"{self.name}.weight", self.weight)
+        yield Slot(f"{self.name}.bias", self.bias, optional=not self.needs_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight, self.bias, deterministic=self.deterministic)

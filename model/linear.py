@@ -4,6 +4,8 @@ A family writes `Linear(("q_proj", "k_proj", "v_proj"), ins, (N·H, K·H, K·H),
 with an `activation` behind it (gate and up, say) names that, too: the device may compute both at once.
 
 Once filled, a matrix is kept in the order that its device computes in (`ops.pack`), where it has one of its own.
+
+A matrix may have low-rank adapters beside it (`adapters.py`); which one a row takes is the step's, not the family's.
 """
 
 # torch leaves the types of named_modules open.
@@ -24,6 +26,41 @@ from .slots import Place, Slot
 Split = Literal["column", "row", "vocab", "none"]  # which dimension several devices would share: outs, ins, rows of V
 
 
+class RowAdapters:
+    """The adapter of each row of the step that is being computed, [T] int64 (0: none), for all matrices of a decoder.
+
+    None outside of steps, and in those that have no row with an adapter.
+    """
+
+    slots: Tensor | None = None
+
+
+class MatrixAdapters:
+    """Low-rank adapters beside one matrix: a [S, n r, ins] and b [S, r, sum(outs)] as in `ops.lora`, at first zeros."""
+
+    def __init__(self, linear: Linear, count: int, rank: int, place: Place, rows: RowAdapters) -> None:
+        self.outs, self._rows = linear.outs, rows
+        self.a = place.zeros(count, len(linear.outs) * rank, linear.ins)
+        self.b = place.zeros(count, rank, sum(linear.outs))
+        self._held: set[int] = set()  # adapters that have a part here
+
+    @property
+    def of_step(self) -> Tensor | None:
+        """The slots, if a row of this step may have an adapter here. A recorded step also serves those to come."""
+        slots = self._rows.slots
+        return slots if slots is not None and (self._held or slots.is_cuda) else None
+
+    def write(self, slot: int, parts: tuple[Tensor, Tensor] | None) -> None:
+        """Makes a [n r, ins] and b [r, sum(outs)] adapter `slot`'s; None: it has no part here."""
+        if parts is not None:
+            self.a[slot - 1].copy_(parts[0], non_blocking=True)
+            self.b[slot - 1].copy_(parts[1], non_blocking=True)
+            self._held.add(slot)
+        elif slot in self._held:
+            self.b[slot - 1].zero_()
+            self._held.remove(slot)
+
+
 class Linear(nn.Module):
     """y = activation(x Wᵀ + b), where W [sum(outs), ins] holds several matrices of the checkpoint, one below the other.
 
@@ -37,6 +74,7 @@ class Linear(nn.Module):
     packed: Packed | None = None  # the same in the device's own order
     activation: Activation | None
     reordered: Callable[[Tensor], Tensor] | None
+    adapters: MatrixAdapters | None = None
 
     def __init__(
         self,
@@ -73,10 +111,14 @@ class Linear(nn.Module):
         """Of what is no buffer of this module."""
         return 0 if self.packed is None else self.packed.data.nbytes
 
-    def slots(self, path: str) -> Iterator[Slot]:
+    def places(self, path: str) -> list[str]:
+        """Where the checkpoint has each of the matrices, in dots."""
         inside = path.rpartition(".")[0]
-        for index, (name, weight) in enumerate(zip(self.names, self.weight.split_with_sizes(self.outs), strict=True)):
-            full = f"{inside}.{name}" if inside else name
+        return [f"{inside}.{name}" if inside else name for name in self.names]
+
+    def slots(self, path: str) -> Iterator[Slot]:
+        parts = zip(self.places(path), self.weight.split_with_sizes(self.outs), strict=True)
+        for index, (full, weight) in enumerate(parts):
             yield Slot(f"{full}.weight", weight, transposed=self.stored_transposed, change=self.reordered)
             if self.bias is not None:
                 yield Slot(f"{full}.bias", self.bias.split_with_sizes(self.outs)[index], change=self.reordered)
@@ -89,10 +131,22 @@ class Linear(nn.Module):
             self.plain = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [T, ins] -> [T, sum(outs)], with silu_and_mul half as many; x's dtype."""
+        """x [T, ins] -> [T, sum(outs)], with silu_and_mul half as many; x's dtype.
+
+        A row without an adapter has the same bits whether or not others of the step have one: on CPUs always, on CUDA
+        in deterministic mode.
+        """
+        slots = None if self.adapters is None else self.adapters.of_step
+        if self.adapters is None or slots is None:
+            return self._product(x, self.activation)
+        y = self._product(x, None)
+        ops.lora(x, self.adapters.a, self.adapters.b, self.outs, slots, y)
+        return ops.activate(y, self.activation, by_row=self.deterministic and not x.is_cuda)
+
+    def _product(self, x: Tensor, activation: Activation | None) -> Tensor:
         if self.packed is not None:
-            return ops.packed_linear(x, self.packed, self.bias, self.activation)
-        return ops.linear(x, self.weight, self.bias, self.activation, self.deterministic)
+            return ops.packed_linear(x, self.packed, self.bias, activation)
+        return ops.linear(x, self.weight, self.bias, activation, self.deterministic)
 
 
 def linears(module: nn.Module) -> Iterator[tuple[str, Linear]]:

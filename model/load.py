@@ -9,50 +9,47 @@ from typing import Literal
 import torch
 
 from ..kernels.cpu.native import native
-from .config import ModelConfig, read_config
+from .checkpoint import Checkpoint, read_checkpoint
+from .config import ModelConfig
 from .heads import EmbedHead, LMHead, ScoreHead
 from .linear import linears
-from .model import Model
-from .pooling import PoolingMode
+from .model import AnyHead, Model
 from .registry import ARCHITECTURES, Decoder
 from .slots import Place
-from .weights import Progress, digest, fill, find_files, slots_of
+from .weights import Naming, Progress, digest, fill, slots_of
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
-AnyHead = LMHead | ScoreHead | EmbedHead
 
-LANGUAGE_HEAD = r"lm_head\.(weight|bias)|embed_out\.weight"  # what an embedding model leaves out of a checkpoint
+# What trainers that wrap a decoder put before its tensors' names: DeepSpeed-Chat; trlx and Starling.
+WRAPPERS = ("rwtransformer.", "transformer.")
 
 
 def load_model(
-    path: str | Path,
+    source: Checkpoint | str | Path,
     *,
     dtype: DType = "auto",
     device: torch.device | str = "cpu",
     deterministic: bool = False,
     context: int | None = None,
-    embedding: bool = False,
-    pooling: PoolingMode | None = None,
     on_progress: Progress | None = None,
 ) -> Model:
-    """The model of a Hugging Face checkpoint directory, on `device`.
+    """The model of a checkpoint, or of a checkpoint's directory as `read_checkpoint` takes it, on `device`.
 
     `dtype`: see `choose_dtype`. `deterministic`: a row's results have the same bits whatever rows are computed with it
     (for attention `Sequences.deterministic` says so). `context`: no sequence will be longer (see `Rope.within`).
-    `embedding`, `pooling`: see `read_config`. `on_progress(done, total)` is called with bytes. Raises CheckpointError
-    that names what is wrong.
+    `on_progress(done, total)` is called with bytes. Raises CheckpointError that names what is wrong.
     """
-    directory, device = Path(path), torch.device(device)
-    config = read_config(directory, embedding=embedding, pooling=pooling)
+    checkpoint = source if isinstance(source, Checkpoint) else read_checkpoint(source)
+    config, device = checkpoint.config, torch.device(device)
     if context is not None and config.rope is not None:
         config = replace(config, rope=config.rope.within(context))
-    files = find_files(directory)
     place = Place(choose_dtype(dtype, config, device), device, deterministic)
-    decoder, head = _unfilled(config, place)
-    ignored = decoder.IGNORED if config.pooling is None else f"{decoder.IGNORED}|{LANGUAGE_HEAD}"
-    fill(decoder, head, decoder.PREFIX, ignored, files, on_progress or (lambda done, total: None))
+    decoder, head = unfilled(config, place)
+    naming = naming_of(decoder, config, checkpoint.ignored)
+    fill(decoder, head, naming, checkpoint.tensors, checkpoint.directory, on_progress or (lambda done, total: None))
     _pack(decoder, head)
-    return Model(config, decoder, head, place, digest([directory / "config.json", *files]))
+    files = [checkpoint.directory / "config.json", *checkpoint.files]
+    return Model(config, decoder, head, place, naming, digest(files))
 
 
 def random_model(
@@ -70,7 +67,7 @@ def random_model(
     """
     device = torch.device(device)
     place = Place(choose_dtype(dtype, config, device), device, deterministic)
-    decoder, head = _unfilled(config, place)
+    decoder, head = unfilled(config, place)
     generator = torch.Generator(place.device).manual_seed(seed)
     for part in (decoder, head):
         for slot in slots_of(part):
@@ -81,17 +78,24 @@ def random_model(
             else:
                 slot.into.normal_(float(slot.name.endswith("weight")), 0.1, generator=generator)
     _pack(decoder, head)
-    return Model(config, decoder, head, place, f"random {seed}")
+    return Model(config, decoder, head, place, naming_of(decoder, config), f"random {seed}")
 
 
-def _unfilled(config: ModelConfig, place: Place) -> tuple[Decoder, AnyHead]:
+def naming_of(decoder: Decoder, config: ModelConfig, ignored: str = "") -> Naming:
+    """`ignored`: what else a checkpoint has that is not for this model."""
+    prefixes = (decoder.PREFIX,) if isinstance(decoder.PREFIX, str) else decoder.PREFIX
+    wrappers = WRAPPERS if config.labels else ()
+    return Naming((*prefixes, *wrappers), "|".join(filter(None, (decoder.IGNORED, ignored))))
+
+
+def unfilled(config: ModelConfig, place: Place) -> tuple[Decoder, AnyHead]:
     """Decoder and head as the config describes them, their weights not yet written."""
     entry = ARCHITECTURES[config.architecture]
     decoder = entry.family.decoder(config, place)
-    if config.pooling is not None:
-        return decoder, EmbedHead(config.pooling.mode)
-    if entry.head == "score":
-        return decoder, ScoreHead(config.labels, config.output_size, place)
+    if config.kind == "embed":
+        return decoder, EmbedHead()
+    if config.labels:
+        return decoder, ScoreHead(config.score, config.labels, config.output_size, place)
     tied = decoder.embedding if config.tied else None
     head = LMHead(
         config.vocab_size,

@@ -1,19 +1,23 @@
-"""How a text's hidden states become its embedding: what is asked for, else what the checkpoint says.
+"""Which hidden states of a text count for its embedding or its score: what is asked for, else what the checkpoint says.
 
-sentence-transformers lists the parts of a model in `modules.json`: the decoder, the pooling in a directory with its own
-config.json, and Normalize where embeddings have length 1.
+For embeddings sentence-transformers lists the parts of a model in `modules.json`: the decoder, the pooling in a
+directory with its own config.json, and Normalize where embeddings have length 1.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 from .errors import CheckpointError
 from .fields import Fields
 
-PoolingMode = Literal["last", "mean", "cls"]  # the last row, the mean of all, the first
+PoolingMode = Literal["last", "mean", "cls"]  # of embeddings: the last row, the mean of all, the first
+# Of scores: the last token, the last that is no padding, the first end token, the one before the first padding, the
+# mean of all, the last token of a certain id.
+ScorePoolingMode = Literal["last", "last_non_pad", "first_eos", "before_first_pad", "mean", "token_id"]
 
 MODULES = "modules.json"
 # What sentence-transformers calls them: as flags `pooling_mode_…`, and as values of `pooling_mode`.
@@ -29,6 +33,51 @@ MODES: dict[str, PoolingMode] = {
 class Pooling(NamedTuple):
     mode: PoolingMode = "last"
     normalized: bool = True  # embeddings are divided by their length
+
+
+class ScorePooling(NamedTuple):
+    """The hidden state of a text that its score is made of. `ids`: the tokens that the mode looks for."""
+
+    mode: ScorePoolingMode = "last"
+    ids: tuple[int, ...] = ()
+
+    def position(self, token_ids: Sequence[int]) -> int | None:
+        """The one position of a text that counts; None: all do. Raises LookupError if the token that marks it is not in
+        the text. A text without end tokens or padding counts at its last token."""
+        if self.mode == "mean":
+            return None
+        last = len(token_ids) - 1
+        if self.mode == "last":
+            return last
+        marked = (place for place, token in enumerate(token_ids) if token in self.ids)
+        if self.mode == "first_eos":
+            return next(marked, last)
+        plain = [place for place, token in enumerate(token_ids) if token not in self.ids]
+        if self.mode == "last_non_pad":
+            return plain[-1] if plain else 0  # as transformers
+        if self.mode == "before_first_pad":  # padding in front is not the first: OPT's texts begin with such a token
+            return next((place for place in marked if plain and place > plain[0]), last + 1) - 1
+        places = list(marked)
+        if not places:
+            raise LookupError(f"the text has no token {self.ids[0]}, at which its score is read")
+        return places[-1]
+
+
+def score_pooling(mode: ScorePoolingMode, fields: Fields, end_ids: Iterable[int]) -> ScorePooling:
+    """With the ids that config.json gives. Raises CheckpointError where it gives none that the mode needs."""
+    if mode in ("last", "mean"):
+        return ScorePooling(mode)
+    name = {"first_eos": "eos_token_id", "token_id": "reward_token_id"}.get(mode, "pad_token_id")
+    ids = tuple(end_ids) if mode == "first_eos" else token_ids_of(fields, name)
+    if not ids:
+        raise CheckpointError(f"{fields.path}: {name} is missing, but pooling={mode} looks for that token")
+    return ScorePooling(mode, ids)
+
+
+def token_ids_of(fields: Fields, name: str) -> tuple[int, ...]:
+    """The id of a special token; none where it is left out, or negative, as old configs say that there is none."""
+    given = fields.get(name)
+    return () if type(given) is int and given < 0 else fields.token_ids(name)
 
 
 def is_embedding_model(directory: Path) -> bool:

@@ -23,7 +23,7 @@ Decoder = (
     | opt.OPTDecoder
     | starcoder2.Starcoder2Decoder
 )
-Head = Literal["lm", "score", "none"]  # none: an embedding model
+Head = Literal["lm", "score", "value", "none"]  # none: an embedding model
 
 
 class Family(NamedTuple):
@@ -94,12 +94,38 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     }
     | {gemma.WITH_IMAGES: Architecture(GEMMA, "lm")}
 )
+# Reward and value models whose classes come from elsewhere: the family whose decoder they have, None where `model_type`
+# says which, and what their head gives. How the head lies on disk: `head_formats`.
+FOREIGN: Mapping[str, tuple[str | None, Head]] = MappingProxyType(
+    {
+        "RewardModel": (None, "score"),  # OpenRLHF
+        "CriticModel": (None, "value"),
+        "LlamaRewardModel": ("Llama", "score"),  # UltraRM
+        "EurusRewardModel": ("Mistral", "score"),
+        "LlamaModelForScore": ("Llama", "score"),  # PKU Beaver
+        "LlamaForScore": ("Llama", "score"),
+        "GPTNeoXRewardModel": ("GPTNeoX", "score"),  # OpenAssistant
+        "Qwen2ForRewardModel": ("Qwen2", "score"),  # Qwen2.5-Math-RM
+        "INFORMForSequenceClassification": ("Llama", "score"),  # INF-ORM
+    }
+)
+MODEL_TYPES: Mapping[str, str] = MappingProxyType({name.lower(): name for name in FAMILIES})  # without _ and "text"
 
 
 def read_architecture(fields: Fields) -> tuple[str, Architecture]:
-    """The architecture that a config.json names, and its entry."""
+    """The architecture that a config.json names, and its entry; of a foreign one, the one that it is served as."""
     names = fields.strings("architectures") or []
-    found = [(name, ARCHITECTURES[name]) for name in names if name in ARCHITECTURES]
+    found = [name for name in names if name in ARCHITECTURES or name in FOREIGN]
     if len(found) != 1:
-        raise fields.error("architectures", "one of " + ", ".join(ARCHITECTURES))
-    return found[0]
+        raise fields.error("architectures", "one of " + ", ".join([*ARCHITECTURES, *FOREIGN]))
+    name = found[0]
+    if name in ARCHITECTURES:
+        return name, ARCHITECTURES[name]
+    family, head = FOREIGN[name]
+    if family is None:
+        kind = str(fields.get("model_type")).replace("_", "").removesuffix("text")
+        if kind not in MODEL_TYPES:
+            raise fields.error("model_type", "one of " + ", ".join(MODEL_TYPES))
+        family = MODEL_TYPES[kind]
+    name = family + OTHERS.get((family, "score"), ENDINGS["score"])
+    return name, ARCHITECTURES[name]._replace(head=head)

@@ -12,15 +12,17 @@ from torch import Tensor
 class Place(NamedTuple):
     """The precision and the device in which a module's weights live, and whether its results may depend on batches.
 
-    `deterministic`: they do not; a row has the same bits whatever rows are computed with it.
+    `deterministic`: they do not; a row has the same bits whatever rows are computed with it. `pinned`: in host memory
+    that a GPU can copy from by itself.
     """
 
     dtype: torch.dtype
     device: torch.device
     deterministic: bool = False
+    pinned: bool = False
 
     def empty(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
+        return torch.empty(shape, dtype=self.dtype, device=self.device, pin_memory=self.pinned)
 
     def zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=self.dtype, device=self.device)

@@ -40,15 +40,20 @@ NAMED = 8  # so many tensors of a kind are listed in a message
 class Stored(NamedTuple):
     """A tensor of a checkpoint file, not read yet. `dtype` is named as safetensors does."""
 
-    file: Path
+    file: Path | str  # or where else it comes from
     shape: tuple[int, ...]
     dtype: str
     read: Callable[[], Tensor]
 
 
 def find_files(directory: Path) -> list[Path]:
-    """The weight files of a checkpoint: safetensors before .bin, a single file before an index."""
+    """The weight files of a checkpoint, which has a config.json. Raises CheckpointError."""
     checkpoint_file(directory, "config.json")
+    return weight_files(directory)
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The weight files of a directory: safetensors before .bin, a single file before an index."""
     for single, index in LAYOUTS:
         if (directory / single).is_file():
             return [directory / single]
@@ -63,14 +68,14 @@ def _indexed(index: Path) -> list[Path]:
     names = Fields.read(index).object("weight_map").values
     files = sorted({str(name) for name in names.values()})
     if outside := [file for file in files if Path(file).name != file]:
-        raise CheckpointError(f"{index} names files outside its directory: {_some(outside)}")
+        raise CheckpointError(f"{index} names files outside its directory: {listed(outside)}")
     missing = [file for file in files if not (index.parent / file).is_file()]
     if missing or not files:
-        raise CheckpointError(f"{index} names weight files that are missing: {_some(missing) or 'it names none'}")
+        raise CheckpointError(f"{index} names weight files that are missing: {listed(missing) or 'it names none'}")
     paths = [index.parent / file for file in files]
     held = {name for path in paths for name in open_file(path)}
     if lost := sorted(set(names) - held):
-        raise CheckpointError(f"{index} lists tensors that its files do not hold: {_some(lost)}")
+        raise CheckpointError(f"{index} lists tensors that its files do not hold: {listed(lost)}")
     return paths
 
 
@@ -114,79 +119,118 @@ def _open_pickled(path: Path) -> dict[str, Stored]:
     }
 
 
-def fill(
-    decoder: nn.Module,
-    head: nn.Module,
-    prefixes: str | tuple[str, ...],
-    ignored: str,
-    files: list[Path],
-    on_progress: Progress,
-) -> None:
-    """Copy every tensor of `files` into the slot of its name, converted to the slot's dtype.
+class Naming(NamedTuple):
+    """How a checkpoint names a decoder's tensors: perhaps with one of the prefixes; what matches `ignored` is no weight
+    of this model."""
 
-    Decoder tensors may carry one of the prefixes; names that match `ignored` are passed over. Raises CheckpointError
-    that lists what is missing, unused, given twice or of the wrong shape or dtype.
+    prefixes: tuple[str, ...]
+    ignored: str
+
+
+class Filling:
+    """Copies tensors into the slots of a decoder and its head, by name, in any number of rounds.
+
+    `where` begins the messages of CheckpointErrors.
     """
-    inside = {slot.name: slot for slot in slots_of(decoder)}
-    outside = {slot.name: slot for slot in slots_of(head)}
-    skip, prefixes = re.compile(ignored), (prefixes,) if isinstance(prefixes, str) else prefixes
-    found: dict[str, tuple[Slot, Stored]] = {}
-    problems: dict[str, list[str]] = {}
-    for file in files:
-        for name, stored in open_file(file).items():
-            short = name[len(next((prefix for prefix in prefixes if name.startswith(prefix)), "")) :]
-            slot = inside.get(short) or outside.get(name)
+
+    def __init__(self, decoder: nn.Module, head: nn.Module, naming: Naming, where: object) -> None:
+        self._inside = {slot.name: slot for slot in slots_of(decoder)}
+        self._outside = {slot.name: slot for slot in slots_of(head)}
+        self._prefixes, self._skip, self._where = naming.prefixes, re.compile(naming.ignored), where
+        self._found: set[str] = set()  # names of the slots for which a tensor came
+        self._filled: dict[tuple[int, int], str] = {}
+
+    def match(self, tensors: Iterable[tuple[str, Stored]], complete: bool) -> list[tuple[Slot, Stored]]:
+        """The slot of each tensor. `complete`: after this round no slot may be empty.
+
+        Raises CheckpointError that lists what is missing, unused, given twice or of the wrong shape or dtype.
+        """
+        pairs: dict[str, tuple[Slot, Stored]] = {}
+        problems: dict[str, list[str]] = {}
+        for name, stored in tensors:
+            short = name[len(next((prefix for prefix in self._prefixes if name.startswith(prefix)), "")) :]
+            slot = self._inside.get(short) or self._outside.get(name)
             if slot is None:
-                if not skip.fullmatch(short):
+                if not self._skip.fullmatch(short):
                     problems.setdefault("not part of this architecture", []).append(name)
-            elif slot.name in found:
+                continue
+            if slot.name in self._found:
                 problems.setdefault("given twice", []).append(name)
             elif stored.shape != slot.shape:
                 wrong = f"{name} is {list(stored.shape)}, must be {list(slot.shape)}"
                 problems.setdefault("of the wrong shape", []).append(wrong)
             elif stored.dtype not in DTYPES:
-                problems.setdefault(f"of a dtype other than {', '.join(DTYPES)}", []).append(
-                    f"{name} is {stored.dtype}"
-                )
+                wrong = f"{name} is {stored.dtype}"
+                problems.setdefault(f"of a dtype other than {', '.join(DTYPES)}", []).append(wrong)
             else:
-                found[slot.name] = slot, stored
-                continue
-            if slot is not None:
-                found.setdefault(slot.name, (slot, stored))  # known to be there, though wrong
-    filled = {_storage(slot.into) for slot, _ in found.values()}
-    for slot in (*inside.values(), *outside.values()):
-        if not slot.optional and _storage(slot.into) not in filled:
-            problems.setdefault("missing", []).append(slot.name)
-    if problems:
-        listed = "; ".join(f"{len(names)} {what}: {_some(names)}" for what, names in problems.items())
-        raise CheckpointError(f"{files[0].parent}: tensors do not match config.json: {listed}")
-    _copy(list(found.values()), on_progress)
+                pairs[slot.name] = slot, stored
+            self._found.add(slot.name)  # known to be there, even if wrong
+        if complete and (missing := self._missing()):
+            problems["missing"] = missing
+        if problems:
+            said = "; ".join(f"{len(names)} {what}: {listed(names)}" for what, names in problems.items())
+            raise CheckpointError(f"{self._where}: tensors do not match config.json: {said}")
+        return list(pairs.values())
+
+    def copy(self, pairs: list[tuple[Slot, Stored]], on_progress: Progress, finite: bool = False) -> None:
+        """Reads the tensors and converts them to their slots' dtype. `finite`: refuses those with other numbers."""
+        total, done = sum(slot.into.nbytes for slot, _ in pairs), 0
+        for slot, stored in pairs:
+            tensor, into = slot.kept(stored.read()), slot.into
+            if (first := self._filled.get(_storage(into))) is not None:  # tied and given twice
+                if not torch.equal(into, tensor.to(into)):
+                    message = f"{stored.file}: {slot.name} differs from {first}, to which config.json ties it"
+                    raise CheckpointError(f"{message}; set tie_word_embeddings to false")
+            else:
+                into.copy_(tensor)
+                self._filled[_storage(into)] = slot.name
+                narrowed = into.dtype == torch.float16 and tensor.dtype != torch.float16
+                if (narrowed or finite) and not all_finite(into):
+                    if narrowed and all_finite(tensor):
+                        message = f"{stored.file}: {slot.name} has values that float16 cannot hold"
+                        raise CheckpointError(f"{message}; choose --dtype bfloat16 or float32")
+                    if finite:
+                        raise CheckpointError(f"{stored.file}: {slot.name} has values that are not finite")
+            done += into.nbytes
+            on_progress(done, total)
+
+    def has(self, slot: Slot) -> bool:
+        """Whether the slot, or one that is tied to it, is filled."""
+        return _storage(slot.into) in self._filled
+
+    def _missing(self) -> list[str]:
+        slots = {**self._inside, **self._outside}
+        found = {_storage(slots[name].into) for name in self._found}
+        return [name for name, slot in slots.items() if not slot.optional and _storage(slot.into) not in found]
 
 
-def _copy(pairs: list[tuple[Slot, Stored]], on_progress: Progress) -> None:
-    total = sum(slot.into.nbytes for slot, _ in pairs)
-    done, filled = 0, dict[tuple[int, int], str]()
-    for slot, stored in pairs:
-        tensor = slot.kept(stored.read())
-        if (first := filled.get(_storage(slot.into))) is not None:  # tied and given twice
-            if not torch.equal(slot.into, tensor.to(slot.into)):
-                message = f"{stored.file}: {slot.name} differs from {first}, to which config.json ties it"
-                raise CheckpointError(f"{message}; set tie_word_embeddings to false")
-        else:
-            slot.into.copy_(tensor)
-            filled[_storage(slot.into)] = slot.name
-            if slot.into.dtype == torch.float16 and tensor.dtype != torch.float16 and not slot.into.isfinite().all():
-                message = f"{stored.file}: {slot.name} has values that float16 cannot hold"
-                raise CheckpointError(f"{message}; choose --dtype bfloat16 or float32")
-        done += slot.into.nbytes
-        on_progress(done, total)
+def fill(
+    decoder: nn.Module,
+    head: nn.Module,
+    naming: Naming,
+    tensors: Iterable[tuple[str, Stored]],
+    directory: Path,
+    on_progress: Progress,
+) -> None:
+    """Copy every tensor of a checkpoint in `directory` into the slot of its name. Raises what `Filling` does."""
+    filling = Filling(decoder, head, naming, directory)
+    filling.copy(filling.match(tensors, complete=True), on_progress)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """By the extremes, which NaN would be: 20 times as fast as a flag for each number."""
+    return tensor.numel() == 0 or all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))
 
 
 def slots_of(module: nn.Module) -> Iterator[Slot]:
     """Every slot of a module and its submodules."""
     for path, part in module.named_modules():
-        if isinstance(part, HasSlots):
-            yield from part.slots(path)
+        yield from slots_at(part, path)
+
+
+def slots_at(module: nn.Module, path: str) -> list[Slot]:
+    """The module's own, where it has any."""
+    return list(module.slots(path)) if isinstance(module, HasSlots) else []
 
 
 def digest(files: Iterable[Path]) -> str:
@@ -205,6 +249,7 @@ def _storage(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.numel()
 
 
-def _some(names: list[Any]) -> str:
+def listed(names: list[Any]) -> str:
+    """The first of them, and how many more there are."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(map(str, names[:NAMED])) + more

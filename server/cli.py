@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
@@ -19,6 +20,7 @@ from .options import (
     ServeOptions,
     bundled_models,
     has_gpu,
+    parse_adapter,
     parse_model,
     parse_quantity,
     read_config_file,
@@ -37,6 +39,7 @@ app = typer.Typer(
 
 ENGINE, API = EngineOptions(), ApiOptions()
 GPU_SEQS, GPU_TOKENS = 256, 8192  # where a GPU is used and nothing else is said
+LORAS = 8  # of `--enable-lora`: trainers keep the last few versions (6 by default in TRL's AsyncGRPO)
 
 
 def _show_version(wanted: bool) -> None:
@@ -80,8 +83,9 @@ def serve(
         list[str] | None,
         typer.Argument(
             metavar="[[NAME=]PATH|ORG/NAME[,role=…,dtype=…,kv=…%,alias=a|b,chat_template=…,max_model_len=…,weight=…,"
-            "pooling=…,revision=…,tool_call_parser=…,reasoning_parser=…]]…",
-            help="Directories of Hugging Face checkpoints, or hub ids. None: the bundled demo policy and reward model.",
+            "pooling=…,trunk=OTHER,revision=…,tool_call_parser=…,reasoning_parser=…]|NAME=base-of:OTHER]…",
+            help="Directories of Hugging Face checkpoints, or hub ids; models that share the weights of another one: a "
+            "reference as base-of:OTHER, a value head with trunk=OTHER. None: the bundled policy and reward model.",
             show_default=False,
         ),
     ] = None,
@@ -148,12 +152,36 @@ def serve(
     pooling: Annotated[
         str | None, typer.Option(help="Of embedding models: last, mean or cls. None: as the checkpoint says, or last.")
     ] = None,
+    enable_lora: Annotated[
+        bool, typer.Option("--enable-lora", help=f"Room for {LORAS} LoRA adapters, or for as many as is said.")
+    ] = False,
+    max_loras: Annotated[
+        int | None, typer.Option(min=1, help="LoRA adapters that are loaded at once.", show_default=False)
+    ] = None,
+    max_lora_rank: Annotated[int | None, typer.Option(help=f"None: {ENGINE.max_lora_rank}.")] = None,
+    lora_modules: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=PATH", help="An adapter of the policy. Repeatable.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the engine.")] = None,
     step_target_ms: Annotated[
         float | None, typer.Option(min=0.001, help="Longest step of one model while another one writes.")
     ] = None,
     api_key: Annotated[list[str] | None, typer.Option(help="Repeatable; any of them opens every route.")] = None,
     api_key_file: Annotated[Path | None, typer.Option(help="One key per line.")] = None,
+    admin_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Repeatable; opens every route, and alone those that change models. None: with API keys these stay "
+            "shut, without any they open to this machine."
+        ),
+    ] = None,
+    admin_key_file: Annotated[Path | None, typer.Option(help="One key per line.")] = None,
+    weights_root: Annotated[
+        Path | None, typer.Option(help="Directory that requests may have new weights read from. None: no path is read.")
+    ] = None,
+    preferences: Annotated[
+        Path | None, typer.Option(help="JSONL file that /v1/rlhf/preferences appends to. None: none are taken.")
+    ] = None,
     api_workers: Annotated[int, typer.Option(min=1, max=64, help="HTTP processes.")] = 1,
     drain_seconds: Annotated[float, typer.Option(min=0.0, help="For running requests, at the end.")] = 30.0,
     stream_timeout: Annotated[float, typer.Option(min=0.001, help="A reader that takes nothing is aborted.")] = (
@@ -178,7 +206,7 @@ def serve(
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
     access_log: Annotated[bool, typer.Option("--access-log", help="A line per request.")] = False,
 ) -> None:
-    """Serve models over HTTP, with the OpenAI API and /v1/rewards."""
+    """Serve models over HTTP, with the OpenAI API, /v1/rewards and /v1/rlhf."""
     from .supervisor import CannotServe, Supervisor, bind
 
     try:
@@ -217,15 +245,19 @@ def serve(
                 max_waiting_tokens=parse_quantity(max_waiting_tokens, "--max-waiting-tokens"),
                 pooling=_one_of("--pooling", pooling, get_args(PoolingMode)),
                 step_target_ms=step_target_ms,
+                **_loras(enable_lora, max_loras, max_lora_rank, lora_modules or []),
             ),
             api=ApiOptions(
-                api_keys=_api_keys(api_key or [], api_key_file),
+                api_keys=_keys("--api-key", api_key or [], api_key_file),
+                admin_keys=_keys("--admin-key", admin_key or [], admin_key_file),
                 max_body=parse_quantity(max_body, "--max-body"),
                 max_request_seconds=max_request_seconds,
                 stream_timeout=stream_timeout,
                 ignore_unknown_fields=ignore_unknown_fields,
                 max_logprobs=max_logprobs,
                 logprobs_mode=_one_of("--logprobs-mode", logprobs_mode, get_args(LogprobsMode)),
+                weights_root=_directory("--weights-root", weights_root),
+                preferences=_appendable("--preferences", preferences),
             ),
             host=host,
             port=port,
@@ -262,23 +294,53 @@ def _models(words: list[str], names: list[str], defaults: dict[str, Any]) -> tup
     )
 
 
+def _loras(enabled: bool, most: int | None, rank: int | None, modules: list[str]) -> dict[str, Any]:
+    """The engine's options for adapters. Any of the flags but the rank's makes room for some."""
+    if not (enabled or most or modules):
+        if rank is not None:
+            raise OptionsError(f"--max-lora-rank {rank} is for --enable-lora; give that, too")
+        return {}
+    adapters = tuple(map(parse_adapter, modules))
+    return {
+        "max_loras": most or max(LORAS, len(adapters)),
+        "max_lora_rank": ENGINE.max_lora_rank if rank is None else rank,
+        "lora_modules": adapters,
+    }
+
+
 def _one_of(flag: str, value: str | None, allowed: tuple[str, ...]) -> Any:
     if value is not None and value not in allowed:
         raise OptionsError(f"{flag} {value}: one of {', '.join(allowed)}")
     return value
 
 
-def _api_keys(keys: list[str], file: Path | None) -> tuple[str, ...]:
+def _keys(flag: str, keys: list[str], file: Path | None) -> tuple[str, ...]:
     if file is not None:
         try:
             keys = [*keys, *(line.strip() for line in file.read_text("utf-8").splitlines() if line.strip())]
         except (OSError, ValueError) as error:
-            raise OptionsError(f"--api-key-file {file}: {error}") from None
+            raise OptionsError(f"{flag}-file {file}: {error}") from None
         if not keys:
-            raise OptionsError(f"--api-key-file {file}: it holds no key")
+            raise OptionsError(f"{flag}-file {file}: it holds no key")
     if not all(key.isascii() and key.isprintable() and key for key in keys):
-        raise OptionsError("--api-key: a key is one or more printable ASCII characters")
+        raise OptionsError(f"{flag}: a key is one or more printable ASCII characters")
     return tuple(keys)
+
+
+def _directory(flag: str, path: Path | None) -> str | None:
+    if path is not None and not path.is_dir():
+        raise OptionsError(f"{flag} {path}: there is no such directory")
+    return None if path is None else str(path.resolve())
+
+
+def _appendable(flag: str, file: Path | None) -> str | None:
+    if file is None:
+        return None
+    try:
+        os.close(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600))
+        return str(file.resolve())
+    except OSError as error:
+        raise OptionsError(f"{flag} {file}: {error.strerror}") from None
 
 
 def _announce(ready: Ready, host: str, port: int) -> None:
@@ -291,16 +353,18 @@ def _announce(ready: Ready, host: str, port: int) -> None:
     age = process_age()
     console = Console()
     if not console.is_terminal:
-        console = Console(width=140)
+        console = Console(width=160)
     table = Table(caption=ready.division, caption_justify="left", title_justify="left")
-    for column in ("model", "role", "architecture", "dtype"):
+    for column in ("model", "role", "architecture", "head", "dtype"):
         table.add_column(column)
     for column in ("context", "weights MiB", "KV pages", "KV tokens", "KV MiB"):
         table.add_column(column, justify="right")
     for model in ready.models:
         numbers = (model.context, model.weight_bytes / 2**20, model.kv_pages, model.kv_tokens, model.kv_bytes / 2**20)
         shown = [f"{number:,.1f}" if isinstance(number, float) else f"{number:,}" for number in numbers]
-        table.add_row(model.name, model.role, model.architecture, model.dtype, *shown)
+        if model.shares:  # what it has of its own stands there
+            shown[1] += f" + {model.shares}'s"
+        table.add_row(model.name, model.role, model.architecture, model.head, model.dtype, *shown)
     console.print(table)
     parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in ready.seconds.items())
     address = f"[{host}]" if ":" in host else host

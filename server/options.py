@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from .api.options import ApiOptions
 from .engine.options import DEMO, NULL, Dtype, EngineOptions, ModelSpec, OptionsError
-from .engine.request import PoolingMode, Role
+from .engine.request import PoolingMode, Role, ScorePoolingMode
 from .snapshots import HUB_ID, snapshot
 from .text.reasoning import PARSERS as REASONING_PARSERS
 from .text.tools.formats import FORMATS as TOOL_FORMATS
@@ -18,10 +18,12 @@ from .text.tools.formats import FORMATS as TOOL_FORMATS
 METRICS_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"  # prometheus-client's name; the supervisor sets it for its workers
 LogLevel = Literal["debug", "info", "warning", "error"]
 PARSER_KEYS = ("tool_call_parser", "reasoning_parser")
-OWN_KEYS = ("role", "dtype", "kv", "alias", "chat_template", "max_model_len", "weight", "revision", "pooling")
+OWN_KEYS = ("role", "dtype", "kv", "alias", "chat_template", "max_model_len", "weight", "revision", "pooling", "trunk")
 SPEC_KEYS = (*OWN_KEYS, *PARSER_KEYS)
 LATER_KEYS = ("quantization", "kv_dtype")
+POOLINGS = tuple(dict.fromkeys((*get_args(PoolingMode), *get_args(ScorePoolingMode))))
 TOOL_CALL_PARSERS = (*TOOL_FORMATS, "none")
+BASE_OF = "base-of:"
 UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -40,7 +42,8 @@ class ServeOptions:
     def shown(self) -> dict[str, Any]:
         """As JSON, without the keys."""
         about = asdict(self)
-        del about["api"]["api_keys"]
+        for name in ("api_keys", "admin_keys"):
+            del about["api"][name]
         return about
 
 
@@ -73,30 +76,19 @@ def parse_model(text: str) -> ModelSpec:
     """`[NAME=]PATH[,key=value…]`. Raises OptionsError naming what is wrong; the directory must hold a config.json.
 
     A path that is not there and reads like a hub id is one: its files are fetched unless they are cached, and the model
-    is called by the id. The paths `null` and `null:5` are no directories: `ModelSpec.path`.
+    is called by the id. The paths `null` and `null:5` are no directories: `ModelSpec.path`. `NAME=base-of:OTHER` and
+    `NAME[=PATH],trunk=OTHER` have the weights of another hosted model: of these PATH, if any, holds the value head.
     """
     head, *settings = text.split(",")
-    name, equals, path = head.partition("=")
-    if not equals or Path(head).exists():
-        name, path = _own_name(head), head
-    if not name or not path:
-        raise OptionsError(f"model {text!r}: NAME=PATH or PATH is needed before the first comma")
-    given: dict[str, str] = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if key in LATER_KEYS:
-            raise OptionsError(f"model {name}: {key}= is not supported yet; leave it out")
-        if key not in SPEC_KEYS:
-            near = get_close_matches(key, SPEC_KEYS, 1)
-            hint = f"did you mean {near[0]}=?" if near else "there are " + ", ".join(f"{known}=" for known in SPEC_KEYS)
-            raise OptionsError(f"model {name}: unknown key {key!r} in {text!r}; {hint}")
-        if not value or key in given:
-            raise OptionsError(f"model {name}: {key}= needs one value in {text!r}")
-        given[key] = value
+    name, path = _name_and_path(text, head, any(setting.startswith("trunk=") for setting in settings))
+    given = _settings(name, text, settings)
+    base_of = path.removeprefix(BASE_OF) if path.startswith(BASE_OF) else None
+    if base_of is not None and (not base_of or "trunk" in given):
+        raise OptionsError(f"model {name}: {BASE_OF}OTHER names one hosted model, and trunk= is for value models")
     limit = given.get("max_model_len")
     spec = ModelSpec(
         name=name,
-        path=path if path.partition(":")[0] == NULL else _directory(name, path, given.get("revision")),
+        path=_place(name, path, given),
         role=_choice(name, "role", given.get("role"), get_args(Role)),
         dtype=_choice(name, "dtype", given.get("dtype", "auto"), get_args(Dtype)),
         aliases=tuple(alias for alias in given.get("alias", "").split("|") if alias),
@@ -104,12 +96,22 @@ def parse_model(text: str) -> ModelSpec:
         weight=_weight(name, given["weight"]) if "weight" in given else 1.0,
         max_model_len=None if limit is None else parse_quantity(limit, f"model {name}: max_model_len="),
         chat_template=given.get("chat_template"),
-        pooling=_choice(name, "pooling", given.get("pooling"), get_args(PoolingMode)),
+        pooling=_choice(name, "pooling", given.get("pooling"), POOLINGS),
+        base_of=base_of,
+        trunk=given.get("trunk"),
         tool_call_parser=_choice(name, "tool_call_parser", given.get("tool_call_parser"), TOOL_CALL_PARSERS),
         reasoning_parser=_choice(name, "reasoning_parser", given.get("reasoning_parser"), tuple(REASONING_PARSERS)),
     )
     assert spec.step_seconds >= 0  # or it has said what is wrong with it
     return spec
+
+
+def parse_adapter(text: str) -> tuple[str, str]:
+    """`NAME=PATH` of `--lora-modules`. Raises OptionsError."""
+    name, _, path = text.partition("=")
+    if not name or not path or not Path(path).is_dir():
+        raise OptionsError(f"--lora-modules {text}: NAME=PATH is needed, PATH being the directory of a LoRA adapter")
+    return name, str(Path(path).resolve())
 
 
 def bundled_models() -> tuple[ModelSpec, ...]:
@@ -146,10 +148,49 @@ def read_config_file(path: Path, known: dict[str, str]) -> dict[str, Any]:
     return values
 
 
+def _name_and_path(text: str, head: str, trunk: bool) -> tuple[str, str]:
+    """What stands before the first comma. With a `trunk` that may be a name alone."""
+    name, equals, path = head.partition("=")
+    if trunk and not equals and not Path(head).exists() and not HUB_ID.fullmatch(head):
+        return head, ""
+    if not equals or Path(head).exists():
+        name, path = ("" if head.startswith(BASE_OF) else _own_name(head)), head
+    if not name or not path:
+        raise OptionsError(f"model {text!r}: NAME=PATH or PATH is needed before the first comma")
+    return name, path
+
+
+def _settings(name: str, text: str, settings: list[str]) -> dict[str, str]:
+    given: dict[str, str] = {}
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        if key in LATER_KEYS:
+            raise OptionsError(f"model {name}: {key}= is not supported yet; leave it out")
+        if key not in SPEC_KEYS:
+            near = get_close_matches(key, SPEC_KEYS, 1)
+            hint = f"did you mean {near[0]}=?" if near else "there are " + ", ".join(f"{known}=" for known in SPEC_KEYS)
+            raise OptionsError(f"model {name}: unknown key {key!r} in {text!r}; {hint}")
+        if not value or key in given:
+            raise OptionsError(f"model {name}: {key}= needs one value in {text!r}")
+        given[key] = value
+    return given
+
+
 def _own_name(path: str) -> str:
     if path.startswith(NULL + ":"):
         return NULL
     return path if HUB_ID.fullmatch(path) and not Path(path).exists() else Path(path).resolve().name
+
+
+def _place(name: str, path: str, given: dict[str, str]) -> str:
+    """The directory that a path means; empty for a model that has the weights of another one and no files."""
+    if path.partition(":")[0] == NULL:
+        return path
+    if "revision" not in given and (not path or path.startswith(BASE_OF)):
+        return ""
+    if "trunk" in given and Path(path).is_dir():  # it need not hold more than a head
+        return str(Path(path).resolve())
+    return _directory(name, path, given.get("revision"))
 
 
 def _directory(name: str, path: str, revision: str | None) -> str:

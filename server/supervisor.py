@@ -20,16 +20,18 @@ from multiprocessing.connection import Connection, wait
 from types import FrameType, MappingProxyType
 from typing import Any
 
-from .engine.control import Drain, EngineLost, EngineStarted, Failed, Ready, StartEngine, Stop
+from .engine.control import Drain, EngineLost, EngineStarted, Failed, Ready, Standing, StartEngine, Stop
 from .options import METRICS_DIRECTORY, ServeOptions, StartWorker
 
 ENGINE = "tandem.server.engine_process"
 WORKER = "tandem.server.worker"
 
-# OpenMP threads that spin for long take the cores from whoever has work: on two busy cores a decode step took nine
-# times as long. Asleep at once they cost a wake-up per operation: 16 clients got 285 tokens per second (125M, two
-# cores), 459 where a thread waits some ten microseconds first. With both cores busy: 278 and 193.
-OPENMP = MappingProxyType({"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"})
+# What the C libraries of a child are told. OpenMP threads that spin for long take the cores from whoever has work: on
+# two busy cores a decode step took nine times as long. Asleep at once they cost a wake-up per operation (PyTorch's own;
+# the C++ kernels have threads of their own). Weights and KV cache in large pages: batch 1 takes 7 % less time.
+LIBRARIES = MappingProxyType(
+    {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+)
 
 CRASHES = 5  # so many within CRASH_SECONDS, and the server gives up
 CRASH_SECONDS = 60.0
@@ -54,6 +56,7 @@ class Child:
     exit_descriptor: int  # readable when the process has ended
     ready: Ready | None = None
     failed: Failed | None = None
+    standing: Standing | None = None  # the engine's
     hung_up: bool = False
 
     @classmethod
@@ -62,7 +65,7 @@ class Child:
     ) -> Child:
         """Must be called on the main thread: the kernel ends the child when the *thread* that started it ends."""
         ours, theirs = Pipe()
-        variables = {**OPENMP, **os.environ, **environment}
+        variables = {**LIBRARIES, **os.environ, **environment}
         with theirs:
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", module, str(theirs.fileno()), str(os.getpid())],
@@ -88,6 +91,8 @@ class Child:
                     self.ready = message
                 elif isinstance(message, Failed):
                     self.failed = message
+                elif isinstance(message, Standing):
+                    self.standing = message
         except (EOFError, OSError):
             self.hung_up = True
 
@@ -177,7 +182,7 @@ class Supervisor:
         self._engine_due: float | None = None  # when to start the next one
         self._engine_crashes = Crashes()
         self._epoch = 0
-        self._digests: dict[str, str] | None = None
+        self._standing: Standing | None = None  # at which an engine served last
         self._workers: list[Child] = []
         self._workers_due: list[float] = []
         self._worker_crashes = Crashes()
@@ -244,12 +249,13 @@ class Supervisor:
         while self._workers_due and now >= min(self._workers_due):
             self._workers_due.remove(min(self._workers_due))
             self._start_worker()
-        if self._engine is not None and self._engine.ready and self._digests is None:
-            self._digests = {model.name: model.digest for model in self._engine.ready.models}
+        if self._engine is not None and self._engine.standing is not None:
+            self._standing = self._engine.standing
         if (
             not self._serving
             and self._engine is not None
             and self._engine.ready
+            and self._standing
             and all(w.ready for w in self._workers)
         ):
             self._serving = True
@@ -260,7 +266,7 @@ class Supervisor:
         self._engine_due = None
         options = self._options
         order = StartEngine(
-            self._directory, self._epoch, options.models, options.engine, options.log_level, self._digests
+            self._directory, self._epoch, options.models, options.engine, options.log_level, self._standing
         )
         self._engine = Child.start("engine", ENGINE, order)
         self._tell_workers(EngineStarted(self._epoch))
@@ -279,12 +285,13 @@ class Supervisor:
 
     def _engine_ended(self, engine: Child) -> None:
         engine.listen()
+        self._standing = engine.standing or self._standing
         engine.end()
         self._engine = None
         cause = engine.cause
         if self._drained_by is not None:
             self._tell_workers(EngineLost(cause))
-        elif self._digests is None:
+        elif self._standing is None:
             self._give_up(cause)
         elif engine.failed is not None and engine.failed.lost:
             self._engine_loss = cause

@@ -21,6 +21,7 @@ import uvloop
 from .api.app import create_app
 from .engine.control import Drain, EngineLost, EngineStarted, Failed, Ready, enter, log_to_stderr
 from .engine.link import EngineClient, EngineUnavailable
+from .engine.options import owner_of
 from .engine.request import ModelCard
 from .options import METRICS_DIRECTORY, ServeOptions, StartWorker
 from .text.text import Text
@@ -36,15 +37,16 @@ class Texts:
     """Tokenizer and template of every hosted model; those that are told the same share one `Text`."""
 
     def __init__(self, options: ServeOptions) -> None:
-        self._told = {
-            spec.name: (spec.chat_template, spec.tool_call_parser, spec.reasoning_parser) for spec in options.models
-        }
+        self._told: dict[str, tuple[str | None, ...]] = {}
         self._texts: dict[tuple[str | None, ...], Text] = {}
         for spec in options.models:
-            self._load(spec.text_path, *self._told[spec.name])
+            owner = owner_of(spec, options.models)
+            own, owners = ((one.chat_template, one.tool_call_parser, one.reasoning_parser) for one in (spec, owner))
+            told = self._told[spec.name] = tuple(mine or other for mine, other in zip(own, owners, strict=True))
+            self._load(owner.text_path, *told)
 
     def __call__(self, card: ModelCard) -> Text:
-        return self._load(card.path, *self._told.get(card.name, (None, None, None)))
+        return self._load(card.path, *self._told.get(card.parent or card.name, (None, None, None)))
 
     def _load(self, path: str, *told: str | None) -> Text:
         text = self._texts.get((path, *told))

@@ -28,8 +28,8 @@ AREAS: dict[str, tuple[int, list[list[str]]]] = {  # name: (budget in seconds, c
     ),
     "core": (300, [[*PYTEST, "tests/engine", "tests/model", "tests/text"]]),
     "kernels": (480, [[*PYTEST, "tests/kernels"]]),
-    "http": (300, [[*PYTEST, "tests/api", "tests/process", "tests/clients"]]),
-    "rlhf": (180, [[*PYTEST, "tests/examples"]]),
+    "http": (300, [[*PYTEST, "tests/api", "tests/process", "tests/clients", "--ignore=tests/api/rlhf"]]),
+    "rlhf": (180, [[*PYTEST, "tests/api/rlhf", "tests/compat", "tests/examples"]]),
 }
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from ...server.supervisor import OPENMP
+from ...server.supervisor import LIBRARIES
 from .protocol import Child
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,7 +45,7 @@ def vllm_environment(threads: int) -> dict[str, str]:
 
 ENGINES: Mapping[str, Engine] = MappingProxyType(
     {
-        "tandem": Engine("tandem_child.py", own_venv=False, environment=lambda threads: OPENMP),
+        "tandem": Engine("tandem_child.py", own_venv=False, environment=lambda threads: LIBRARIES),
         "transformers": Engine("transformers_child.py", own_venv=False),
         "vllm": Engine("vllm_child.py", environment=vllm_environment),
         "llama.cpp": Engine("llama_cpp_child.py"),

@@ -28,7 +28,8 @@ from typing import Any
 import zmq
 
 from ...server.engine.hub import Hub
-from ...server.engine.link import WORKER_SHIFT, EngineServer
+from ...server.engine.link import WORKER_SHIFT
+from ...server.engine.link_server import EngineServer
 from ...server.engine.options import EngineOptions, ModelSpec
 from ...server.engine.request import Request, Sampling
 from . import markdown, result

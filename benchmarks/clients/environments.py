@@ -80,21 +80,24 @@ def npm_openai(url: str) -> dict[str, Any]:
 
 
 def lm_eval() -> Path:
-    """The Python of an environment with lm-eval. Raises SetupError.
+    """The Python of an environment with lm-eval. Raises SetupError."""
+    return beside(LM_EVAL_VENV, LM_EVAL)
 
-    torch and transformers are this environment's, so that nothing large is installed twice.
-    """
+
+def beside(venv: Path, packages: tuple[str, ...]) -> Path:
+    """The Python of an environment with these packages and, behind them, all of this environment's, so that torch and
+    transformers are not installed twice. Raises SetupError."""
     shared = [place for place in sys.path if Path(place).name == "site-packages"]
-    wanted = json.dumps([LM_EVAL, shared, sys.version_info[:2]])
-    python = LM_EVAL_VENV / "bin" / "python"
-    if not is_made(LM_EVAL_VENV, wanted):
-        shutil.rmtree(LM_EVAL_VENV, ignore_errors=True)
-        step(say, f"making {LM_EVAL_VENV.relative_to(ROOT)}", [sys.executable, "-m", "venv", str(LM_EVAL_VENV)])
-        packages = next((LM_EVAL_VENV / "lib").glob("python*/site-packages"))
-        (packages / "shared.pth").write_text("".join(f"{place}\n" for place in shared))
+    wanted = json.dumps([packages, shared, sys.version_info[:2]])
+    python = venv / "bin" / "python"
+    if not is_made(venv, wanted):
+        shutil.rmtree(venv, ignore_errors=True)
+        step(say, f"making {venv.relative_to(ROOT)}", [sys.executable, "-m", "venv", str(venv)])
+        own = next((venv / "lib").glob("python*/site-packages"))
+        (own / "shared.pth").write_text("".join(f"{place}\n" for place in shared))
         pip = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check", "install"]
-        step(say, f"installing {' '.join(LM_EVAL)}", [*pip, *LM_EVAL])
-        (LM_EVAL_VENV / STAMP).write_text(wanted)
+        step(say, f"installing {' '.join(packages)}", [*pip, *packages])
+        (venv / STAMP).write_text(wanted)
     return python
 
 

@@ -85,12 +85,12 @@ def cache_directory() -> Path:
     return Path("~/.cache/tandem/bench").expanduser()
 
 
-def write(directory: Path, shape: Shape) -> None:
+def write(directory: Path, shape: Shape, seed: int = SEED) -> None:
     """The whole checkpoint into a new directory, config.json last."""
     from safetensors.torch import save_file
 
     directory.mkdir(parents=True)
-    save_file(tensors(shape), directory / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors(shape, seed), directory / "model.safetensors", metadata={"format": "pt"})
     ids = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID}
     files: dict[str, dict[str, Any]] = {
         "tokenizer.json": tokenizer(shape.vocab_size),
@@ -138,7 +138,7 @@ def config(shape: Shape) -> dict[str, Any]:
     }
 
 
-def tensors(shape: Shape) -> dict[str, Any]:
+def tensors(shape: Shape, seed: int = SEED) -> dict[str, Any]:
     """Names and bfloat16 tensors of the checkpoint, drawn one after another from one seeded generator.
 
     Matrices [outs, ins] have deviation ins ** -0.5 and norms lie about 1, so that activations stay near 1 and greedy
@@ -146,7 +146,7 @@ def tensors(shape: Shape) -> dict[str, Any]:
     """
     import torch
 
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator().manual_seed(seed)
 
     def matrix(outs: int, ins: int) -> torch.Tensor:
         return (torch.randn(outs, ins, generator=generator) * ins**-0.5).to(torch.bfloat16)

@@ -3,8 +3,21 @@
 A row's bits depend on nothing but that row in all of them.
 """
 
+from .activations import gelu, gelu_tanh, silu_and_mul
 from .attention import paged_attention
+from .low_rank import lora
 from .product import pack, packed_linear
 from .rows import layer_norm, qk_norm_rotary_and_write_kv, rms_norm
 
-__all__ = ["layer_norm", "pack", "packed_linear", "paged_attention", "qk_norm_rotary_and_write_kv", "rms_norm"]
+__all__ = [
+    "gelu",
+    "gelu_tanh",
+    "layer_norm",
+    "lora",
+    "pack",
+    "packed_linear",
+    "paged_attention",
+    "qk_norm_rotary_and_write_kv",
+    "rms_norm",
+    "silu_and_mul",
+]

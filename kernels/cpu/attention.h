@@ -253,17 +253,17 @@ INLINE long positions_of(const Shape& shape) {
 
 // A sequence's last positions take longest: the pieces are handed out from the last to the first.
 template <class T>
-void attention(const T* q, const T* k_pages, const T* v_pages, T* out, const Step& step, const Shape& shape) {
-    static thread_local Room room, list;
+void attention(const T* q, const T* k_pages, const T* v_pages, T* out, const Step& step, const Shape& shape, int threads) {
+    static thread_local Room list;
     const long piece = positions_of(shape);
-    T blank[WIDEST_HEAD];
-    memset(blank, 0, sizeof(T) * shape.size);
     int32_t* ends = (int32_t*)list.of(step.sequences);  // pieces of the sequences up to each
     long total = 0;
     for (long b = 0; b < step.sequences; ++b)
         ends[b] = (int32_t)(total += (step.starts[b + 1] - step.starts[b] + piece - 1) / piece);
-#pragma omp for schedule(dynamic, 1)
-    for (long item = 0; item < total * shape.kv_heads; ++item) {
+    const auto work = [=](long item) {
+        static thread_local Room room;
+        T blank[WIDEST_HEAD];
+        memset(blank, 0, sizeof(T) * shape.size);
         const long place = total - 1 - item / shape.kv_heads;
         long b = 0;
         for (long step_down = step.sequences; step_down > 0;) {  // how many sequences end at or before this piece
@@ -274,15 +274,15 @@ void attention(const T* q, const T* k_pages, const T* v_pages, T* out, const Ste
             } else step_down = half;
         }
         const long rows = step.starts[b + 1] - step.starts[b], first = (place - (b ? ends[b - 1] : 0)) * piece;
-        const long count = rows - first < piece ? rows - first : piece;
-        if (step.lengths[b] == 0) {
-            memset(out + (step.starts[b] + first) * shape.heads * shape.size, 0,
-                   sizeof(T) * count * shape.heads * shape.size);
-            continue;
-        }
-        attend(q, k_pages, v_pages, out, step, shape, b, step.starts[b] + first, count,
-               step.lengths[b] - rows + first, item % shape.kv_heads, blank, room);
-    }
+        const long count = rows - first < piece ? rows - first : piece, size = shape.heads * shape.size;
+        if (step.lengths[b] == 0) memset(out + (step.starts[b] + first) * size, 0, sizeof(T) * count * size);
+        else
+            attend(q, k_pages, v_pages, out, step, shape, b, step.starts[b] + first, count, step.lengths[b] - rows + first,
+                   item % shape.kv_heads, blank, room);
+    };
+    each(total * shape.kv_heads, 1, threads, [&](long first, long end) {
+        for (long item = first; item < end; ++item) work(item);
+    });
 }
 
 }  // namespace

@@ -17,6 +17,19 @@ struct Linear {
     long rows, ins, outs, activation, type, w_type;
 };
 
+struct Lora {
+    const void *x, *a, *b;
+    const int64_t *slots, *outs;
+    void* y;
+    long rows, ins, parts, rank, type;
+};
+
+struct Activate {
+    const void* x;
+    void* y;
+    long rows, outs, activation, type;
+};
+
 struct Norm {
     const void* x;
     void* residual;  // may be null
@@ -46,9 +59,11 @@ struct Attention {
 };
 
 struct Kernels {
-    void (*pack)(const Pack&);
-    void (*linear)(const Linear&);
-    void (*norm)(const Norm&);
-    void (*rotary)(const Rotary&);
-    void (*attention)(const Attention&);
+    void (*pack)(const Pack&, int threads);
+    void (*linear)(const Linear&, int threads);
+    void (*lora)(const Lora&, int threads);
+    void (*activate)(const Activate&, int threads);
+    void (*norm)(const Norm&, int threads);
+    void (*rotary)(const Rotary&, int threads);
+    void (*attention)(const Attention&, int threads);
 };

@@ -1,79 +1,124 @@
 // The functions that Python calls (native.py), for one instruction set. Number types: 0 float32, 1 bfloat16.
 
 #include "attention.h"
+#include "low_rank.h"
 
 namespace {
 
 // Multiplications, or elements of rows, below which a second thread costs more than it brings.
 constexpr long FEW_PRODUCTS = 1 << 18, FEW_ELEMENTS = 1 << 15;
 
-void run_pack(const Pack& a) {
-    if (a.type) pack((const bf16*)a.w, (bf16*)a.into, a.outs, a.ins);
-    else pack((const float*)a.w, (float*)a.into, a.outs, a.ins);
+void run_pack(const Pack& a, int threads) {
+    if (a.type) pack((const bf16*)a.w, (bf16*)a.into, a.outs, a.ins, threads);
+    else pack((const float*)a.w, (float*)a.into, a.outs, a.ins, threads);
 }
 
-void run_linear(const Linear& a) {
-#pragma omp parallel if (a.rows * a.ins * a.outs >= FEW_PRODUCTS)
-    {
-        if (a.type == 0) {
-            const float* x = (const float*)a.x;
-            if (a.w_type) linear(x, (const bf16*)a.w, (const float*)a.bias, (float*)a.y, a.rows, a.ins, a.outs, a.activation);
-            else linear(x, (const float*)a.w, (const float*)a.bias, (float*)a.y, a.rows, a.ins, a.outs, a.activation);
-        } else {
-            const bf16* x = (const bf16*)a.x;
+template <class X, class W, class T>
+void linear_of(const Linear& a, const X* x, T* y, int threads) {
+    linear(x, (const W*)a.w, (const T*)a.bias, y, a.rows, a.ins, a.outs, a.activation, threads);
+}
+
+void run_linear(const Linear& a, int threads) {
+    if (a.rows * a.ins * a.outs < FEW_PRODUCTS) threads = 1;
+    if (a.type == 0) {
+        if (a.w_type) linear_of<float, bf16>(a, (const float*)a.x, (float*)a.y, threads);
+        else linear_of<float, float>(a, (const float*)a.x, (float*)a.y, threads);
+        return;
+    }
+    const bf16* x = (const bf16*)a.x;
 #if TANDEM_BF16_PRODUCTS
-            linear(x, (const bf16*)a.w, (const bf16*)a.bias, (bf16*)a.y, a.rows, a.ins, a.outs, a.activation);
+    linear_of<bf16, bf16>(a, x, (bf16*)a.y, threads);
 #else
-#pragma omp for schedule(static)
-            for (long row = 0; row < a.rows; ++row) {
-                long i = row * a.ins, end = i + a.ins;
-                for (; i + 16 <= end; i += 16) store(a.wide_x + i, load(x + i));
-                for (; i < end; ++i) a.wide_x[i] = wide(x[i]);
-            }
-            linear((const float*)a.wide_x, (const bf16*)a.w, (const bf16*)a.bias, (bf16*)a.y, a.rows, a.ins, a.outs,
-                   a.activation);
-#endif
+    each(a.rows, part_of(a.rows, threads), threads, [&](long first, long end) {
+        for (long i = first * a.ins; i < end * a.ins; i += 16) {
+            if (i + 16 <= end * a.ins) store(a.wide_x + i, load(x + i));
+            else
+                for (long j = i; j < end * a.ins; ++j) a.wide_x[j] = wide(x[j]);
         }
-    }
+    });
+    linear_of<float, bf16>(a, (const float*)a.wide_x, (bf16*)a.y, threads);
+#endif
 }
 
-template <class T> void norm_of(const Norm& a) {
-    if (a.bias)
-        layer_norm((const T*)a.x, (T*)a.residual, (const T*)a.weight, (const T*)a.bias, (T*)a.y, a.rows, a.size, a.eps);
-    else rms_norm((const T*)a.x, (T*)a.residual, (const T*)a.weight, (T*)a.y, a.rows, a.size, a.eps);
+template <class T> void lora_of(const Lora& a, long width, int threads) {
+    const long lines = a.parts * a.rank;
+    each(a.rows, part_of(a.rows, threads), threads, [&](long first, long end) {
+        for (long row = first; row < end; ++row) {
+            const long adapter = a.slots[row] - 1;
+            if (adapter < 0) continue;
+            const T *down = (const T*)a.a + adapter * lines * a.ins, *up = (const T*)a.b + adapter * a.rank * width;
+            lora((const T*)a.x + row * a.ins, down, up, a.outs, (T*)a.y + row * width, a.ins, a.parts, a.rank, width);
+        }
+    });
 }
 
-void run_norm(const Norm& a) {
-#pragma omp parallel if (a.rows * a.size >= FEW_ELEMENTS)
-    {
-        if (a.type) norm_of<bf16>(a);
-        else norm_of<float>(a);
-    }
+void run_lora(const Lora& a, int threads) {
+    long width = 0, adapted = 0;
+    for (long p = 0; p < a.parts; ++p) width += a.outs[p];
+    for (long row = 0; row < a.rows; ++row) adapted += a.slots[row] != 0;
+    if (adapted * a.rank * (a.parts * a.ins + width) < FEW_PRODUCTS) threads = 1;
+    if (a.type) lora_of<bf16>(a, width, threads);
+    else lora_of<float>(a, width, threads);
 }
 
-template <class T> void rotary_of(const Rotary& a) {
-    rotary_and_write((const T*)a.qkv, (const T*)a.q_norm, (const T*)a.k_norm, a.eps, a.positions, a.cos, a.sin, a.half,
-                     a.interleaved != 0, a.slots, (T*)a.q, (T*)a.k, (T*)a.v, a.rows, a.heads, a.kv_heads, a.size, a.page);
+template <class T> void activate_of(const Activate& a, int threads) {
+    const long width = a.outs * (a.activation == SILU_AND_MUL ? 2 : 1);
+    each(a.rows, part_of(a.rows, threads), threads, [&](long first, long end) {
+        for (long row = first; row < end; ++row)
+            activate((const T*)a.x + row * width, (T*)a.y + row * a.outs, a.outs, a.activation);
+    });
 }
 
-void run_rotary(const Rotary& a) {
-#pragma omp parallel if (a.rows * (a.heads + 2 * a.kv_heads) * a.size >= FEW_ELEMENTS)
-    {
-        if (a.type) rotary_of<bf16>(a);
-        else rotary_of<float>(a);
-    }
+void run_activate(const Activate& a, int threads) {
+    if (a.rows * a.outs < FEW_ELEMENTS) threads = 1;
+    if (a.type) activate_of<bf16>(a, threads);
+    else activate_of<float>(a, threads);
 }
 
-void run_attention(const Attention& a) {
+template <class T> void norm_of(const Norm& a, int threads) {
+    const T *weight = (const T*)a.weight, *bias = (const T*)a.bias;
+    each(a.rows, part_of(a.rows, threads), threads, [&](long first, long end) {
+        for (long row = first; row < end; ++row) {
+            const T* x = (const T*)a.x + row * a.size;
+            T *residual = a.residual ? (T*)a.residual + row * a.size : nullptr, *y = (T*)a.y + row * a.size;
+            if (bias) layer_norm(x, residual, weight, bias, y, a.size, a.eps);
+            else rms_norm(x, residual, weight, y, a.size, a.eps);
+        }
+    });
+}
+
+void run_norm(const Norm& a, int threads) {
+    if (a.rows * a.size < FEW_ELEMENTS) threads = 1;
+    if (a.type) norm_of<bf16>(a, threads);
+    else norm_of<float>(a, threads);
+}
+
+template <class T> void rotary_of(const Rotary& a, int threads) {
+    each(a.rows, part_of(a.rows, threads), threads, [&](long first, long end) {
+        for (long row = first; row < end; ++row) {
+            const T* qkv = (const T*)a.qkv + row * (a.heads + 2 * a.kv_heads) * a.size;
+            const long angles = a.positions[row] * a.half;
+            rotary_and_write(qkv, (const T*)a.q_norm, (const T*)a.k_norm, a.eps, a.cos + angles, a.sin + angles, a.half,
+                             a.interleaved != 0, a.slots[row], (T*)a.q + row * a.heads * a.size, (T*)a.k, (T*)a.v, a.heads,
+                             a.kv_heads, a.size, a.page);
+        }
+    });
+}
+
+void run_rotary(const Rotary& a, int threads) {
+    if (a.rows * (a.heads + 2 * a.kv_heads) * a.size < FEW_ELEMENTS) threads = 1;
+    if (a.type) rotary_of<bf16>(a, threads);
+    else rotary_of<float>(a, threads);
+}
+
+void run_attention(const Attention& a, int threads) {
     const Step step = {a.starts, a.lengths, a.table, a.sequences, a.table_width};
     const Shape shape = {a.heads, a.kv_heads, a.size, a.page, a.scale, a.alibi, a.window, a.softcap};
     long pairs = 0;
     for (long b = 0; b < a.sequences; ++b) pairs += (long)(a.starts[b + 1] - a.starts[b]) * a.lengths[b];
-#pragma omp parallel if (pairs * a.heads * a.size >= FEW_PRODUCTS)
-    {
-        if (a.type) attention((const bf16*)a.q, (const bf16*)a.k, (const bf16*)a.v, (bf16*)a.out, step, shape);
-        else attention((const float*)a.q, (const float*)a.k, (const float*)a.v, (float*)a.out, step, shape);
-    }
+    if (pairs * a.heads * a.size < FEW_PRODUCTS) threads = 1;
+    if (a.type) attention((const bf16*)a.q, (const bf16*)a.k, (const bf16*)a.v, (bf16*)a.out, step, shape, threads);
+    else attention((const float*)a.q, (const float*)a.k, (const float*)a.v, (float*)a.out, step, shape, threads);
 }
 
 }  // namespace

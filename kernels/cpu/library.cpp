@@ -22,9 +22,11 @@ int tandem_best_set() {
     return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
 }
 
-void tandem_pack(int set, const Pack* a) { SETS[set]->pack(*a); }
-void tandem_linear(int set, const Linear* a) { SETS[set]->linear(*a); }
-void tandem_norm(int set, const Norm* a) { SETS[set]->norm(*a); }
-void tandem_rotary(int set, const Rotary* a) { SETS[set]->rotary(*a); }
-void tandem_attention(int set, const Attention* a) { SETS[set]->attention(*a); }
+void tandem_pack(int set, int threads, const Pack* a) { SETS[set]->pack(*a, threads); }
+void tandem_linear(int set, int threads, const Linear* a) { SETS[set]->linear(*a, threads); }
+void tandem_lora(int set, int threads, const Lora* a) { SETS[set]->lora(*a, threads); }
+void tandem_activate(int set, int threads, const Activate* a) { SETS[set]->activate(*a, threads); }
+void tandem_norm(int set, int threads, const Norm* a) { SETS[set]->norm(*a, threads); }
+void tandem_rotary(int set, int threads, const Rotary* a) { SETS[set]->rotary(*a, threads); }
+void tandem_attention(int set, int threads, const Attention* a) { SETS[set]->attention(*a, threads); }
 }

@@ -1,8 +1,8 @@
 """The shared library with the C++ kernels of this directory, and calls of it.
 
 Setuptools builds it when Tandem is installed (pyproject.toml). Where it cannot be built (no C++ compiler, a processor
-that is no x86-64), and where the processor lacks AVX2, the definitions compute instead. It uses torch's own threads:
-its OpenMP calls find the runtime that torch brought along.
+that is no x86-64), and where the processor lacks AVX2, the definitions compute instead. It has threads of its own
+(crew.h), as many as torch is set to use.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 SETS = ("none", "AVX2", "AVX-512", "AVX-512 with bfloat16 products")  # by number, see library.cpp
 WIDEST_HEAD = 1024
+MOST_INNER = 4096  # matrices · rank of `lora`
 
 _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 
@@ -33,6 +34,8 @@ def _fields(names: str, kind: Any) -> dict[str, Any]:
 
 Pack = _call(**_fields("w into", _POINTER), **_fields("outs ins type", _LONG))
 Linear = _call(**_fields("x w bias y wide_x", _POINTER), **_fields("rows ins outs activation type w_type", _LONG))
+Lora = _call(**_fields("x a b slots outs y", _POINTER), **_fields("rows ins parts rank type", _LONG))
+Activate = _call(**_fields("x y", _POINTER), **_fields("rows outs activation type", _LONG))
 Norm = _call(**_fields("x residual weight bias y", _POINTER), **_fields("rows size type", _LONG), eps=_FLOAT)
 Rotary = _call(
     **_fields("qkv q_norm k_norm positions cos sin slots q k v", _POINTER),
@@ -54,7 +57,7 @@ class Native:
     set: int
 
     def run(self, name: str, call: ctypes.Structure) -> None:
-        getattr(self.library, name)(self.set, ctypes.byref(call))
+        getattr(self.library, name)(self.set, torch.get_num_threads(), ctypes.byref(call))
 
 
 @cache

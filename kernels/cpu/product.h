@@ -6,6 +6,7 @@
 
 #pragma once
 
+#include "crew.h"
 #include "lanes.h"
 
 namespace {
@@ -85,9 +86,9 @@ void multiply(long rows, const X* x, long x_step, const W* const* w, long count,
         float* to = c + first * COLUMNS;
         long p = 0;
         // Few rows are few chains of additions: several panels at a time fill the pipelines.
-        if (here == 1)
+        if (here <= TILE / 4)
             for (; p + 4 <= count; p += 4)
-                tile<1, 4>(from, x_step, w + p, depth, to + p * c_step * COLUMNS, c_step, fresh);
+                rows_of<TILE / 4, 4>(here, from, x_step, w + p, depth, to + p * c_step * COLUMNS, c_step, fresh);
         if (here <= TILE / 2 || TANDEM_AVX512)
             for (; p + 2 <= count; p += 2)
                 rows_of<TANDEM_AVX512 ? TILE : TILE / 2, 2>(here, from, x_step, w + p, depth, to + p * c_step * COLUMNS,
@@ -127,73 +128,92 @@ INLINE Lanes as_stored(bf16, Lanes x) {
 
 // y [rows, outs] = activation(x [rows, ins] · Wᵀ + bias), rounded to T before the activation as well. `x` holds the same
 // as rows of T where the processor multiplies T itself, else as float32. silu_and_mul: W holds gate above up, `outs` each.
+// Here its `count` panels of the result from `first` on; there are at most ROWS rows.
 template <class T, class X, class W>
-void linear(const X* x, const W* w, const T* bias, T* y, long rows, long ins, long outs, int activation) {
+void some_panels(const X* x, const W* w, const T* bias, T* y, long rows, long ins, long outs, int activation, long first,
+                 long count) {
     const bool gated = activation == SILU_AND_MUL;
-    const long panels = (outs + COLUMNS - 1) / COLUMNS;
-    const long group = gated ? 2 : 4;  // panels of the result that are computed together
-    const long items = (panels + group - 1) / group;
-    const long chunk = items / 32 > 1 ? items / 32 : 1;
-    for (long top = 0; top < rows; top += ROWS) {
-        const long here = rows - top < ROWS ? rows - top : ROWS;
-#pragma omp for schedule(dynamic, chunk) nowait
-        for (long item = 0; item < items; ++item) {
-            float c[4 * ROWS * COLUMNS];
-            const W* starts[4];
-            const long first = item * group, count = panels - first < group ? panels - first : group;
-            const long all_panels = gated ? 2 * count : count;
-            for (long k = 0; k < ins; k += DEPTH) {
-                for (long p = 0; p < all_panels; ++p)
-                    starts[p] = panel_of(w, p < count ? first + p : panels + first + p - count, ins) + k * COLUMNS;
-                multiply(here, x + top * ins + k, ins, starts, all_panels, ins - k < DEPTH ? ins - k : DEPTH, c, here,
-                         k == 0);
-            }
-            for (long p = 0; p < count; ++p) {
-                const long column = (first + p) * COLUMNS, width = outs - column < COLUMNS ? outs - column : COLUMNS;
-                const bool whole = width == COLUMNS;
-                Lanes b = zeros(), b_up = zeros();
-                if (bias) {
-                    b = whole ? load(bias + column) : load_some(bias + column, width);
-                    if (gated) b_up = load(bias + outs + column);
-                }
-                for (long r = 0; r < here; ++r) {
-                    Lanes v = load(c + (p * here + r) * COLUMNS) + b;
-                    if (activation != NONE) v = as_stored(T(), v);
-                    if (gated) v = silu(v) * as_stored(T(), load(c + ((count + p) * here + r) * COLUMNS) + b_up);
-                    if (activation == GELU_TANH) v = gelu_tanh(v);
-                    if (activation == GELU) v = gelu(v);
-                    T* to = y + (top + r) * outs + column;
-                    if (whole) store(to, v);
-                    else store_some(to, v, width);
-                }
-            }
+    const long panels = (outs + COLUMNS - 1) / COLUMNS, all_panels = gated ? 2 * count : count;
+    float c[4 * ROWS * COLUMNS];
+    const W* starts[4];
+    for (long k = 0; k < ins; k += DEPTH) {
+        for (long p = 0; p < all_panels; ++p)
+            starts[p] = panel_of(w, p < count ? first + p : panels + first + p - count, ins) + k * COLUMNS;
+        multiply(rows, x + k, ins, starts, all_panels, ins - k < DEPTH ? ins - k : DEPTH, c, rows, k == 0);
+    }
+    for (long p = 0; p < count; ++p) {
+        const long column = (first + p) * COLUMNS, width = outs - column < COLUMNS ? outs - column : COLUMNS;
+        const bool whole = width == COLUMNS;
+        Lanes b = zeros(), b_up = zeros();
+        if (bias) {
+            b = whole ? load(bias + column) : load_some(bias + column, width);
+            if (gated) b_up = load(bias + outs + column);
+        }
+        for (long r = 0; r < rows; ++r) {
+            Lanes v = load(c + (p * rows + r) * COLUMNS) + b;
+            if (activation != NONE) v = as_stored(T(), v);
+            if (gated) v = silu(v) * as_stored(T(), load(c + ((count + p) * rows + r) * COLUMNS) + b_up);
+            if (activation == GELU_TANH) v = gelu_tanh(v);
+            if (activation == GELU) v = gelu(v);
+            T* to = y + r * outs + column;
+            if (whole) store(to, v);
+            else store_some(to, v, width);
         }
     }
 }
 
-// Panels of W [outs, ins], what is beyond `outs` 0.
-void pack(const bf16* w, bf16* into, long outs, long ins) {
-#pragma omp parallel for schedule(static)
-    for (long panel = 0; panel < (outs + COLUMNS - 1) / COLUMNS; ++panel) {
-        bf16* to = into + panel * ins * COLUMNS;
-        for (long k = 0; k < ins; k += 2)
-            for (long column = 0; column < COLUMNS; ++column, to += 2) {
-                const bool there = panel * COLUMNS + column < outs;
-                const bf16* from = w + (panel * COLUMNS + column) * ins + k;
-                to[0] = there ? from[0] : 0;
-                to[1] = there ? from[1] : 0;
-            }
+// All of it.
+template <class T, class X, class W>
+void linear(const X* x, const W* w, const T* bias, T* y, long rows, long ins, long outs, int activation, int threads) {
+    const long panels = (outs + COLUMNS - 1) / COLUMNS;
+    const long group = activation == SILU_AND_MUL ? 2 : 4;  // panels of the result that are computed together
+    const long groups = (panels + group - 1) / group, blocks = (rows + ROWS - 1) / ROWS;
+    each(blocks * groups, groups / 32 > 1 ? groups / 32 : 1, threads, [=](long begin, long end) {
+        for (long item = begin; item < end; ++item) {
+            const long top = item / groups * ROWS, first = item % groups * group;
+            some_panels(x + top * ins, w, bias, y + top * outs, rows - top < ROWS ? rows - top : ROWS, ins, outs, activation,
+                        first, panels - first < group ? panels - first : group);
+        }
+    });
+}
+
+// to [outs] = activation(x) for one row, the bits that `linear` gives behind a product. silu_and_mul: x has gate, then up.
+template <class T> void activate(const T* from, T* to, long outs, int activation) {
+    for (long column = 0; column < outs; column += COLUMNS) {
+        const long width = outs - column;
+        const bool whole = width >= COLUMNS;
+        Lanes v = whole ? load(from + column) : load_some(from + column, width);
+        if (activation == SILU_AND_MUL)
+            v = silu(v) * (whole ? load(from + outs + column) : load_some(from + outs + column, width));
+        if (activation == GELU_TANH) v = gelu_tanh(v);
+        if (activation == GELU) v = gelu(v);
+        if (whole) store(to + column, v);
+        else store_some(to + column, v, width);
     }
 }
 
-void pack(const float* w, float* into, long outs, long ins) {
-#pragma omp parallel for schedule(static)
-    for (long panel = 0; panel < (outs + COLUMNS - 1) / COLUMNS; ++panel) {
-        float* to = into + panel * ins * COLUMNS;
-        for (long k = 0; k < ins; ++k)
-            for (long column = 0; column < COLUMNS; ++column)
-                *to++ = panel * COLUMNS + column < outs ? w[(panel * COLUMNS + column) * ins + k] : 0;
-    }
+// Panels of W [outs, ins], what is beyond `outs` 0.
+void pack_panel(const bf16* w, bf16* to, long panel, long outs, long ins) {
+    for (long k = 0; k < ins; k += 2)
+        for (long column = 0; column < COLUMNS; ++column, to += 2) {
+            const bool there = panel * COLUMNS + column < outs;
+            const bf16* from = w + (panel * COLUMNS + column) * ins + k;
+            to[0] = there ? from[0] : 0;
+            to[1] = there ? from[1] : 0;
+        }
+}
+
+void pack_panel(const float* w, float* to, long panel, long outs, long ins) {
+    for (long k = 0; k < ins; ++k)
+        for (long column = 0; column < COLUMNS; ++column)
+            *to++ = panel * COLUMNS + column < outs ? w[(panel * COLUMNS + column) * ins + k] : 0;
+}
+
+template <class W> void pack(const W* w, W* into, long outs, long ins, int threads) {
+    const long panels = (outs + COLUMNS - 1) / COLUMNS;
+    each(panels, part_of(panels, threads), threads, [=](long first, long end) {
+        for (long panel = first; panel < end; ++panel) pack_panel(w, into + panel * ins * COLUMNS, panel, outs, ins);
+    });
 }
 
 }  // namespace

@@ -9,67 +9,54 @@ namespace {
 constexpr long WIDEST_HEAD = 1024;
 
 // Adds x to the residual, if there is one, and normalises the sum. Each result is rounded to T as the definition does.
-template <class T>
-void rms_norm(const T* x, T* residual, const T* weight, T* y, long rows, long size, float eps) {
-#pragma omp for schedule(static)
-    for (long row = 0; row < rows; ++row) {
-        const T* from = x + row * size;
-        T* to = y + row * size;
-        Lanes squares = zeros();
-        long i = 0;
-        if (residual) {
-            T* sums = residual + row * size;
-            for (; i + 16 <= size; i += 16) store(sums + i, load(sums + i) + load(from + i));
-            for (; i < size; ++i) narrow(sums + i, wide(sums[i]) + wide(from[i]));
-            from = sums;
-        }
-        for (i = 0; i + 16 <= size; i += 16) {
-            Lanes v = load(from + i);
-            squares = fma(v, v, squares);
-        }
-        if (i < size) {
-            Lanes v = load_some(from + i, size - i);
-            squares = fma(v, v, squares);
-        }
-        const float scale = 1.0f / __builtin_sqrtf(sum(squares) / (float)size + eps);
-        for (i = 0; i + 16 <= size; i += 16)
-            store(to + i, as_stored(T(), load(from + i) * all(scale)) * load(weight + i));
-        if (i < size) {
-            Lanes v = as_stored(T(), load_some(from + i, size - i) * all(scale));
-            store_some(to + i, v * load_some(weight + i, size - i), size - i);
-        }
+template <class T> void rms_norm(const T* from, T* residual, const T* weight, T* to, long size, float eps) {
+    Lanes squares = zeros();
+    long i = 0;
+    if (residual) {
+        for (; i + 16 <= size; i += 16) store(residual + i, load(residual + i) + load(from + i));
+        for (; i < size; ++i) narrow(residual + i, wide(residual[i]) + wide(from[i]));
+        from = residual;
+    }
+    for (i = 0; i + 16 <= size; i += 16) {
+        Lanes v = load(from + i);
+        squares = fma(v, v, squares);
+    }
+    if (i < size) {
+        Lanes v = load_some(from + i, size - i);
+        squares = fma(v, v, squares);
+    }
+    const float scale = 1.0f / __builtin_sqrtf(sum(squares) / (float)size + eps);
+    for (i = 0; i + 16 <= size; i += 16)
+        store(to + i, as_stored(T(), load(from + i) * all(scale)) * load(weight + i));
+    if (i < size) {
+        Lanes v = as_stored(T(), load_some(from + i, size - i) * all(scale));
+        store_some(to + i, v * load_some(weight + i, size - i), size - i);
     }
 }
 
 template <class T>
-void layer_norm(const T* x, T* residual, const T* weight, const T* bias, T* y, long rows, long size, float eps) {
-#pragma omp for schedule(static)
-    for (long row = 0; row < rows; ++row) {
-        const T* from = x + row * size;
-        T* to = y + row * size;
-        Lanes total = zeros(), squares = zeros();
-        long i = 0;
-        if (residual) {
-            T* sums = residual + row * size;
-            for (; i + 16 <= size; i += 16) store(sums + i, load(sums + i) + load(from + i));
-            for (; i < size; ++i) narrow(sums + i, wide(sums[i]) + wide(from[i]));
-            from = sums;
-        }
-        for (i = 0; i + 16 <= size; i += 16) total = total + load(from + i);
-        if (i < size) total = total + load_some(from + i, size - i);
-        const float mean = sum(total) / (float)size;
-        for (i = 0; i + 16 <= size; i += 16) {
-            Lanes v = load(from + i) - all(mean);
-            squares = fma(v, v, squares);
-        }
-        float rest = 0;
-        for (; i < size; ++i) rest += (wide(from[i]) - mean) * (wide(from[i]) - mean);
-        const float scale = 1.0f / __builtin_sqrtf((sum(squares) + rest) / (float)size + eps);
-        for (i = 0; i + 16 <= size; i += 16)
-            store(to + i, fma((load(from + i) - all(mean)) * all(scale), load(weight + i), load(bias + i)));
-        for (; i < size; ++i)
-            narrow(to + i, __builtin_fmaf((wide(from[i]) - mean) * scale, wide(weight[i]), wide(bias[i])));
+void layer_norm(const T* from, T* residual, const T* weight, const T* bias, T* to, long size, float eps) {
+    Lanes total = zeros(), squares = zeros();
+    long i = 0;
+    if (residual) {
+        for (; i + 16 <= size; i += 16) store(residual + i, load(residual + i) + load(from + i));
+        for (; i < size; ++i) narrow(residual + i, wide(residual[i]) + wide(from[i]));
+        from = residual;
     }
+    for (i = 0; i + 16 <= size; i += 16) total = total + load(from + i);
+    if (i < size) total = total + load_some(from + i, size - i);
+    const float mean = sum(total) / (float)size;
+    for (i = 0; i + 16 <= size; i += 16) {
+        Lanes v = load(from + i) - all(mean);
+        squares = fma(v, v, squares);
+    }
+    float rest = 0;
+    for (; i < size; ++i) rest += (wide(from[i]) - mean) * (wide(from[i]) - mean);
+    const float scale = 1.0f / __builtin_sqrtf((sum(squares) + rest) / (float)size + eps);
+    for (i = 0; i + 16 <= size; i += 16)
+        store(to + i, fma((load(from + i) - all(mean)) * all(scale), load(weight + i), load(bias + i)));
+    for (; i < size; ++i)
+        narrow(to + i, __builtin_fmaf((wide(from[i]) - mean) * scale, wide(weight[i]), wide(bias[i])));
 }
 
 // Rotary embedding of the first 2 · `half` elements of a head [size] in place, float32. See ops.py for the formula.
@@ -95,39 +82,35 @@ void rotate(float* head, const float* cos, const float* sin, long half, bool int
     }
 }
 
-// qkv [rows, N + 2 K, size] -> q [rows, N, size]; k and v into pages [P, K, page, size] at slots. `norms`: weights of an RMS
-// norm over each head of q, then of k; null without. `half` 0: nothing is rotated.
+// A row of qkv [N + 2 K, size] -> q [N, size]; k and v into pages [P, K, page, size] at `slot`. `norms`: weights of an RMS norm
+// over each head of q, then of k; null without. `half` 0: nothing is rotated.
 template <class T>
-void rotary_and_write(const T* qkv, const T* q_norm, const T* k_norm, float eps, const int64_t* positions,
-                             const float* cos, const float* sin, long half, bool interleaved, const int64_t* slots,
-                             T* q, T* k_pages, T* v_pages, long rows, long queries, long kv_heads, long size, long page) {
-#pragma omp for schedule(static)
-    for (long row = 0; row < rows; ++row) {
-        const T* from = qkv + row * (queries + 2 * kv_heads) * size;
-        const long block = slots[row] / page, offset = slots[row] % page;
-        float head[WIDEST_HEAD];
-        for (long h = 0; h < queries + kv_heads; ++h, from += size) {
-            const T* norm = h < queries ? q_norm : k_norm;
-            long i = 0;
-            for (; i + 16 <= size; i += 16) store(head + i, load(from + i));
-            for (; i < size; ++i) head[i] = wide(from[i]);
-            if (norm) {
-                Lanes squares = zeros();
-                for (i = 0; i + 16 <= size; i += 16) squares = fma(load(head + i), load(head + i), squares);
-                float total = sum(squares);
-                for (; i < size; ++i) total += head[i] * head[i];
-                const float scale = 1.0f / __builtin_sqrtf(total / (float)size + eps);
-                for (i = 0; i < size; ++i) head[i] = head[i] * scale * wide(norm[i]);
-            }
-            if (half) rotate(head, cos + positions[row] * half, sin + positions[row] * half, half, interleaved);
-            T* to = h < queries ? q + (row * queries + h) * size
-                                : k_pages + ((block * kv_heads + h - queries) * page + offset) * size;
-            for (i = 0; i + 16 <= size; i += 16) store(to + i, load(head + i));
-            for (; i < size; ++i) narrow(to + i, head[i]);
+void rotary_and_write(const T* from, const T* q_norm, const T* k_norm, float eps, const float* cos, const float* sin,
+                      long half, bool interleaved, long slot, T* q, T* k_pages, T* v_pages, long queries, long kv_heads,
+                      long size, long page) {
+    const long block = slot / page, offset = slot % page;
+    float head[WIDEST_HEAD];
+    for (long h = 0; h < queries + kv_heads; ++h, from += size) {
+        const T* norm = h < queries ? q_norm : k_norm;
+        long i = 0;
+        for (; i + 16 <= size; i += 16) store(head + i, load(from + i));
+        for (; i < size; ++i) head[i] = wide(from[i]);
+        if (norm) {
+            Lanes squares = zeros();
+            for (i = 0; i + 16 <= size; i += 16) squares = fma(load(head + i), load(head + i), squares);
+            float total = sum(squares);
+            for (; i < size; ++i) total += head[i] * head[i];
+            const float scale = 1.0f / __builtin_sqrtf(total / (float)size + eps);
+            for (i = 0; i < size; ++i) head[i] = head[i] * scale * wide(norm[i]);
         }
-        for (long h = 0; h < kv_heads; ++h, from += size)
-            memcpy(v_pages + ((block * kv_heads + h) * page + offset) * size, from, size * sizeof(T));
+        if (half) rotate(head, cos, sin, half, interleaved);
+        T* to = h < queries ? q + h * size
+                            : k_pages + ((block * kv_heads + h - queries) * page + offset) * size;
+        for (i = 0; i + 16 <= size; i += 16) store(to + i, load(head + i));
+        for (; i < size; ++i) narrow(to + i, head[i]);
     }
+    for (long h = 0; h < kv_heads; ++h, from += size)
+        memcpy(v_pages + ((block * kv_heads + h) * page + offset) * size, from, size * sizeof(T));
 }
 
 }  // namespace

@@ -5,6 +5,7 @@ from .attention import paged_attention
 from .attention_work import attention_work
 from .linear import linear
 from .logprobs import token_logprobs
+from .lora import lora
 from .norm import layer_norm, rms_norm
 from .pages import copy_pages
 from .rotary import qk_norm_rotary_and_write_kv
@@ -18,6 +19,7 @@ __all__ = [
     "gelu_tanh",
     "layer_norm",
     "linear",
+    "lora",
     "paged_attention",
     "qk_norm_rotary_and_write_kv",
     "rms_norm",

@@ -1,6 +1,6 @@
 """Log-probabilities of given tokens, their ranks and the most likely beside them.
 
-    value = x_target - log sum_v exp(x_v)        rank = 1 + #{v: x_v > x_target}
+    value = f x_target - log sum_v exp(f x_v)        rank = 1 + #{v: x_v > x_target}        f: the row's factor, or 1
 
 `_part_kernel` over (row, tiles of the vocabulary): the maximum, the sum of exponentials relative to it, the number of
 tokens above the target's; `_join_kernel` puts a row's parts together. The tiles depend on V alone: a token has the same
@@ -26,7 +26,7 @@ BLOCK = 4096
 
 @triton.jit(do_not_specialize=["parts"])
 def _part_kernel(
-    logits, targets, peaks, sums, above, stride, vocab_size, parts, ALL: tl.constexpr, BLOCK: tl.constexpr
+    logits, targets, factors, peaks, sums, above, stride, vocab_size, parts, ALL: tl.constexpr, BLOCK: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -35,17 +35,32 @@ def _part_kernel(
         token = part * BLOCK + tl.arange(0, BLOCK)
         chosen = tl.load(logits + row * stride + tl.maximum(target, 0)).to(tl.float32)
         value = tl.load(logits + row * stride + token, mask=token < vocab_size, other=-float("inf")).to(tl.float32)
+        higher = tl.sum((value > chosen).to(tl.int32), 0)
+        if factors is not None:
+            value *= tl.load(factors + row)
         peak = tl.max(value, 0)
         reference = tl.where(tl.abs(peak) == float("inf"), 0.0, peak)
         place = row * parts + part
         tl.store(peaks + place, peak)
         tl.store(sums + place, tl.sum(tl.exp(value - reference), 0))
-        tl.store(above + place, tl.sum((value > chosen).to(tl.int32), 0))
+        tl.store(above + place, higher)
 
 
 @triton.jit(do_not_specialize=["parts"])
 def _join_kernel(
-    logits, targets, peaks, sums, above, values, ranks, norms, stride, parts, ALL: tl.constexpr, PARTS: tl.constexpr
+    logits,
+    targets,
+    factors,
+    peaks,
+    sums,
+    above,
+    values,
+    ranks,
+    norms,
+    stride,
+    parts,
+    ALL: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
@@ -61,6 +76,8 @@ def _join_kernel(
         norm = best + tl.log(tl.sum(tl.load(sums + place, mask=inside, other=0.0) * weight, 0))
         tl.store(norms + row, norm)
         chosen = tl.load(logits + row * stride + tl.maximum(target, 0)).to(tl.float32)
+        if factors is not None:
+            chosen *= tl.load(factors + row)
         higher = tl.sum(tl.load(above + place, mask=inside, other=0), 0)
         value = tl.where(target >= 0, chosen - norm, 0.0)
         rank = tl.where(target >= 0, higher + 1, 0)
@@ -68,11 +85,14 @@ def _join_kernel(
     tl.store(ranks + row, rank.to(tl.int64))
 
 
-def token_logprobs(logits: Tensor, targets: Tensor, top: int) -> TokenLogprobs:
-    """`ops.token_logprobs`. logits [T, V] may have any stride between rows, none within; targets are contiguous."""
+def token_logprobs(logits: Tensor, targets: Tensor, top: int, factors: Tensor | None = None) -> TokenLogprobs:
+    """`ops.token_logprobs`. logits [T, V] may have any stride between rows, none within; targets and factors are
+    contiguous."""
     rows, vocab_size = logits.shape
     assert logits.stride(1) == 1 or vocab_size == 1
     assert targets.shape == (rows,) and targets.dtype == torch.int64 and targets.is_contiguous()
+    if factors is not None:
+        assert factors.shape == (rows,) and factors.dtype == torch.float32 and factors.is_contiguous()
     device, parts, listed = logits.device, triton.cdiv(vocab_size, BLOCK), top > 0
     values, norms = torch.empty((2, rows), dtype=torch.float32, device=device)
     ranks = torch.empty(rows, dtype=torch.int64, device=device)
@@ -81,11 +101,14 @@ def token_logprobs(logits: Tensor, targets: Tensor, top: int) -> TokenLogprobs:
         above = torch.empty((rows, parts), dtype=torch.int32, device=device)
         found = peaks, sums, above
         _part_kernel[(rows, parts)](
-            logits, targets, *found, logits.stride(0), vocab_size, parts, listed, BLOCK, **options(warps(BLOCK, 32))
+            *(logits, targets, factors, *found, logits.stride(0), vocab_size, parts, listed, BLOCK),
+            **options(warps(BLOCK, 32)),
         )
         width = triton.next_power_of_2(parts)
         _join_kernel[(rows,)](
-            logits, targets, *found, values, ranks, norms, logits.stride(0), parts, listed, width, **options(1)
+            *(logits, targets, factors, *found, values, ranks, norms, logits.stride(0), parts, listed, width),
+            **options(1),
         )
     best = logits.topk(min(top, vocab_size))
-    return TokenLogprobs(values, ranks, best.values.float() - norms.unsqueeze(1), best.indices)
+    likely = best.values.float() if factors is None else best.values.float() * factors.unsqueeze(1)
+    return TokenLogprobs(values, ranks, likely - norms.unsqueeze(1), best.indices)

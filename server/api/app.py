@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping
 
 from fastapi import FastAPI
 
+from .. import compat
 from ..engine.link import EngineClient
 from ..engine.request import ModelCard
 from ..text.text import Text
 from . import chat, completions, embeddings, errors, metrics, models, rewards, state, tokens
 from .options import ApiOptions
-from .security import Gate
+from .rlhf import evaluate, normalize, preferences, rollout, score_group, weights
+from .security import Gate, routes_of
 from .service import Service
 from .traffic import Traffic
 
@@ -33,7 +35,16 @@ def create_app(
     app = FastAPI(title="Tandem", openapi_url=None, redirect_slashes=False)
     app.state.service = Service(client, texts, options, traffic, settings or {})
     errors.install(app)
-    for part in (chat, completions, embeddings, rewards, tokens, models, state, metrics):
-        app.include_router(part.router)
-    app.add_middleware(Gate, api_keys=options.api_keys, observe=traffic.answered)
+    openai, rlhf = (chat, completions, embeddings), (rewards, score_group, evaluate, rollout, normalize, weights)
+    own = [part.router for part in (*openai, *rlhf, preferences, tokens, models, state, metrics)]
+    admins = (normalize.admin, weights.admin, *compat.ADMINS)
+    for router in (*own, *compat.ROUTERS, *admins):
+        app.include_router(router)
+    app.add_middleware(
+        Gate,
+        api_keys=options.api_keys,
+        admin_keys=options.admin_keys,
+        admin_routes=routes_of(*admins),
+        observe=traffic.answered,
+    )
     return app

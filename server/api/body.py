@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
@@ -28,19 +30,58 @@ Body = TypeVar("Body", bound=BaseModel)
 Known = Mapping[str, Field]
 
 
-async def read(request: Request, model: type[Body], known: Known, options: ApiOptions) -> tuple[Body, dict[str, str]]:
-    """The body, and headers to answer with: a warning where unknown fields were let pass."""
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A body's object, and the literals in it that are no JSON numbers (NaN, Infinity)."""
+
+    value: dict[str, Any]
+    constants: list[str]
+
+
+async def read(
+    request: Request, model: type[Body], known: Known, options: ApiOptions, may_be_empty: bool = False
+) -> tuple[Body, dict[str, str]]:
+    """The body, and headers to answer with: a warning where unknown fields were let pass. `may_be_empty`: no body at
+    all is an object without fields."""
+    return checked(await receive(request, options, may_be_empty), model, known, options)
+
+
+async def receive(request: Request, options: ApiOptions, may_be_empty: bool = False) -> Received:
+    """For routes on which more than one kind of body arrives; `checked` is the second half."""
+    sent = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
+    if may_be_empty and not sent:
+        return Received({}, [])
     value, constants = parse(await _bytes(request, options))
     if not isinstance(value, dict):
         raise invalid(f"the body must be a JSON object, not {_kind(value)}")
-    headers = _sort_out(value, known, options.ignore_unknown_fields)
+    return Received(value, constants)
+
+
+def checked(received: Received, model: type[Body], known: Known, options: ApiOptions) -> tuple[Body, dict[str, str]]:
+    """As `read`. Takes fields out of `received`."""
+    headers = sort_out(received.value, known, options.ignore_unknown_fields)
+    body = validated(model, received.value)
+    if received.constants:
+        raise invalid(f"the body is not valid JSON: {received.constants[0]} is no JSON number")
+    return body, headers
+
+
+@contextmanager
+def within(field: str) -> Iterator[None]:
+    """Refusals in it are about what is inside that field."""
     try:
-        body = model.model_validate(value)
+        yield
+    except ApiError as error:
+        inner = f"{field}.{error.param}" if error.param else field
+        raise ApiError(error.status, f"{field}: {error.message}", param=inner, code=error.code) from None
+
+
+def validated(model: type[Body], value: Mapping[str, Any]) -> Body:
+    """Raises ApiError."""
+    try:
+        return model.model_validate(value)
     except ValidationError as error:
         raise of_validation(error) from None
-    if constants:
-        raise invalid(f"the body is not valid JSON: {constants[0]} is no JSON number")
-    return body, headers
 
 
 async def _bytes(request: Request, options: ApiOptions) -> bytes:
@@ -111,7 +152,7 @@ def _too_deep() -> ApiError:
     return invalid(f"the body nests deeper than {MAX_DEPTH} levels")
 
 
-def _sort_out(value: dict[str, Any], known: Known, ignore_unknown: bool) -> dict[str, str]:
+def sort_out(value: dict[str, Any], known: Known, ignore_unknown: bool) -> dict[str, str]:
     """Take out of `value` what is ignored, and what is null; refuse what is refused or unknown."""
     unknown: list[str] = []
     for name in list(value):

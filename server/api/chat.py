@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, cast
 
 from fastapi import APIRouter, Request
@@ -13,15 +13,17 @@ from fastapi.responses import Response
 from ..engine.request import ModelCard
 from ..text.text import Text
 from . import body as bodies
-from . import fields, logprobs
-from .choices import CallDelta, Choice, Delta
+from . import fields, logprobs, ranking
+from .choices import CallDelta, Choice, Delta, best
 from .errors import invalid
 from .generation import Generation, generate
 from .logprobs import Wording
 from .protocol import ChatBody
+from .ranking import Judge
+from .rlhf.prompts import Source
 from .sampling import Length, requests_of
 from .service import Service, check_ids, in_thread_if
-from .streaming import JsonAnswer, Tails, quoted, stream, to_json, whole
+from .streaming import JsonAnswer, Tails, quoted, stream, to_json, unless_gone, whole
 from .structured import grammar_of
 from .tools import Calling, calling_of, shape_of
 
@@ -35,6 +37,7 @@ async def create(request: Request) -> Response:
     card = service.card(body.model, gives="text")
     text = service.texts(card)
     check(body)
+    judge = Judge.of(service, body, card)
     calling = calling_of(body, text)
     answer = await grammar_of(service, body)
     ids = await render(body, card, text, calling)
@@ -64,12 +67,16 @@ async def create(request: Request) -> Response:
     if body.stream:
         return await stream(request, generation, shape, service.options, headers)
     await whole(request, generation)
+    if judge is not None:
+        source = Source("", messages=body.messages, tools=calling.tools)
+        await unless_gone(request, judge.reward(service, body, request.state.request_id, generation, [source]))
     return JsonAnswer(shape.answer(), headers)
 
 
 def check(body: ChatBody) -> None:
     if body.top_logprobs and not body.logprobs:
         raise invalid("top_logprobs is for logprobs: true", "top_logprobs")
+    ranking.check(body, body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens)
 
 
 def continued_text(body: ChatBody) -> str | None:
@@ -138,7 +145,8 @@ class Chat:
         self._generation = generation
         self._wording = Wording(text, body.return_tokens_as_token_ids)
         self._tails = Tails(generation, body.stream_options)
-        self._ids = body.return_token_ids
+        self._ids, self._logprobs, self._n = body.return_token_ids, body.logprobs, body.n
+        self._spans = body.return_weight_spans
         self._about: dict[str, Any] = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "object": "chat.completion.chunk" if body.stream else "chat.completion",
@@ -157,21 +165,23 @@ class Chat:
             )
         return {
             **self._about,
-            "choices": [self._choice(choice) for choice in generation.choices],
+            "choices": [self._choice(index, choice) for index, choice in enumerate(best(part.choices, self._n))],
             "usage": generation.usage(),
             "weight_version": generation.weight_version,
             **extras,
         }
 
-    def _choice(self, choice: Choice) -> dict[str, Any]:
+    def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
         delta = choice.take()
-        columns = delta.logprobs
+        columns = delta.logprobs if self._logprobs else None
         return {
-            "index": choice.index,
+            "index": index,
             "message": {"role": "assistant", **message(delta), "refusal": None},
             "logprobs": logprobs.chat(self._wording, delta.token_ids, columns) if columns else None,
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,
+            **({} if choice.reward is None else {"reward": choice.reward}),
+            **choice.shown_spans(self._spans),
             **({"token_ids": delta.token_ids} if self._ids else {}),
         }
 
@@ -183,7 +193,7 @@ class Chat:
             tail = f'],"prompt_token_ids":{ids}{tail[1:]}'
         return "".join(self._event(choice, delta, None, "", tail) for choice in self._generation.choices)
 
-    def changes(self, choices: Iterable[Choice]) -> str:
+    def changes(self, choices: Sequence[Choice]) -> str:
         events: list[str] = []
         tail = self._tails.next()
         for choice in choices:
@@ -195,7 +205,7 @@ class Chat:
             elif delta.text or columns or extra:
                 events.append(self._event(choice, f'{{"content":{quoted(delta.text)}}}', columns, extra, tail))
             if choice.finish_reason is not None:
-                extra = f',"stop_reason":{to_json(choice.stop_reason)}'
+                extra = "," + to_json({"stop_reason": choice.stop_reason, **choice.shown_spans(self._spans)})[1:-1]
                 events.append(self._event(choice, "{}", None, extra, tail, to_json(choice.finish_reason)))
         return "".join(events)
 

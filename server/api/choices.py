@@ -48,6 +48,28 @@ class Choice:
     waiting: Delta = field(default_factory=Delta)
     reader: Reader | None = None  # None: all text is prose
     calls: int = 0  # begun so far
+    reward: float | None = None  # a reward model's, where choices are ranked by it
+    versions: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])  # of weights, by first token
+
+    def weight_spans(self) -> list[dict[str, int]]:
+        """Which of its tokens, from `start` to before `end`, were drawn by which version of the weights."""
+        firsts = [first for _, first in self.versions] + [self.tokens]
+        ends = [min(first, self.tokens) for first in firsts[1:]]
+        return [
+            {"version": version, "start": first, "end": end}
+            for (version, first), end in zip(self.versions, ends, strict=True)
+            if first < end
+        ]
+
+    def shown_spans(self, asked: bool) -> dict[str, object]:
+        """For an answer: nothing where nobody asked and one version drew all of it."""
+        spans = self.weight_spans()
+        return {"weight_spans": spans} if asked or len(spans) > 1 else {}
+
+    @property
+    def aborted(self) -> bool:
+        """OpenAI's clients know no such reason; the others are told."""
+        return self.finish_reason == "length" and self.stop_reason == "abort"
 
     def push(self, output: Output) -> bool:
         """True when it ended here, by a stop string or its only call, which the engine does not know."""
@@ -61,6 +83,8 @@ class Choice:
         piece = self.detokenizer.push(output.token_ids, output.finish is not None, output.stop_id)
         count = len(output.token_ids)
         waiting = self.waiting
+        if output.earlier_versions or not self.versions or self.versions[-1][0] != output.weight_version:
+            self._note_versions(output)
         if piece.stop is None and output.finish is None and output.logprobs is None and not piece.offsets:
             self.tokens += count
             waiting.token_ids += output.token_ids
@@ -81,12 +105,19 @@ class Choice:
         waiting.token_ids += output.token_ids[:count]
         waiting.offsets += piece.offsets[:count]
         if output.logprobs is not None:
-            waiting.logprobs = _extended(waiting.logprobs, output.logprobs, count)
+            waiting.logprobs = extended(waiting.logprobs, output.logprobs, count)
         ended = piece.stop is not None and output.finish is None
         if self.reader is None:
             waiting.text += piece.text
             return ended
         return self._read(self.reader, piece.text) or ended
+
+    def _note_versions(self, output: Output) -> None:
+        first = self.tokens
+        for version, count in output.runs():
+            if count and (not self.versions or self.versions[-1][0] != version):
+                self.versions.append((version, first))
+            first += count
 
     def _read(self, reader: Reader, text: str) -> bool:
         """True when it has its only call."""
@@ -131,38 +162,47 @@ class Choice:
 
 
 def best(choices: Sequence[Choice], count: int) -> Sequence[Choice]:
-    """Of more choices than that the `count` whose tokens have the highest mean log-probability, the best first.
+    """The `count` best, the best first: by reward where they have one, else of more than `count` those whose tokens
+    have the highest mean log-probability.
 
-    They are finished, nothing of them has been taken, and all have log-probabilities.
+    They are finished, nothing of them has been taken, and all have a reward, or log-probabilities where there are more.
     """
-    if len(choices) <= count:
-        return choices
 
     def mean(choice: Choice) -> float:
         values = choice.waiting.logprobs.values if choice.waiting.logprobs else []
         return sum(values) / len(values) if values else -math.inf
 
-    return sorted(choices, key=mean, reverse=True)[:count]
+    rewards = [choice.reward for choice in choices if choice.reward is not None]
+    if rewards:
+        ranked = sorted(zip(rewards, choices, strict=True), key=lambda pair: -pair[0])
+        return [choice for _, choice in ranked[:count]]
+    return choices if len(choices) <= count else sorted(choices, key=mean, reverse=True)[:count]
 
 
-def _extended(first: Logprobs | None, more: Logprobs, count: int) -> Logprobs:
+def extended(first: Logprobs | None, more: Logprobs, count: int) -> Logprobs:
     first = Logprobs() if first is None else first
     first.values += more.values[:count]
     first.ranks += more.ranks[:count]
     first.top_ids += more.top_ids[:count]
     first.top_values += more.top_values[:count]
+    first.policy += more.policy[:count]
     return first
 
 
 def _one_by_one(output: Output) -> Iterator[Output]:
     """An output per token that together say what `output` says."""
     last, logprobs = len(output.token_ids) - 1, output.logprobs
-    for i, token in enumerate(output.token_ids):
-        single = Output(output.request_id, output.choice, [token], weight_version=output.weight_version)
+    versions = [version for version, count in output.runs() for _ in range(count)]
+    for i, (token, version) in enumerate(zip(output.token_ids, versions, strict=True)):
+        single = Output(output.request_id, output.choice, [token], weight_version=version)
         if logprobs is not None:
             here = slice(i, i + 1)
             single.logprobs = Logprobs(
-                logprobs.values[here], logprobs.ranks[here], logprobs.top_ids[here], logprobs.top_values[here]
+                logprobs.values[here],
+                logprobs.ranks[here],
+                logprobs.top_ids[here],
+                logprobs.top_values[here],
+                logprobs.policy[here],
             )
         if i == last:
             single.finish, single.stop_id = output.finish, output.stop_id

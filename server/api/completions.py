@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -13,16 +13,17 @@ from fastapi.responses import Response
 from ..engine.request import ModelCard
 from ..text.text import Text
 from . import body as bodies
-from . import fields, logprobs
+from . import fields, logprobs, ranking
 from .choices import Choice, Delta, best
 from .echo import Echo, echo_of
-from .errors import invalid
 from .generation import Generation, Part, generate
 from .logprobs import Wording
 from .protocol import CompletionBody
+from .ranking import Judge
+from .rlhf.prompts import source_of
 from .sampling import COMPLETION_TOKENS, Length, requests_of
 from .service import LONG_TEXT, Service, encode, in_thread_if
-from .streaming import JsonAnswer, Tails, quoted, stream, to_json, whole
+from .streaming import JsonAnswer, Tails, quoted, stream, to_json, unless_gone, whole
 from .structured import grammar_of
 
 router = APIRouter()
@@ -47,7 +48,8 @@ async def complete(
 ) -> Response:
     card = service.card(model, gives="text")
     text = service.texts(card)
-    check(body)
+    ranking.check(body, body.max_tokens)
+    judge = Judge.of(service, body, card)
     special = body.add_special_tokens is not False
     grammar = await grammar_of(service, body)
     prompts = await encode(text, body.prompt, special, card, "prompt")
@@ -60,7 +62,6 @@ async def complete(
         "prompt",
         Length("max_tokens", body.max_tokens, COMPLETION_TOKENS, may_be_none=body.echo),
         body.logprobs,
-        drawn=body.best_of,
         prompt_logprobs=body.logprobs if body.echo else None,
         grammar=grammar,
     )
@@ -78,21 +79,10 @@ async def complete(
     if body.stream:
         return await stream(request, generation, shape, service.options, headers)
     await whole(request, generation)
+    if judge is not None:
+        sources = [source_of(prompt, f"prompt[{index}]") for index, prompt in enumerate(body.prompt)]
+        await unless_gone(request, judge.reward(service, body, request.state.request_id, generation, sources))
     return JsonAnswer(shape.answer(), headers)
-
-
-def check(body: CompletionBody) -> None:
-    """What no field alone can tell."""
-    best_of = body.best_of
-    if best_of is None:
-        return
-    if best_of < body.n:
-        raise invalid(f"best_of is {best_of}; it must be at least n, {body.n}", "best_of")
-    if best_of > 1 and body.stream:
-        raise invalid(f"best_of is {best_of}; it must be 1 with stream: true, since the best is known at the end",
-                      "best_of")  # fmt: skip
-    if best_of > 1 and body.max_tokens == 0:
-        raise invalid(f"best_of is {best_of}; it must be 1 where max_tokens is 0", "best_of")
 
 
 class Completion:
@@ -135,8 +125,10 @@ class Completion:
             "index": index,
             "text": self._echoes[place].text + delta.text if self._echoes else delta.text,
             "logprobs": self._columns(choice, delta, first=True),
-            "finish_reason": choice.finish_reason,
+            "finish_reason": self._finish_reason(choice),
             "stop_reason": choice.stop_reason,
+            **({} if choice.reward is None else {"reward": choice.reward}),
+            **choice.shown_spans(self._body.return_weight_spans),
             **self._token_ids(choice, delta, first=True),
             **extras,
         }
@@ -144,6 +136,12 @@ class Completion:
     def _prompt_of(self, choice: Choice) -> tuple[int, Part]:
         place = choice.index // self._generation.parts[0].request.n
         return place, self._generation.parts[place]
+
+    def _finish_reason(self, choice: Choice) -> str | None:
+        """Who asks for ids knows vLLM, and by `abort` that the answer can be gone on with: AReaL sends it again."""
+        if choice.aborted and (self._body.return_tokens_as_token_ids or self._body.return_token_ids):
+            return "abort"
+        return choice.finish_reason
 
     def _columns(self, choice: Choice, delta: Delta, first: bool) -> dict[str, Any] | None:
         """`first`: with the prompt's, where it is echoed."""
@@ -172,7 +170,7 @@ class Completion:
     def opening(self) -> str:
         return ""
 
-    def changes(self, choices: Iterable[Choice]) -> str:
+    def changes(self, choices: Sequence[Choice]) -> str:
         """The prompt, echoed or as ids, stands in a choice's first chunk."""
         events: list[str] = []
         tail = self._tails.next()
@@ -190,8 +188,13 @@ class Completion:
             if self._body.return_token_ids:
                 extra = "," + to_json(self._token_ids(choice, delta, first))[1:-1]
             if finished:
-                finish = to_json(choice.finish_reason)
-                extra += f',"stop_reason":{to_json(choice.stop_reason)}'
+                finish = to_json(self._finish_reason(choice))
+                extra += (
+                    ","
+                    + to_json(
+                        {"stop_reason": choice.stop_reason, **choice.shown_spans(self._body.return_weight_spans)}
+                    )[1:-1]
+                )
             elif not (delta.text or delta.logprobs or echoes or (extra and delta.token_ids)):
                 continue
             text = self._echoes[self._prompt_of(choice)[0]].text + delta.text if echoes else delta.text

@@ -1,10 +1,11 @@
-"""POST /v1/embeddings: what an embedding model makes of texts or token ids."""
+"""POST /v1/embeddings: what an embedding model makes of texts or token ids, or a reward model's scores of them."""
 
 from __future__ import annotations
 
 import math
 import struct
 from base64 import b64encode
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -16,7 +17,8 @@ from . import body as bodies
 from . import fields
 from .errors import bug, invalid
 from .generation import Generation, Part
-from .protocol import EmbeddingBody
+from .protocol import Common, EmbeddingBody
+from .scoring import check_lengths, score
 from .service import Service, encode, in_thread_if
 from .streaming import JsonAnswer, whole
 
@@ -29,11 +31,55 @@ router = APIRouter()
 async def create(request: Request) -> Response:
     service = Service.of(request)
     body, headers = await bodies.read(request, EmbeddingBody, fields.EMBEDDINGS, service.options)
-    card = service.card(body.model, gives="embeddings")
-    size = card.embedding_size if body.dimensions is None else body.dimensions
+    card = embedder(service, body.model)
+    prompts = await prompts_of(body, card, service)
+    if card.gives == "scores":
+        vectors, usage = await scores(request, body, card, prompts)
+    else:
+        vectors, usage = await embeddings(request, body, card, prompts, body.dimensions, body.normalize)
+
+    def work() -> list[dict[str, Any]]:
+        return [entry(index, vector, body.encoding_format) for index, vector in enumerate(vectors)]
+
+    data = await in_thread_if(sum(map(len, vectors)) > MANY, work)
+    return JsonAnswer({"object": "list", "model": card.name, "data": data, "usage": usage}, headers)
+
+
+def embedder(service: Service, name: str | None) -> ModelCard:
+    """The model of that name or the first that embeds. A reward model is taken for one, as SGLang does."""
+    card = None if name is None else service.catalog().find(name)
+    if card is not None and card.gives == "scores":
+        return card
+    return service.card(name, gives="embeddings")
+
+
+async def scores(
+    request: Request, body: EmbeddingBody, card: ModelCard, prompts: list[list[int]]
+) -> tuple[list[list[float]], dict[str, Any]]:
+    """A reward model's raw scores in the place of an embedding: verl reads its rewards there."""
+    for name in ("dimensions", "normalize"):
+        value = getattr(body, name)
+        if value:
+            raise invalid(f"{name} is {value}; {card.name!r} is a reward model, whose scores stay as they are", name)
+    scored = await score(request, card, prompts, body, "input")
+    tokens = scored.usage["prompt_tokens"]
+    return scored.scores, {"prompt_tokens": tokens, "total_tokens": tokens}
+
+
+async def embeddings(
+    request: Request,
+    body: Common,
+    card: ModelCard,
+    prompts: list[list[int]],
+    dimensions: int | None = None,
+    normalize: bool | None = None,
+) -> tuple[list[list[float]], dict[str, Any]]:
+    """Of each prompt the first `dimensions` numbers, then divided by their length where embeddings are normalised:
+    as the checkpoint says, or as `normalize` does."""
+    service = Service.of(request)
+    size = card.embedding_size if dimensions is None else dimensions
     if size > card.embedding_size:
         raise invalid(f"dimensions is {size}; {card.name!r} gives 1 to {card.embedding_size}", "dimensions")
-    prompts = await prompts_of(body, card, service)
     deadline = service.deadline(body)
     parts = [
         Part(
@@ -53,14 +99,13 @@ async def create(request: Request) -> Response:
     request_id = request.state.request_id
     generation = Generation(service.client, parts, request_id)
     await whole(request, generation)
+    divided = card.normalized if normalize is None else normalize
 
-    def work() -> list[dict[str, Any]]:
-        return [entry(index, part, size, body, card, request_id) for index, part in enumerate(parts)]
+    def work() -> list[list[float]]:
+        return [vector_of(index, part, size, divided, card, request_id) for index, part in enumerate(parts)]
 
-    data = await in_thread_if(size * len(parts) > MANY, work)
     tokens = sum(map(len, prompts))
-    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    return JsonAnswer({"object": "list", "model": card.name, "data": data, "usage": usage}, headers)
+    return await in_thread_if(size * len(parts) > MANY, work), {"prompt_tokens": tokens, "total_tokens": tokens}
 
 
 async def prompts_of(body: EmbeddingBody, card: ModelCard, service: Service) -> list[list[int]]:
@@ -76,22 +121,26 @@ async def prompts_of(body: EmbeddingBody, card: ModelCard, service: Service) -> 
             message = "truncate_prompt_tokens is 0; it must be at least 1, or -1 for what fits"
             raise invalid(message, "truncate_prompt_tokens")
         prompts = [ids[-(limit if keep == -1 else keep) :] for ids in prompts]
-    for index, ids in enumerate(prompts):
-        if len(ids) > limit:
-            message = f"input[{index}] has {len(ids)} tokens; {card.name!r} takes 1 to {limit}"
-            raise invalid(message, "input", "context_length_exceeded")
+    check_lengths(prompts, card, "input")
     return prompts
 
 
-def entry(index: int, part: Part, size: int, body: EmbeddingBody, card: ModelCard, request_id: str) -> dict[str, Any]:
-    """The first `size` numbers, then divided by their length where embeddings are normalised, as float32."""
+def vector_of(index: int, part: Part, size: int, normalize: bool, card: ModelCard, request_id: str) -> list[float]:
     found = part.embedding
     if found is None or len(found) != card.embedding_size or not all(map(math.isfinite, found)):
         raise bug(request_id, f"the model's embedding of input {index} is not {card.embedding_size} finite numbers")
     values = found[:size]
-    if card.normalized if body.normalize is None else body.normalize:
+    if normalize:
         length = math.hypot(*values) or 1.0
         values = [value / length for value in values]
-    packed = struct.pack(f"<{size}f", *values)
-    shown = b64encode(packed).decode() if body.encoding_format == "base64" else struct.unpack(f"<{size}f", packed)
-    return {"object": "embedding", "index": index, "embedding": shown}
+    return values
+
+
+def entry(index: int, vector: list[float], encoding: str) -> dict[str, Any]:
+    return {"object": "embedding", "index": index, "embedding": encoded(vector, encoding)}
+
+
+def encoded(vector: list[float], encoding: str) -> str | Sequence[float]:
+    """As float32: numbers, or their bytes in base64."""
+    packed = struct.pack(f"<{len(vector)}f", *vector)
+    return b64encode(packed).decode() if encoding == "base64" else struct.unpack(f"<{len(vector)}f", packed)

@@ -18,6 +18,7 @@ TYPES = {
     403: "permission_error",
     404: "not_found_error",
     408: "timeout_error",
+    409: "conflict_error",
     429: "rate_limit_error",
     500: "server_error",
     503: "service_unavailable_error",
@@ -26,6 +27,7 @@ TYPES = {
 STATUSES: dict[ErrorKind, int] = {
     "invalid": 400,
     "not_found": 404,
+    "conflict": 409,
     "overloaded": 429,
     "deadline": 504,
     "unavailable": 503,
@@ -67,7 +69,7 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
 
 
 def no_such_model(name: str, catalog: Catalog) -> ApiError:
-    known = ", ".join(sorted(card.name for card in catalog.models))
+    known = ", ".join(sorted(card.name for card in catalog.listed))
     return ApiError(
         404, f"the model {name[:200]!r} is not hosted here; there are: {known}", param="model", code="model_not_found"
     )

@@ -30,6 +30,7 @@ class Part:
     cached_tokens: int = 0
     prompt_logprobs: Logprobs | None = None
     scores: list[float] | None = None
+    pooled_index: int | None = None
     embedding: list[float] | None = None
 
 
@@ -130,7 +131,7 @@ class Generation:
         if output.prompt_logprobs is not None:
             part.prompt_logprobs = output.prompt_logprobs
         if output.scores is not None:
-            part.scores = output.scores
+            part.scores, part.pooled_index = output.scores, output.pooled_index
         if output.embedding is not None:
             part.embedding = output.embedding
         if not part.choices:
@@ -177,28 +178,30 @@ def generate(
 
     `reader` makes what reads the text of a choice, where that is more than prose.
     """
-    parts: list[Part] = []
-    for index, request in enumerate(requests):
-        choices: list[Choice] = []
-        for number in range(request.n):
-            reads = reader()
-            detokenizer = text.detokenizer(
-                request.token_ids,
-                stop=body.stop,
-                include_stop=body.include_stop_str_in_output,
-                skip_special_tokens=body.skip_special_tokens,
-                min_tokens=body.min_tokens,
-                offsets=offsets,
-                shows_markers=reads is not None,
-            )
-            choices.append(
-                Choice(
-                    index * request.n + number,
-                    number,
-                    detokenizer,
-                    tuple(body.stop_token_ids),
-                    reader=reads,
-                )
-            )
-        parts.append(Part(request, choices))
+    parts = [part_of(body, text, request, index * request.n, offsets, reader) for index, request in enumerate(requests)]
     return Generation(client, parts, request_id)
+
+
+def part_of(
+    body: GenerationBody,
+    text: Text,
+    request: Request,
+    first: int,
+    offsets: bool = False,
+    reader: Callable[[], Reader | None] = lambda: None,
+) -> Part:
+    """Its choices are numbered from `first` on."""
+    choices: list[Choice] = []
+    for number in range(request.n):
+        reads = reader()
+        detokenizer = text.detokenizer(
+            request.token_ids,
+            stop=body.stop,
+            include_stop=body.include_stop_str_in_output,
+            skip_special_tokens=body.skip_special_tokens,
+            min_tokens=body.min_tokens,
+            offsets=offsets,
+            shows_markers=reads is not None,
+        )
+        choices.append(Choice(first + number, number, detokenizer, tuple(body.stop_token_ids), reader=reads))
+    return Part(request, choices)

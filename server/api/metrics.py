@@ -84,7 +84,7 @@ METRICS: tuple[Gauge | Labelled | Count | Spread, ...] = (
         lambda m: {(str(m.page_size), str(m.pages)): 1.0},
         counts=False,
     ),
-    Count("prompt_tokens", "Tokens of the prompts of requests that ran.", lambda m: m.counts.prompt_tokens),
+    Count("prompt_tokens", "Tokens of the prompts of requests and groups that ran.", lambda m: m.counts.prompt_tokens),
     Count("prompt_tokens_cached", "Of these found in the prefix cache.", lambda m: m.counts.cached_tokens),
     Labelled(
         "prompt_tokens_by_source",
@@ -114,13 +114,20 @@ METRICS: tuple[Gauge | Labelled | Count | Spread, ...] = (
         lambda m: _by_reason(m.counts.rejected),
     ),
     Count("corrupted_requests", "Requests for which the model gave NaN or infinity.", lambda m: m.counts.corrupted),
+    Count("computed_tokens", "Tokens of all steps, recomputed ones included.", lambda m: m.counts.computed_tokens),
     Count("scores", "Scores given.", lambda m: m.counts.scores),
     Count(
         "shared_prefix_tokens_saved",
-        "Prompt tokens not computed again, because further choices take them from the first.",
+        "Prompt tokens not computed again, because further choices and members of groups share them.",
         lambda m: m.counts.forked_tokens,
     ),
     Count("weight_updates", "Times that the weights were replaced.", lambda m: m.counts.weight_updates),
+    Spread(
+        "weight_update_seconds",
+        "To read, check and put in place new weights, most of it while the old ones served.",
+        lambda m: m.counts.weight_update_seconds,
+    ),
+    Spread("weight_commit_seconds", "No step was taken meanwhile.", lambda m: m.counts.weight_commit_seconds),
     Spread("request_prompt_tokens", "Prompt tokens of a request.", lambda m: m.counts.request_prompt_tokens),
     Spread("request_generation_tokens", "Tokens of a choice.", lambda m: m.counts.generation_tokens),
     Spread(

@@ -28,7 +28,7 @@ SAMPLING = (
 
 @router.get("/v1/models")
 async def every(request: Request) -> JSONResponse:
-    return JSONResponse({"object": "list", "data": [shown(card) for card in Service.of(request).catalog().models]})
+    return JSONResponse({"object": "list", "data": [shown(card) for card in Service.of(request).catalog().listed]})
 
 
 @router.get("/v1/models/{name:path}")
@@ -47,7 +47,7 @@ def shown(card: ModelCard) -> dict[str, Any]:
         "created": card.created,
         "owned_by": "tandem",
         "root": card.name,
-        "parent": None,
+        "parent": card.parent or None,
         "aliases": list(card.aliases),
         "role": card.role,
         "architecture": card.architecture,
@@ -55,7 +55,19 @@ def shown(card: ModelCard) -> dict[str, Any]:
         "max_model_len": card.context,
         "max_request_tokens": min(card.context, card.max_request_tokens or card.context),
         "weight_version": card.weight_version,
+        "weight_label": card.weight_label,
+        "paused": card.paused,
     }
+    if card.fingerprint:
+        about["tokenizer_fingerprint"] = card.fingerprint
+    if card.shares:
+        about["shares"] = card.shares
+    if card.gives in ("scores", "values"):
+        about["head"] = card.head
+    if card.gives == "scores":
+        about |= {"labels": card.labels, "pooling": card.pooling}
+        about |= {"reward_mean": card.reward_mean, "reward_std": card.reward_std}
+        about["reward_normalization"] = card.reward_normalization
     if card.gives == "embeddings":
         about |= {"embedding_size": card.embedding_size, "pooling": card.pooling, "normalized": card.normalized}
     if card.gives == "text":

@@ -208,9 +208,12 @@ class GenerationBody(Common):
     logprobs_mode: LogprobsMode | None = None
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
+    return_weight_spans: bool = False
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=INT64)] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    rank_by: Annotated[str, Field(min_length=1)] | None = None
 
 
 class ChatBody(GenerationBody):
@@ -232,7 +235,6 @@ class CompletionBody(GenerationBody):
     prompt: Annotated[list[Prompt], BeforeValidator(prompts_of)]
     logprobs: Tokens | None = None
     echo: bool = False
-    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
 
 
 class TokenizeBody(Body):
@@ -260,6 +262,7 @@ class RewardBody(Common):
     input: Annotated[list[Prompt], BeforeValidator(prompts_of)] | None = None
     conversations: Annotated[list[list[Message]], BeforeValidator(conversations_of)] | None = None
     chat_template_kwargs: dict[str, Any] = {}
+    normalize: bool = False
 
 
 class EmbeddingBody(Common):

@@ -37,22 +37,21 @@ def requests_of(
     length: Length,
     logprobs: int | None,
     *,
-    drawn: int | None = None,
     prompt_logprobs: int | None = None,
     grammar: str = "",
 ) -> list[Request]:
     """One request per prompt. `param` names the field the prompts came from.
 
-    `drawn`: choices that are drawn for each, of which `body.n` are shown; None: as many. `prompt_logprobs`: wanted
-    beside each prompt token besides what the body's field of that name asks for. `grammar` is checked already.
+    `prompt_logprobs`: wanted beside each prompt token besides what the body's field of that name asks for. `grammar`
+    is checked already.
     """
     check(body, service.options, length, logprobs)
-    n, param_n = (body.n, "n") if drawn is None else (drawn, "best_of")
+    n, param_n = (body.n, "n") if body.best_of is None else (body.best_of, "best_of")
     if len(prompts) * n > MAX_SEQUENCES:
         raise invalid(f"{len(prompts)} prompts with {param_n} {n} make {len(prompts) * n} answers; "
                       f"one request may have {MAX_SEQUENCES}", param_n)  # fmt: skip
     beside = max((k for k in (body.prompt_logprobs, prompt_logprobs) if k is not None), default=None)
-    ranked = drawn is not None and drawn > body.n  # by log-probability, shown or not
+    ranked = n > body.n and body.rank_by is None  # by log-probability, shown or not
     sampling = sampling_of(body, card, text, service.options, 0 if ranked and logprobs is None else logprobs)
     sampling = replace(sampling, grammar=grammar)
     deadline = service.deadline(body)

@@ -10,18 +10,21 @@ from typing import TypeVar
 
 from fastapi import Request as HttpRequest
 
-from ..engine.link import EngineClient
+from ..engine.commands import Command, Refused
+from ..engine.link import EngineClient, EngineUnavailable
 from ..engine.request import Catalog, Gives, ModelCard
 from ..text.grammar import GrammarChecker
 from ..text.text import Text, TextError
-from .errors import invalid, no_such_model, unavailable
+from .errors import invalid, no_such_model, of_engine, unavailable
 from .options import ApiOptions
 from .protocol import Common, Prompt
 from .traffic import Traffic
+from .weights_root import confined
 
 LONG_TEXT = 16_384  # characters; what takes longer than a few milliseconds to encode leaves the event loop
 
 Result = TypeVar("Result")
+Reply = TypeVar("Reply")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,16 @@ class Service:
         if card is None:
             raise no_such_model(name or "", catalog)
         return card
+
+    async def command(self, command: Command[Reply], request_id: str) -> Reply:
+        """What the engine answers, once every worker knows what has changed. Raises ApiError, also for a path outside
+        --weights-root."""
+        try:
+            return await self.client.command(confined(command, self.options.weights_root))
+        except Refused as refused:
+            raise of_engine(refused.error, request_id) from None
+        except EngineUnavailable as error:
+            raise unavailable(str(error)) from None
 
     def deadline(self, body: Common) -> float:
         seconds = self.options.max_request_seconds

@@ -1,9 +1,10 @@
-"""GET /health (does the engine's loop go round?), /ready (would a request be taken?), /version and /server_info"""
+"""GET /health (does the engine's loop go round?), /ready (would a request be taken?) and /version"""
 
 from __future__ import annotations
 
 import math
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
@@ -51,17 +52,15 @@ async def show_version() -> JSONResponse:
     return JSONResponse({"version": installed_version()})
 
 
-@router.get("/server_info")
-async def server_info(request: Request) -> JSONResponse:
+async def about(service: Service) -> dict[str, Any]:
     """The server's options, and by model what `/v1/models` says and what it does right now."""
-    service = Service.of(request)
     found = await service.client.stats(ENGINE_SECONDS)
     now = {stats.name: stats for stats in found or ()}
     models = [
         {**shown(card), "now": load(now[card.name]) if card.name in now else None} for card in service.catalog().models
     ]
-    about = {"version": installed_version(), "state": service.client.state, "models": models}
-    return JSONResponse({**about, "options": dict(service.settings)})
+    told = {"version": installed_version(), "state": service.client.state, "models": models}
+    return {**told, "options": dict(service.settings)}
 
 
 def load(stats: ModelStats) -> dict[str, int | bool]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from fastapi import Request
@@ -13,7 +13,6 @@ from fastapi.responses import JSONResponse, Response
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from .choices import Choice
 from .errors import ApiError, bug
 from .generation import Generation
 from .options import ApiOptions
@@ -29,15 +28,28 @@ PING = b": ping\n\n"
 LOOKS = 4  # within each time limit of a stream: how often it is seen whether the limit is over
 
 Result = TypeVar("Result")
-First = list[Choice] | asyncio.Task[list[Choice]]  # the first step of a generation, or what waits for it
+Item = TypeVar("Item")
+Read = TypeVar("Read", contravariant=True)
+Made = TypeVar("Made", covariant=True)
+First = Sequence[Any] | asyncio.Task[Sequence[Any]]  # the first step, or what waits for it
 
 
-class Format(Protocol):
+class Steps(Protocol[Made]):
+    """An answer that comes piece by piece, as `Generation` is."""
+
+    async def step(self) -> Sequence[Made]:
+        """What is new; nothing at the end. Raises ApiError."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Format(Protocol[Read]):
     """How a route words its stream: complete events as text."""
 
     def opening(self) -> str: ...
 
-    def changes(self, choices: Iterable[Choice]) -> str: ...
+    def changes(self, news: Sequence[Read], /) -> str: ...
 
     def closing(self) -> str: ...
 
@@ -98,7 +110,7 @@ async def whole(request: Request, generation: Generation) -> None:
 
 
 async def stream(
-    request: Request, generation: Generation, shape: Format, options: ApiOptions, headers: Mapping[str, str]
+    request: Request, generation: Steps[Item], shape: Format[Item], options: ApiOptions, headers: Mapping[str, str]
 ) -> Response:
     """Starts with the first token, so that a refusal is a status; or without one, if that takes long."""
     try:
@@ -124,7 +136,12 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, generation: Generation, shape: Format, first: First, options: ApiOptions, headers: Mapping[str, str]
+        self,
+        generation: Steps[Item],
+        shape: Format[Item],
+        first: First,
+        options: ApiOptions,
+        headers: Mapping[str, str],
     ) -> None:
         self.status_code, self.background = 200, None
         self.init_headers(

@@ -65,6 +65,9 @@ class Building:
             del self._entries[request_id]
         return [Output(request_id, one, finish=finish, weight_version=version) for one in ended]
 
+    def abort_all(self, version: int) -> list[Output]:
+        return [output for number in list(self._entries) for output in self.abort(number, None, "abort", version)]
+
     def expire(self, now: float, version: int) -> list[Output]:
         outputs: list[Output] = []
         for number, entry in list(self._entries.items()):

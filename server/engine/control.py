@@ -17,6 +17,40 @@ from multiprocessing.connection import Connection
 from .options import EngineOptions, ModelSpec
 
 PR_SET_PDEATHSIG = 1
+ADAPTED = "LoRA adapter"  # how a change came that gives a model an adapter of its own
+
+
+@dataclass(frozen=True, slots=True)
+class ModelState:
+    """How a model stands beside its weights; what `digest` is of are the files of its start."""
+
+    name: str
+    digest: str
+    version: int = 0
+    label: str = ""
+    reward_mean: float = 0.0
+    reward_std: float = 1.0
+    paused: bool = False
+    adapters: tuple[tuple[str, str, str], ...] = ()  # (name, path, digest)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Weights that were committed to the first of `models` and are shared by the others."""
+
+    models: tuple[str, ...]
+    partial: bool
+    files: tuple[tuple[str, str], ...]  # (path, digest), as they were staged; none: they cannot be read again
+    came: str  # how, in words
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """From the engine, whenever it changes: what another engine must come to in order to serve in its place. `changes`
+    in their order, without those that later ones replace."""
+
+    models: tuple[ModelState, ...]
+    changes: tuple[Change, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +60,7 @@ class StartEngine:
     models: tuple[ModelSpec, ...]
     options: EngineOptions
     log_level: str
-    digests: dict[str, str] | None  # by model, of the engine before this one; None: there was none
+    standing: Standing | None  # of the engine before this one; None: there was none
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +96,8 @@ class HostedModel:
     name: str
     role: str
     architecture: str
+    head: str  # what it is and how it is read; empty: a language model's
+    shares: str  # the model whose weights it has; empty: it has its own
     dtype: str
     context: int
     weight_bytes: int

@@ -44,15 +44,17 @@ class Counts:
     """What happened since the start. Times are from the engine's receipt of a request, in seconds."""
 
     started: int = 0  # requests that began to run
-    prompt_tokens: int = 0  # of those
+    prompt_tokens: int = 0  # of those, and of the prompts of groups, once each
     cached_tokens: int = 0  # of which were found in the prefix cache
-    forked_tokens: int = 0  # of prompts that further choices took over from the one that computed them
+    forked_tokens: int = 0  # of prompts that further choices, and members of groups, took over from what computed them
     computed_tokens: int = 0  # in all plans, recomputed ones included
     generated_tokens: int = 0
     preemptions: int = 0
     scores: int = 0
     corrupted: int = 0  # requests that ended because something was not finite
     weight_updates: int = 0
+    weight_update_seconds: Histogram = field(default_factory=partial(Histogram, SECONDS))  # staging and commit
+    weight_commit_seconds: Histogram = field(default_factory=partial(Histogram, FIRST_TOKEN))  # while no step ran
     # Choices by how they ended; requests by the bound that refused them. All keys are there from the start.
     finished: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ENDS, 0))
     rejected: dict[str, int] = field(default_factory=lambda: dict.fromkeys(BOUNDS, 0))

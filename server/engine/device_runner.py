@@ -13,6 +13,7 @@ Letters: T tokens of the step, B rows of the plan, S page size, M page-table wid
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
@@ -24,23 +25,23 @@ from torch import Tensor
 from ...kernels import ops
 from ...kernels.attention import decode_chunks
 from ...kernels.ops import Sequences
-from ...kernels.sampling import DRAW, RESTRICT
 from ...model.batch import Batch
 from ...model.kv_cache import KVCache
 from ...model.model import Model
 from .device_sampler import DeviceSampler
-from .graphs import Graphs, new_pool
+from .graphs import Graphs, Kind, new_pool, recorded_uses
 from .guides import Guides
 from .launched import Clock, Launched, logprobs_to_host, to_host
 from .options import AttentionBackend
 from .plan import Plan
 from .pooled import Pooled
+from .prompt_rows import Pinned, Rows, factors_of, sizes_of, targets_of
 from .request import Request
+from .runner import NO_ADAPTERS
 from .staging import Staging
 
 Integers = NDArray[np.int64]
 NONE: Integers = np.zeros(0, np.int64)
-RECORDED = (DRAW, DRAW | RESTRICT)  # what draws may use and still be part of a recorded decode
 
 
 class DeviceRunner:
@@ -48,6 +49,7 @@ class DeviceRunner:
 
     The last page of `cache` is nobody's: rows that only fill a graph up belong to one slot more, whose tokens and pages
     mean nothing. `own_stream`: not the device's common one, so that other models' steps may run at the same time.
+    `adapters`: as with `Runner`.
     What a Sampled holds for a failed computation is visible as such, as with `Runner`.
     """
 
@@ -65,9 +67,10 @@ class DeviceRunner:
         attention: AttentionBackend = "triton",
         own_stream: bool = False,
         guides: Guides | None = None,
+        adapters: Mapping[str, int] = NO_ADAPTERS,
     ) -> None:
         self.model, self._cache = model, cache
-        self._guides = guides
+        self._guides, self._adapters = guides, adapters
         self._page_size, self._context = cache.page_size, context
         self._chunks = decode_chunks(context)  # of a sequence at full length
         self._device = torch.device(device)
@@ -79,6 +82,8 @@ class DeviceRunner:
         self._nobody = max_seqs
         self._table[self._nobody] = cache.pages - 1
         self._requests: list[Request | None] = [None] * max_seqs
+        self._adapter = np.zeros(max_seqs, np.int64)
+        self._adapter_there = torch.zeros(max_seqs + 1, dtype=torch.int64, device=self._device)
         self._sampler = DeviceSampler(self._history, model.config.vocab_size, end_ids, self._device)
         self._staging = Staging(self._device)
         # Of the last pure decode, on the device: its slots, how many tokens each has, what was drawn. Synchronous rows
@@ -87,14 +92,14 @@ class DeviceRunner:
         self._lengths = torch.ones(max_seqs, dtype=torch.int64, device=self._device)
         self._drawn = torch.zeros(max_seqs, dtype=torch.int64, device=self._device)
         self._prefixes = torch.zeros(2, max_seqs, dtype=torch.int32, device=self._device)  # see ops.attention_work
-        self._pooled = None if model.config.pooling is None else Pooled(model, max_seqs, self._device)
+        self._pooled = None if model.config.pools is None else Pooled(model, max_seqs, self._device)
+        self._pinned = Pinned(max_seqs, model, self._device)
         self._row_numbers = torch.arange(max_seqs + 1, dtype=torch.int32, device=self._device)
         self._rows = 0  # of that decode, without synchronous ones; 0 where its slots no longer stand there
         self._behind = 0  # synchronous ones
-        self._uses, self._tops, self._grouped = 0, list[int | None](), False
+        self._uses, self._tops, self._grouped, self._adapted = 0, list[int | None](), False, False
         self._logits: Tensor | None = None  # [max_seqs, V] float32, where a decode leaves them for the sampler
-        # By what their draws may use (None: without draws) and whether rows share prefixes.
-        self._recorded: dict[tuple[int | None, bool], Graphs] = {}
+        self._recorded: dict[Kind, Graphs] = {}
         self._pool = new_pool(self._device)
         self._stream = torch.cuda.Stream(self._device) if own_stream and self._device.type == "cuda" else None
 
@@ -112,6 +117,8 @@ class DeviceRunner:
         if self.model.config.generates:
             with self._on_stream():
                 self._graphs()
+                if self.model.adapters is not None:
+                    self._graphs(adapted=True)
 
     @torch.inference_mode()
     def idle(self) -> bool:
@@ -135,6 +142,10 @@ class DeviceRunner:
             step.clock.stop()
         return step
 
+    def write(self, work: Callable[[], None]) -> None:
+        with self._on_stream():
+            work()
+
     def _on_stream(self) -> AbstractContextManager[object]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
@@ -149,6 +160,7 @@ class DeviceRunner:
         for entered in plan.entered:
             request = entered.request
             self._requests[entered.slot] = request
+            self._adapter[entered.slot] = self._adapters[request.adapter]
             if request.sampling is not None:
                 self._sampler.enter(entered.slot, request.sampling, entered.choice, len(request.token_ids))
             if self._guides is not None:
@@ -157,20 +169,23 @@ class DeviceRunner:
     def _send(self, plan: Plan, *arrays: Integers) -> list[Tensor]:
         """The arrays on the device, after what changed in the slots was applied there, and pages were copied."""
         known = [[*entered.request.token_ids, *entered.generated] for entered in plan.entered]
+        entered = np.array([entered.slot for entered in plan.entered], np.int64)
         sent = self._staging.send(
             [
                 np.array([token for tokens in known for token in tokens], np.int64),
-                np.array([entered.slot for entered in plan.entered], np.int64),
+                entered,
+                self._adapter[entered],
                 np.array([len(tokens) for tokens in known], np.int64),
                 np.array(plan.page_updates, np.int64).reshape(-1, 3),
                 np.array(plan.copies, np.int64).reshape(-1, 2),
                 *arrays,
             ]
         )
-        tokens, slots, counts, updates, copies, *rest = sent
+        tokens, slots, adapters, counts, updates, copies, *rest = sent
         if plan.entered:
             row, position = self._spread(counts, len(tokens))
             self._history[slots[row], position] = tokens.int()
+            self._adapter_there[slots] = adapters
             self._sampler.flush()
         if plan.page_updates:
             self._table[updates[:, 0], updates[:, 1]] = updates[:, 2].int()
@@ -191,18 +206,19 @@ class DeviceRunner:
         own = rows - plan.synchronous
         if not (plan.steady and 0 < self._rows == own):
             self._uses, self._tops = self._wanted(plan.slots[:own])
-            self._grouped = plan.prefixes is not None
+            self._grouped, self._adapted = plan.prefixes is not None, self._any_adapter(plan.slots[:own])
         uses, tops = self._wanted(plan.slots[own:])
         uses, tops = self._uses | uses, self._tops + tops
-        graphs = self._graphs(uses)
+        adapted = self._adapted or self._any_adapter(plan.slots[own:])
+        graphs = self._graphs(uses, adapted)
         self._place(plan, own)
         room = self._room(rows)
         needed = sum(decode_chunks(start + 1) for start in plan.starts) if room < rows * self._chunks else 0
         if needed > room:
-            logits = self._decode_logits(rows, needed, self._grouped)
+            logits = self._decode_logits(rows, needed, self._grouped, adapted)
         else:
             graphs.run(graphs.rows_for(rows))
-            if _recorded(uses) is not None:
+            if recorded_uses(uses) is not None:
                 step.tokens = to_host(self._drawn[:rows])
                 return
             assert self._logits is not None
@@ -227,18 +243,21 @@ class DeviceRunner:
             self._prefixes.copy_(sent[2])
         self._rows, self._behind = own, plan.synchronous
 
-    def _graphs(self, uses: int = 0) -> Graphs:
+    def _any_adapter(self, slots: list[int]) -> bool:
+        return bool(self._adapter[slots].any())
+
+    def _graphs(self, uses: int = 0, adapted: bool = False) -> Graphs:
         """Those that draw as well, where that can be recorded for what the slots use, else those that leave logits."""
-        recorded = _recorded(uses)
-        kind = recorded, self._grouped
+        recorded = recorded_uses(uses)
+        kind = Kind(recorded, self._grouped, adapted)
         if kind not in self._recorded:
             if recorded is None and self._logits is None:
                 shape = (self._nobody, self.model.config.vocab_size)
                 self._logits = torch.empty(shape, dtype=torch.float32, device=self._device)
             if recorded is None:
-                work = partial(self._decode_only, self._grouped)
+                work = partial(self._decode_only, self._grouped, adapted)
             else:
-                work = partial(self._decode_and_draw, self._grouped, recorded)
+                work = partial(self._decode_and_draw, self._grouped, adapted, recorded)
             self._clear_rows()
             self._recorded[kind] = Graphs(work, self._nobody, self._device, self._pool)
         return self._recorded[kind]
@@ -250,18 +269,19 @@ class DeviceRunner:
         self._prefixes.zero_()
         self._rows = 0
 
-    def _decode_and_draw(self, grouped: bool, uses: int, rows: int) -> None:
+    def _decode_and_draw(self, grouped: bool, adapted: bool, uses: int, rows: int) -> None:
         slots, lengths = self._slots[:rows], self._lengths[:rows]
-        drawn = self._sampler.sample(self._decode_logits(rows, self._room(rows), grouped), slots, lengths, uses, 0)
+        logits = self._decode_logits(rows, self._room(rows), grouped, adapted)
+        drawn = self._sampler.sample(logits, slots, lengths, uses, 0)
         self._drawn[:rows] = drawn.tokens
         self._history[slots, lengths] = drawn.tokens.int()
         lengths += slots != self._nobody
 
-    def _decode_only(self, grouped: bool, rows: int) -> None:
+    def _decode_only(self, grouped: bool, adapted: bool, rows: int) -> None:
         assert self._logits is not None
-        self._logits[:rows] = self._decode_logits(rows, self._room(rows), grouped)
+        self._logits[:rows] = self._decode_logits(rows, self._room(rows), grouped, adapted)
 
-    def _decode_logits(self, rows: int, room: int, grouped: bool) -> Tensor:
+    def _decode_logits(self, rows: int, room: int, grouped: bool, adapted: bool) -> Tensor:
         """One token per row: the last one of its slot. [rows, V] float32. `room`: for attention's partial results."""
         slots, lengths = self._slots[:rows], self._lengths[:rows]
         positions = lengths - 1
@@ -269,7 +289,7 @@ class DeviceRunner:
             *(self._row_numbers[: rows + 1], lengths.int(), self._table[slots], rows, 1, self._context, room),
             self._prefixes if grouped else None,
         )
-        batch = self._batch(slots, positions, sequences)
+        batch = self._batch(slots, positions, sequences, adapted)
         return self.model.logits(self.model.forward(batch, self._cache))
 
     def _room(self, rows: int) -> int:
@@ -295,11 +315,12 @@ class DeviceRunner:
             starts, lengths, table, decodes, widest, longest, work, self.model.deterministic, self._attention, {}
         )
 
-    def _batch(self, slots: Tensor, positions: Tensor, sequences: Sequences) -> Batch:
-        """The tokens at `positions` [T] of `slots` [T]."""
+    def _batch(self, slots: Tensor, positions: Tensor, sequences: Sequences, adapted: bool) -> Batch:
+        """The tokens at `positions` [T] of `slots` [T]. `adapted`: a row has an adapter."""
         tokens = self._history[slots, positions].long().clamp_(min=0)  # -1: the model failed, which is told elsewhere
         pages = self._table[slots, positions // self._page_size].long()
-        return Batch(tokens, positions, pages * self._page_size + positions % self._page_size, sequences)
+        places = pages * self._page_size + positions % self._page_size
+        return Batch(tokens, positions, places, sequences, self._adapter_there[slots] if adapted else None)
 
     # Steps with prompts -----------------------------------------------------------------------------------------------
 
@@ -312,22 +333,20 @@ class DeviceRunner:
         drawing = np.array(plan.samples, np.int64).reshape(-1, 2)
         needed, copies = np.unique(drawing[:, 0], return_inverse=True)
         scored = ends[[row for row, _ in plan.scores]]
-        asked = [
-            ends[wanted.row] - (lengths[wanted.row] - 1) + np.arange(wanted.first, wanted.end)
-            for wanted in plan.prompt_logprobs
-        ]
-        targets = [  # where they stand in the history
-            plan.slots[wanted.row] * self._history.shape[1] + np.arange(wanted.first + 1, wanted.end + 1)
-            for wanted in plan.prompt_logprobs
-        ]
+        valued, asked = Rows.of(plan, plan.values, ends), Rows.of(plan, plan.prompt_logprobs, ends)
+        requests = [self.request(plan.slots[rows.row]) for rows in plan.prompt_logprobs]
+        factors = factors_of(requests, plan.prompt_logprobs)
         sent = self._send(
             plan,
             *(slots, starts, counts, firsts, lengths, _prefixes(plan, plan.decodes)),
             *(ends[needed], copies.reshape(-1), drawing[:, 1], lengths[drawing[:, 0]]),
-            *(scored, np.concatenate([NONE, *asked]), np.concatenate([NONE, *targets])),
+            *(scored, *valued, *asked, targets_of(plan, plan.prompt_logprobs, self._history.shape[1])),
+            NONE if factors is None else factors.view(np.int32).astype(np.int64),
+            *np.array([(ends[row], pin) for row, pin in plan.pins], np.int64).reshape(-1, 2).T,
         )
         hidden = self._forward(plan, int(lengths.max()), *sent[:6])
-        rows, places, drawers, histories, scored_rows, asked_rows, target_places = sent[6:]
+        rows, places, drawers, histories, scored_rows = sent[6:11]
+        valued_rows, asked_rows, (target_places, sent_factors, last_rows, pins) = sent[11:14], sent[14:17], sent[17:]
         if plan.samples:
             logits = self.model.logits(hidden[rows])
             if len(needed) < len(drawing):  # several choices draw from one row
@@ -335,17 +354,23 @@ class DeviceRunner:
             self._draw(step, logits, drawers, histories, plan, *self._wanted([slot for _, slot in plan.samples]))
         if plan.scores:
             step.scores = to_host(self.model.scores(hidden[scored_rows]))
-        if plan.embeddings:
+        if plan.values:
+            step.values = to_host(self.model.values(self._pinned.gather(hidden, *valued_rows)))
+            step.parts = sizes_of(plan.values)
+        if plan.pooled:
             assert self._pooled is not None
             found = self._pooled.take(plan, hidden, ends.tolist())
-            step.embeddings = None if found is None else to_host(found)
+            step.pooled = None if found is None else to_host(found)
         if plan.prompt_logprobs:
-            wanted = [self.request(plan.slots[rows.row]).prompt_logprobs or 0 for rows in plan.prompt_logprobs]
+            wanted = [request.prompt_logprobs or 0 for request in requests]
             ids = self._history.view(-1)[target_places].long()
-            found = self.model.logprobs_of(hidden[asked_rows], ids, max(wanted))
+            scales = None if factors is None else sent_factors.int().view(torch.float32)
+            found = self.model.logprobs_of(self._pinned.gather(hidden, *asked_rows), ids, max(wanted), scales)
             step.prompt_logprobs = logprobs_to_host(found)
-            edges = np.cumsum([0, *map(len, asked)]).tolist()
+            edges = np.cumsum([0, *sizes_of(plan.prompt_logprobs)]).tolist()
             step.prompts = list(zip(edges, edges[1:], wanted, strict=False))
+        if plan.pins:
+            self._pinned.keep(pins, hidden[last_rows])
 
     def _forward(
         self,
@@ -366,7 +391,8 @@ class DeviceRunner:
             *(firsts.int(), lengths.int(), table, plan.decodes, max(plan.counts), longest, room),
             None if plan.prefixes is None else prefixes.int(),
         )
-        return self.model.forward(self._batch(slots[row], starts[row] + place, sequences), self._cache)
+        batch = self._batch(slots[row], starts[row] + place, sequences, self._any_adapter(plan.slots))
+        return self.model.forward(batch, self._cache)
 
     # Draws ------------------------------------------------------------------------------------------------------------
 
@@ -395,11 +421,8 @@ class DeviceRunner:
         step.tokens = to_host(drawn.tokens)
         if drawn.logprobs is not None:
             step.logprobs, step.tops = logprobs_to_host(drawn.logprobs), tops
-
-
-def _recorded(uses: int) -> int | None:
-    """What the draws of a recorded decode may use that fits such rows; None: only its logits can be recorded."""
-    return next((known for known in RECORDED if uses & ~known == 0), None)
+        if drawn.policy is not None:
+            step.policy, step.policies = to_host(drawn.policy), self._sampler.policies_of(s for _, s in plan.samples)
 
 
 def _prefixes(plan: Plan, rows: int) -> Integers:

@@ -12,7 +12,7 @@ Letters: N slots, R rows of a step, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -40,6 +40,7 @@ class Drawn(NamedTuple):
 
     tokens: Tensor  # [R] int64
     logprobs: TokenLogprobs | None
+    policy: Tensor | None = None  # [R] float32: by logits and temperature alone; None where no row wants that
 
 
 class DeviceSampler:
@@ -84,10 +85,11 @@ class DeviceSampler:
             | ops.FLOOR * bool(ends)
             | ops.LOGPROBS * wanted
             | ops.PROCESSED * (wanted and sampling.logprobs_mode == "processed")
+            | ops.POLICY * (wanted and sampling.policy_logprobs)
         )
         columns = np.zeros(ops.COLUMNS, np.int32)
         floats = columns.view(np.float32)
-        floats[ops.TEMPERATURE] = sampling.temperature
+        floats[ops.TEMPERATURE], floats[ops.FACTOR] = sampling.temperature, ops.factor(sampling.temperature)
         floats[ops.TOP_P] = sampling.top_p
         floats[ops.MIN_P] = sampling.min_p
         floats[ops.LOG_MIN_P] = np.log(np.float32(sampling.min_p)) if sampling.min_p > 0 else -np.inf
@@ -174,6 +176,10 @@ class DeviceSampler:
         """How many of the most likely tokens each slot wants told beside its own; None: no log-probability at all."""
         return [int(self._top[slot]) if self._uses[slot] & ops.LOGPROBS else None for slot in slots]
 
+    def policies_of(self, slots: Iterable[int]) -> list[bool]:
+        """Which slots want log-probabilities of the policy told, too."""
+        return [bool(self._uses[slot] & ops.POLICY) for slot in slots]
+
     def sample(
         self, logits: Tensor, slots: Tensor, lengths: Tensor, uses: int, top: int | None, mask: Tensor | None = None
     ) -> Drawn:
@@ -185,9 +191,13 @@ class DeviceSampler:
         tokens, shown = ops.sample(logits, slots, lengths, self._state, uses, mask)
         if not uses & ops.LOGPROBS:
             return Drawn(tokens, None)
-        targets = tokens.clamp(min=0)
-        targets = targets.masked_fill_(self._state.columns[slots, ops.USES] & ops.LOGPROBS == 0, -1)
-        return Drawn(tokens, token_logprobs(shown, targets, top or 0))
+        own, ids = self._state.columns[slots, ops.USES], tokens.clamp(min=0)
+        told = token_logprobs(shown, ids.masked_fill(own & ops.LOGPROBS == 0, -1), top or 0)
+        if not uses & ops.POLICY:
+            return Drawn(tokens, told)
+        factors = self._state.columns.view(torch.float32)[slots, ops.FACTOR]
+        policy = token_logprobs(logits, ids.masked_fill(own & ops.POLICY == 0, -1), 0, factors)
+        return Drawn(tokens, told, policy.values)
 
 
 class _Spans:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,19 +14,27 @@ import torch
 from ...kernels.attention import CHUNK
 from ...model.kv_cache import KVCache
 from ...model.model import Model
+from .adapters import Adapters, LoadedAdapters
 from .building import Building
+from .control import ModelState
 from .counts import ModelStats
 from .device_runner import DeviceRunner
 from .guides import Guides, LoadGrammars
 from .null_runner import NullModel, NullRunner
 from .options import EngineOptions
 from .plan import Executor, Plan, Sampled, Ticket
-from .request import EngineError, Finish, Group, ModelCard, Output, Outputs, Request, Want
+from .request import EngineError, Finish, Gives, Group, ModelCard, Output, Outputs, Request, Want
 from .runner import Runner
 from .scheduler import Scheduler
 from .sequence import Flight, Sequence
 
 BUILDING_SECONDS = 0.005
+# What models that do one thing only are asked for, give and are.
+SINGLE: tuple[tuple[Want, Gives, str], ...] = (
+    ("score", "scores", "a reward"),
+    ("values", "values", "a value"),
+    ("embedding", "embeddings", "an embedding"),
+)
 
 log = logging.getLogger(__name__)
 
@@ -58,12 +66,15 @@ class Engine:
     ) -> None:
         self.kv_pages, self.kv_tokens = pages, pages * options.page_size
         self.kv_bytes = pages * KVCache.bytes_per_page(model.config, options.page_size, model.dtype)
-        self.weight_bytes, self.digest = model.weight_bytes, model.digest
+        self.model, self.weight_bytes, self.digest = model, model.weight_bytes, model.digest
+        self._score_pooling = model.config.score.pooling
         self.card = replace(card, max_request_tokens=min(card.context, self.kv_tokens))
         self.last_step = Step()
         self._flight: tuple[Flight, Ticket] | None = None
         self._building = Building(options.max_waiting_requests)
-        self._groups: dict[int, tuple[Group, set[int]]] = {}  # with its members
+        room = 0 if isinstance(model, NullModel) or model.adapters is None else model.adapters.count
+        loaded = LoadedAdapters(card.name, room)
+        self.refused: EngineError | None = None  # what new requests are told; None: they are taken
         follows = grammars is not None and self.card.gives == "text" and bool(card.end_ids)
         self._guides = Guides(grammars(card), card.vocab_size, card.end_ids) if grammars and follows else None
         self.scheduler = Scheduler(
@@ -77,13 +88,17 @@ class Engine:
             max_waiting_tokens=options.max_waiting_tokens,
             prefix_caching=options.enable_prefix_caching,
             ahead=options.runs_ahead,
+            pools=model.config.pools is not None,
             shared_tokens=CHUNK if options.groups_decodes else None,
             weight_version=card.weight_version,
         )
-        self.runner = self._make_runner(model, pages, options)
+        self.runner = self._make_runner(model, pages, options, loaded.slots)
+        self.adapters = Adapters(loaded, model, self.scheduler, self.runner)
         self.runner.prepare()
 
-    def _make_runner(self, model: Model | NullModel, pages: int, options: EngineOptions) -> Executor:
+    def _make_runner(
+        self, model: Model | NullModel, pages: int, options: EngineOptions, adapters: Mapping[str, int]
+    ) -> Executor:
         ahead = options.runs_ahead
         if isinstance(model, NullModel):
             return NullRunner(model, options.max_num_seqs, ahead)
@@ -99,6 +114,7 @@ class Engine:
             device=options.device,
             attention=options.attention_backend,
             guides=self._guides,
+            adapters=adapters,
         )
 
     @property
@@ -109,6 +125,11 @@ class Engine:
     def waits(self) -> bool:
         """Whether all its work is to wait for a grammar that another thread builds."""
         return bool(self._building) and not (self.scheduler.has_work or self._flight or self._building.any_built)
+
+    @property
+    def requests(self) -> int:
+        """How many are not finished."""
+        return len(self.scheduler.requests) + len(self._building)
 
     @property
     def decoding(self) -> int:
@@ -137,34 +158,100 @@ class Engine:
         return self.runner.idle()
 
     def open(self, group: Group) -> None:
-        self._groups[group.id] = group, set()
+        """Begins a group. Why it cannot be is told to its members."""
+        key, error = self.adapters.key(group.adapter), self._outside("prompt", group.token_ids)
+        if isinstance(key, EngineError):
+            self.scheduler.open(group, key)
+        else:
+            self.scheduler.open(replace(group, adapter=key), error)
 
     def close(self, group_id: int) -> list[Output]:
-        _, members = self._groups.pop(group_id, (None, set[int]()))
-        return [output for member in members for output in self.abort(member)]
+        """Ends a group; its members that are not finished are aborted."""
+        return self.scheduler.close(group_id)
 
     def add(self, request: Request) -> EngineError | None:
         """Takes a request, or says why it cannot be answered."""
-        if request.group:
-            if request.group not in self._groups:
-                return EngineError("invalid", f"there is no open group {request.group}")
-            group, members = self._groups[request.group]
-            members.add(request.id)
-            first = None if request.want == {"score"} else len(group.token_ids) - 1
-            token_ids = [*group.token_ids, *request.token_ids]
-            request = replace(request, token_ids=token_ids, first_needed_row=first, group=0)
-        if "embedding" in request.want and self.card.pooling != "last":  # earlier rows count: none may come from cache
-            request = replace(request, first_needed_row=0)
+        if self.refused is not None:
+            return self.refused
         error = self._refusal(request)
+        if error is None and self.card.pooling:
+            request, error = self._pooled(request)
         if error is None and self._guides and request.sampling and request.sampling.grammar:
             future = self._guides.build(request.sampling.grammar)
             if future is not None:
                 return self._building.add(request, future)
-        return error or self.scheduler.add(request)
+        return error or self._admit(request)
+
+    def _admit(self, request: Request) -> EngineError | None:
+        """Hands it to the scheduler. From now on it is for the adapter that has its name now."""
+        key = self.adapters.key(request.adapter)
+        if isinstance(key, EngineError):
+            return key
+        return self.scheduler.add(replace(request, adapter=key) if key else request)
+
+    def _pooled(self, request: Request) -> tuple[Request, EngineError | None]:
+        """The request as pooling needs it: all rows, none of them from cache, or the text up to the one that counts."""
+        token_ids, mode = request.token_ids, self.card.pooling
+        if mode in ("mean", "cls"):
+            return replace(request, first_needed_row=0), None
+        if self.card.gives == "embeddings" or not token_ids:
+            return request, None
+        prompt = self.scheduler.prompt_of(request.group) if request.group else []
+        try:
+            place = self._score_pooling.position([*prompt, *token_ids])
+        except LookupError as error:
+            return request, EngineError("invalid", f"model {self.card.name}: {error}")
+        assert place is not None
+        own = place + 1 - len(prompt)
+        if own < 1:
+            message = f"model {self.card.name} reads scores at {mode}, which is token {place} of the group's prompt"
+            return request, EngineError("invalid", f"{message}: all members would have the same one")
+        return (request if own == len(token_ids) else replace(request, token_ids=token_ids[:own])), None
 
     def abort(self, request_id: int, choice: int | None = None, finish: Finish = "abort") -> list[Output]:
         early = self._building.abort(request_id, choice, finish, self.scheduler.weight_version)
         return early or self.scheduler.abort(request_id, choice, finish)
+
+    def abort_all(self, error: EngineError) -> list[Output]:
+        """Ends every request: with the tokens that it has, or with the error where it gives something else."""
+        outputs = [*self.settle(), *self._building.abort_all(self.scheduler.weight_version)]
+        for request in self.scheduler.requests:
+            draws = request.sampling is not None and request.sampling.max_tokens > 0
+            outputs += self.scheduler.abort(request.id) if draws else [self._fail(request, error)]
+        return outputs
+
+    def pause(self) -> Outputs:
+        """No step is taken until `resume`. What the last one brought is told."""
+        self.scheduler.paused = True
+        self.card = replace(self.card, paused=True)
+        return self.settle()
+
+    def resume(self) -> None:
+        """Steps are taken, and requests."""
+        self.scheduler.paused, self.refused = False, None
+        self.card = replace(self.card, paused=False)
+
+    def renew(self, label: str) -> int:
+        """The model's weights have just been replaced; nothing is launched. Gives how many pages are forgotten."""
+        version = self.scheduler.weight_version + 1
+        self.card = replace(self.card, weight_version=version, weight_label=label)
+        return self.scheduler.set_version(version)
+
+    def label(self, label: str) -> None:
+        self.card = replace(self.card, weight_label=label)
+
+    def restore(self, state: ModelState) -> None:
+        """Before the first request: its weights are those of the engine that this one replaces."""
+        self.scheduler.weight_version = state.version
+        self.card = replace(
+            self.card,
+            weight_version=state.version,
+            weight_label=state.label,
+            reward_mean=state.reward_mean,
+            reward_std=state.reward_std,
+        )
+        if state.paused:
+            self.pause()
 
     def expire(self, now: float) -> list[Output]:
         return self._building.expire(now, self.scheduler.weight_version) + self.scheduler.expire(now)
@@ -188,7 +275,7 @@ class Engine:
         """Hands the scheduler the requests whose grammars are built."""
         outputs: list[Output] = []
         for request, error, aborted in self._building.built():
-            error = error or self.scheduler.add(request)
+            error = error or self._admit(request)
             if error is not None:
                 outputs.append(self._fail(request, error))
             for choice in aborted:  # told already
@@ -198,22 +285,22 @@ class Engine:
     def _step(self, budget: int | None) -> Outputs:
         plan = self.scheduler.plan(budget)
         if plan is None:
-            return self._settle()
+            return self.settle()
         try:
             ticket = self.runner.launch(plan)
         except Exception as error:
-            outputs = self._settle()
+            outputs = self.settle()
             if self.scheduler.planned:
                 outputs.others += self._fail_step(plan, error)
             return outputs
-        outputs = self._settle()
+        outputs = self.settle()
         if self.scheduler.planned:  # not failed together with the step before
             self._flight = (self.scheduler.advance(plan), ticket)
             if not self.runner.ahead:
-                outputs.extend(self._settle())
+                outputs.extend(self.settle())
         return outputs
 
-    def _settle(self) -> Outputs:
+    def settle(self) -> Outputs:
         """Waits for the launched step, if there is one, and brings in what came of it."""
         if self._flight is None:
             return Outputs()
@@ -244,22 +331,25 @@ class Engine:
         card, sampling, want = self.card, request.sampling, request.want
         if isinstance(self.runner, NullRunner) and (error := self.runner.refusal(request)):
             return error
-        if request.adapter:
-            return EngineError("not_found", f"model {card.name} has no adapter {request.adapter!r}", "model")
-        if "values" in want:
-            return EngineError("invalid", f"model {card.name} ({card.role}) gives no values", "model")
-        if card.gives == "text" and want & {"score", "embedding"}:
-            asked = "scores" if "score" in want else "embeddings"
-            return EngineError("invalid", f"model {card.name} is a language model: it gives no {asked}", "model")
-        only: frozenset[Want] = frozenset({"score"} if card.gives == "scores" else {"embedding"})
-        if card.gives != "text" and (want != only or sampling is not None or request.prompt_logprobs is not None):
-            kind = "a reward" if card.gives == "scores" else "an embedding"
-            message = f"model {card.name} is {kind} model: it gives {card.gives}, nothing else"
-            return EngineError("invalid", message, "model")
+        if request.group and (sampling is not None or request.n != 1 or "embedding" in want):
+            message = "a member of a group is given with its tokens: it has neither sampling nor n, and no embedding"
+            return EngineError("invalid", message, "group")
+        if isinstance(unknown := self.adapters.key(request.adapter), EngineError):
+            return unknown
+        if card.gives == "text" and (asked := [gives for one, gives, _ in SINGLE if one in want]):
+            return EngineError("invalid", f"model {card.name} is a language model: it gives no {asked[0]}", "model")
+        for only, gives, kind in SINGLE:
+            plain = len(want) == 1 and only in want and sampling is None and request.prompt_logprobs is None
+            if card.gives == gives and not plain:
+                message = f"model {card.name} is {kind} model: it gives {gives}, nothing else"
+                return EngineError("invalid", message, "model")
         if "tokens" in want and sampling is None:
             return EngineError("invalid", "tokens are wanted, but no sampling parameters are given", "sampling")
         if "logprobs" in want and (sampling is None or sampling.logprobs is None):
             return EngineError("invalid", "logprobs are wanted, but not how many beside each token", "logprobs")
+        if sampling and sampling.policy_logprobs and sampling.logprobs is None:
+            message = "policy_logprobs are given beside logprobs: say how many of these beside each token (0: none)"
+            return EngineError("invalid", message, "logprobs")
         if "prompt_logprobs" in want and request.prompt_logprobs is None:
             message = "prompt_logprobs are wanted, but not how many beside each token"
             return EngineError("invalid", message, "prompt_logprobs")
@@ -326,10 +416,13 @@ class Engine:
         for (row, _), scores in zip(plan.scores, sampled.scores, strict=True):
             if not all(map(math.isfinite, scores)):
                 note(flight.rows[row], "score")
-        last = [row for row, complete in plan.embeddings if complete]
-        for row, embedding in zip(last, sampled.embeddings, strict=True):
-            if not all(map(math.isfinite, embedding)):
-                note(flight.rows[row], "embedding")
+        for rows, values in zip(plan.values, sampled.values, strict=True):
+            if not all(map(math.isfinite, values)):
+                note(flight.rows[rows.row], "value")
+        last = [row for row, complete, _ in plan.pooled if complete]
+        for row, found in zip(last, sampled.pooled, strict=True):
+            if not all(map(math.isfinite, found)):
+                note(flight.rows[row], "score" if self.card.gives == "scores" else "embedding")
         for rows, logprobs in zip(plan.prompt_logprobs, sampled.prompt_logprobs, strict=True):
             if any(map(math.isnan, logprobs.values)):
                 note(flight.rows[rows.row], "log-probability")

@@ -11,12 +11,28 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from ...kernels.sampling import DRAW, RESTRICT
+
 Work = Callable[[int], None]  # the rows
 Pool = Any  # of torch, without a public name
+RECORDED = (DRAW, DRAW | RESTRICT)  # what draws may use and still be part of a recorded decode
+
+
+class Kind(NamedTuple):
+    """Of a recorded decode."""
+
+    uses: int | None  # what its draws may use; None: it leaves logits
+    grouped: bool  # rows share prefixes
+    adapted: bool  # a row has an adapter
+
+
+def recorded_uses(uses: int) -> int | None:
+    """What the draws of a recorded decode may use that fits such rows; None: only its logits can be recorded."""
+    return next((known for known in RECORDED if uses & ~known == 0), None)
 
 
 def buckets(most: int) -> list[int]:

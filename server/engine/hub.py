@@ -9,7 +9,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import TypeVar, cast
 
+from .administration import Administration, Task
+from .commands import AnyCommand, Command
+from .control import Change, Standing
 from .counts import ModelStats
 from .engine import Engine
 from .guides import LoadGrammars
@@ -17,6 +22,11 @@ from .hosting import Progress, load_engines
 from .options import EngineOptions, ModelSpec
 from .request import Catalog, EngineError, Finish, Group, Output, Outputs, Request
 
+Asked = TypeVar("Asked", Request, Group)
+
+Reply = TypeVar("Reply")
+
+WAIT_SECONDS = 0.001  # between two looks at a command that waits, where nothing else is to do
 NEWEST = 0.2  # weight of the newest step in a running mean
 
 
@@ -77,6 +87,7 @@ class Hub:
         self.catalog = Catalog(epoch, 1, tuple(engine.card for engine in engines))
         self._step_target = step_target  # seconds
         self._clock = clock
+        self._administration = Administration(self.engines)
         self._places = [_Place(e, w) for e, w in zip(engines, weights or [1.0] * len(engines), strict=True)]
 
     @staticmethod
@@ -104,9 +115,9 @@ class Hub:
 
     def submit(self, request: Request) -> list[Output]:
         """Hands a request to its model. What is refused comes back at once, as an output with an error."""
-        engine = self.engine(request.model)
+        engine, request = self._addressee(request)
         if engine is None:
-            known = ", ".join(card.name for card in self.catalog.models)
+            known = ", ".join(card.name for card in self.catalog.listed)
             error = EngineError("not_found", f"no model {request.model!r} is hosted here; there are {known}", "model")
         else:
             error = engine.add(request)
@@ -114,7 +125,7 @@ class Hub:
 
     def open(self, group: Group) -> None:
         """Begins a group. Why one cannot be is told to its members."""
-        engine = self.engine(group.model)
+        engine, group = self._addressee(group)
         if engine is not None:  # else members are refused for that
             engine.open(group)
 
@@ -125,6 +136,40 @@ class Hub:
     def abort(self, request_id: int, choice: int | None = None, finish: Finish = "abort") -> list[Output]:
         return [output for engine in self.engines for output in engine.abort(request_id, choice, finish)]
 
+    def order(self, command: AnyCommand) -> Task:
+        """Begins a command; `turn` carries it on."""
+        return self._administration.begin(command)
+
+    def turn(self) -> None:
+        """Between two steps: moves the commands that are not done, and brings the catalog up to date."""
+        self._administration.turn()
+        cards = tuple(engine.card for engine in self.engines)
+        if cards != self.catalog.models:
+            self.catalog = replace(self.catalog, version=self.catalog.version + 1, models=cards)
+
+    @property
+    def standing(self) -> Standing:
+        """What another hub must come to in order to serve in this one's place."""
+        return self._administration.standing
+
+    def resume_from(self, changes: tuple[Change, ...]) -> None:
+        """These weights were committed before, and have been put in place again."""
+        self._administration.updates.changes = changes
+        self.turn()
+
+    def execute(self, command: Command[Reply]) -> Reply:
+        """Carries a command out in this thread, with the steps that it waits for; the next `step` tells what they gave.
+        Raises Refused."""
+        task, outputs = self.order(cast(AnyCommand, command)), list[Output]()
+        self.turn()
+        while not task.done:
+            outputs += self.step()
+            if not self.has_work:
+                time.sleep(WAIT_SECONDS)
+            self.turn()
+        self._administration.give_back(outputs)
+        return cast(Reply, task.result())
+
     def stats(self) -> list[ModelStats]:
         return [engine.stats for engine in self.engines]
 
@@ -133,13 +178,15 @@ class Hub:
         return [output for engine in self.engines for output in engine.expire(now)]
 
     def step(self) -> Outputs:
-        """One step of the model whose turn it is; nothing where none has work."""
-        place = self._next()
+        """One step of the model whose turn it is, and what commands had to say."""
+        said, place = self._administration.take(), self._next()
         if place is None:
-            return Outputs()
+            return Outputs(said)
         budget = self._budget(place)
         began = self._clock()
         outputs = place.engine.step(budget)
+        if said:
+            outputs.others[:0] = said
         step = place.engine.last_step
         seconds = self._clock() - began if step.seconds is None else step.seconds
         place.time += seconds / place.weight
@@ -160,6 +207,16 @@ class Hub:
             for output in self.step():
                 answers.setdefault(output.request_id, []).append(output)
         return answers
+
+    def _addressee(self, asked: Asked) -> tuple[Engine | None, Asked]:
+        """The engine that it is for. Where an adapter's name stands for the model, the two are told apart from now
+        on."""
+        engine = self.engine(asked.model)
+        if engine is None:
+            for one in self.engines:
+                if any(adapter.name == asked.model for adapter in one.card.adapters):
+                    return one, replace(asked, model=one.card.name, adapter=asked.model)
+        return engine, asked
 
     def _next(self) -> _Place | None:
         busy = [place for place in self._places if place.engine.has_work]

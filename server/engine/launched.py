@@ -54,15 +54,20 @@ class Launched:
     """Host copies of the results, good once the clock has stopped.
 
     `tops` says per drawn token how many likely tokens are wanted beside it, None where no log-probability is;
-    `prompts` (first row, end, likely tokens) of each part of a prompt in `prompt_logprobs`.
+    `policies` whether the policy's is, too; `prompts` (first row, end, likely tokens) of each part of a prompt in
+    `prompt_logprobs`; `parts` how many values belong to each.
     """
 
     clock: Clock
     tokens: Tensor | None = None  # [R] int64
     logprobs: TokenLogprobs | None = None  # of the drawn tokens
     tops: list[int | None] = field(default_factory=list[int | None])
+    policy: Tensor | None = None  # [R] float32
+    policies: list[bool] = field(default_factory=list[bool])
     scores: Tensor | None = None  # [rows, labels]
-    embeddings: Tensor | None = None  # [texts, D] float32
+    values: Tensor | None = None  # [rows] float32
+    parts: list[int] = field(default_factory=list[int])
+    pooled: Tensor | None = None  # [texts, D or labels] float32
     prompt_logprobs: TokenLogprobs | None = None
     prompts: list[tuple[int, int, int]] = field(default_factory=list[tuple[int, int, int]])
     advance: Callable[[list[int]], dict[int, str]] | None = None  # tells the guides what was drawn; gives failures
@@ -78,10 +83,16 @@ class Launched:
             result.logprobs = [
                 None if top is None else _cut(columns, row, row + 1, top) for row, top in enumerate(self.tops)
             ]
+            if self.policy is not None:
+                for found, wanted, value in zip(result.logprobs, self.policies, self.policy.tolist(), strict=True):
+                    if found and wanted:
+                        found.policy.append(value)
         if self.scores is not None:
             result.scores = self.scores.tolist()
-        if self.embeddings is not None:
-            result.embeddings = self.embeddings.tolist()
+        if self.values is not None:
+            result.values = [part.tolist() for part in self.values.split(self.parts)]
+        if self.pooled is not None:
+            result.pooled = self.pooled.tolist()
         if self.prompt_logprobs is not None:
             columns = [column.tolist() for column in self.prompt_logprobs]
             result.prompt_logprobs = [_cut(columns, first, end, top) for first, end, top in self.prompts]

@@ -36,14 +36,19 @@ class Meter:
         self.counts.rejected[bound] += 1
 
     def started(self, sequence: Sequence) -> None:
-        """For the first time; `computed` tokens of it were in the prefix cache."""
-        counts, job, cached = self.counts, sequence.job, sequence.computed
+        """For the first time; `computed` tokens of it were in the prefix cache, or are its group's. What computes a
+        group's prompt is no request; its tokens count once, and none of them for the members."""
+        counts, job = self.counts, sequence.job
         job.started = self._clock()
-        counts.started += 1
-        counts.prompt_tokens += sequence.prompt
+        cached = sequence.computed - sequence.shared
+        counts.prompt_tokens += job.own
         counts.cached_tokens += cached
-        counts.request_prompt_tokens.observe(sequence.prompt)
-        counts.request_computed_tokens.observe(sequence.prompt - cached)
+        counts.forked_tokens += sequence.shared
+        if sequence.anchors:
+            return
+        counts.started += 1
+        counts.request_prompt_tokens.observe(job.own)
+        counts.request_computed_tokens.observe(job.own - cached)
         counts.queue_seconds.observe(job.started - job.arrived)
 
     def preempted(self, sequence: Sequence) -> None:

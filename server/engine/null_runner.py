@@ -13,6 +13,7 @@ import json
 import math
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -77,7 +78,8 @@ class NullRunner:
         self._offsets = np.zeros(max_seqs, np.int64)
         self._places: NDArray[np.int64] = np.zeros(0, np.int64)  # of the last pure decode, in the endless cycle
         self._requests: list[Request | None] = [None] * max_seqs
-        self._tops: dict[int, int] = {}  # by slot: likely tokens beside each drawn one, where these are wanted
+        # By slot where these are wanted: likely tokens beside each drawn one; whether the policy's values, too.
+        self._tops: dict[int, tuple[int, bool]] = {}
         self._over = 0.0  # when the last step is
 
     def prepare(self) -> None:
@@ -85,6 +87,9 @@ class NullRunner:
 
     def idle(self) -> bool:
         return False
+
+    def write(self, work: Callable[[], None]) -> None:
+        work()
 
     def refusal(self, request: Request) -> EngineError | None:
         """What it cannot even pretend to do: to draw no other tokens than those that are allowed."""
@@ -108,13 +113,12 @@ class NullRunner:
             places = self._places = self._offsets[plan.slots] + plan.starts + 1
         sampled = Sampled(self._cycle[places & (CYCLE - 1)].tolist())
         if self._tops:
-            sampled.logprobs = [self._columns(1, self._tops.get(slot)) for _, slot in plan.samples]
+            wanted = [self._tops.get(slot) for _, slot in plan.samples]
+            sampled.logprobs = [one and self._columns(1, *one) for one in wanted]
         for rows in plan.prompt_logprobs:
             request = self._requests[plan.slots[rows.row]]
             assert request is not None
-            columns = self._columns(rows.end - rows.first, request.prompt_logprobs or 0)
-            assert columns is not None
-            sampled.prompt_logprobs.append(columns)
+            sampled.prompt_logprobs.append(self._columns(rows.end - rows.first, request.prompt_logprobs or 0))
         return NullStep(sampled, self._ends())
 
     def _apply(self, plan: Plan) -> None:
@@ -131,16 +135,15 @@ class NullRunner:
             prompt = request.token_ids
             self._offsets[slot] = hash((*prompt[-16:], len(prompt), seed, entered.choice)) & (CYCLE - 1)
             if sampling.logprobs is not None:
-                self._tops[slot] = sampling.logprobs
+                self._tops[slot] = sampling.logprobs, sampling.policy_logprobs
 
-    def _columns(self, count: int, top: int | None) -> Logprobs | None:
-        """Of `count` tokens; all are equally likely, so each is of the first rank. None: not wanted."""
-        if top is None:
-            return None
+    def _columns(self, count: int, top: int, policy: bool = False) -> Logprobs:
+        """Of `count` tokens; all are equally likely at any temperature, so each is of the first rank."""
         ids = list(range(min(top, self.model.config.vocab_size)))
         values = [self._uniform] * count
         tops = [ids] * count
-        return Logprobs(values, [1] * count, tops, [[self._uniform] * len(ids)] * count)
+        likely = [[self._uniform] * len(ids)] * count
+        return Logprobs(values, [1] * count, tops, likely, [*values] if policy else [])
 
     def _ends(self) -> float:
         """When this step is over: steps follow one another."""

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from .request import PoolingMode, Role
+from .request import PoolingMode, Role, ScorePoolingMode
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 AttentionBackend = Literal["triton", "flash", "torch"]
 
 DEMO = Path(__file__).parents[2] / "model" / "demo"  # the bundled models
+MOST_LORA_RANK = 512
 NULL = "null"  # the path of the model whose step is free
 
 
@@ -25,7 +27,8 @@ class ModelSpec:
     """One model to host."""
 
     name: str
-    path: str  # directory of a Hugging Face checkpoint; null, or null:5 for 5 ms a step: `null_runner.NullModel`
+    path: str  # directory of a Hugging Face checkpoint; null, or null:5 for 5 ms a step: `null_runner.NullModel`; of a
+    # model with `trunk` its head's directory, empty where that starts as a copy; empty with `base_of`
     role: Role | None = None  # None: found from the checkpoint
     dtype: Dtype = "auto"
     aliases: tuple[str, ...] = ()
@@ -35,11 +38,18 @@ class ModelSpec:
     chat_template: str | None = None  # file or built-in name; read by the workers, as are the next two
     tool_call_parser: str | None = None  # of `server.text.tools.formats`, or none; None: by the chat template
     reasoning_parser: str | None = None  # of `server.text.reasoning`; None: thinking is text
-    pooling: PoolingMode | None = None  # of an embedding model; None: the engine's
+    pooling: PoolingMode | ScorePoolingMode | None = None  # None: the engine's for embeddings, else the checkpoint's
+    base_of: str | None = None  # a reference with that model's weights, without any adapter
+    trunk: str | None = None  # a value model whose decoder is that model's
 
     @property
     def is_null(self) -> bool:
         return self.path.partition(":")[0] == NULL
+
+    @property
+    def shares(self) -> str:
+        """The model whose weights it has; empty: it has its own."""
+        return self.base_of or self.trunk or ""
 
     @property
     def text_path(self) -> str:
@@ -55,6 +65,11 @@ class ModelSpec:
         if not re.fullmatch(r"\d+(\.\d+)?", pace):
             raise OptionsError(f"model {self.name}: {self.path}: null, or null:5 for steps of 5 milliseconds")
         return float(pace) / 1000
+
+
+def owner_of(spec: ModelSpec, specs: Sequence[ModelSpec]) -> ModelSpec:
+    """The spec whose weights, tokenizer and templates a model has: itself, or the one that it names."""
+    return next((other for other in specs if spec.shares and other.name == spec.shares), spec)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +92,9 @@ class EngineOptions:
     max_waiting_requests: int = 4096  # of one model
     max_waiting_tokens: int = 1 << 22
     pooling: PoolingMode | None = None  # of embedding models; None: as each checkpoint says, or the last token
+    max_loras: int = 0  # LoRA adapters that a policy may have at once; their memory is taken at the start
+    max_lora_rank: int = 16
+    lora_modules: tuple[tuple[str, str], ...] = ()  # name and directory of adapters of the one policy
     step_target_ms: float | None = None  # longest step while another model decodes; None: one step of that model
 
     @property
@@ -92,6 +110,13 @@ class EngineOptions:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise OptionsError(f"device is {self.device}: auto, cpu, cuda or cuda:N")
+        if self.max_loras < 0 or not 1 <= self.max_lora_rank <= MOST_LORA_RANK:
+            raise OptionsError(
+                f"max_loras is {self.max_loras} and max_lora_rank {self.max_lora_rank}: at least 0, and 1 to "
+                f"{MOST_LORA_RANK}"
+            )
+        if len(self.lora_modules) > self.max_loras:
+            raise OptionsError(f"max_loras is {self.max_loras}, but lora_modules names {len(self.lora_modules)}")
         for name in ("max_num_seqs", "max_num_batched_tokens", "page_size", "max_waiting_requests"):
             if getattr(self, name) < 1:
                 raise OptionsError(f"{name} is {getattr(self, name)}: at least 1")

@@ -135,7 +135,12 @@ class Pages:
                 else:
                     self._idle[page] = None
 
-    def fork(self, table: list[int]) -> list[int]:
+    def freed_by(self, tables: Iterable[Sequence[int]]) -> int:
+        """How many pages would be available in addition, were these tables released."""
+        counts = Counter(page for table in tables for page in table)
+        return sum(self._references[page] == count for page, count in counts.items())
+
+    def fork(self, table: Sequence[int]) -> list[int]:
         """A second table with the same pages. Before either writes into a shared page it asks `writable`."""
         self.retain(table)
         return list(table)
@@ -173,12 +178,15 @@ class Pages:
                 self._published[chain.digest] = page
                 self._digests[page] = chain.digest
 
-    def drop(self) -> None:
-        """Forgets every published prefix: cached pages become free, used ones when they are released."""
+    def drop(self) -> int:
+        """Forgets every published prefix: cached pages become free, used ones when they are released. Gives the number
+        of pages that were published."""
+        count = len(self._published)
         self._free.extend(self._idle)
         self._idle.clear()
         self._published.clear()
         self._digests = [None] * self.count
+        return count
 
     def check(self, tables: Iterable[Sequence[int]]) -> None:
         """Raises AssertionError unless the books are right, `tables` being all references that are held."""

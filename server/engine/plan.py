@@ -8,16 +8,19 @@ parameters) and applies a plan in this order:
    entered again without having left (another choice takes over the prompt that is being computed); its pages stay.
 3. `page_updates`: entries of the slots' page tables. Entries past a sequence's length are stale and never read.
 4. `copies`: whole pages, before anything is written. No page is both a source and a destination, destinations differ.
-5. the forward pass over the rows, then `samples`, `scores`, `prompt_logprobs` and `embeddings` from its hidden states:
-   of a text that is embedded every chunk is named, because what is pooled may have to be carried on. A token
-   sampled for a slot from row r stands at position `starts[r] + counts[r]` of *that slot's* history; the slot's next
-   row starts exactly there, so the runner writes it into the history without being told.
+5. the forward pass over the rows, then `samples`, `scores`, `values`, `prompt_logprobs` and `pooled` from its hidden
+   states: of a text whose embedding or score is pooled every chunk is named, because that may have to be carried on. A
+   token sampled for a slot from row r stands at position `starts[r] + counts[r]` of *that slot's* history; the slot's
+   next row starts exactly there, so the runner writes it into the history without being told.
+6. `pins`: the hidden states of these rows' last positions, and what is pooled up to there, are kept, each in the place
+   of what was kept under its number before.
 
 Lists of a plan may be reused by the next one: read them before `Scheduler.plan` is called again; do not change them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -41,15 +44,18 @@ class Entered:
 
 @dataclass(frozen=True, slots=True)
 class PromptRows:
-    """Positions `first <= p < end` of row `row` (all inside it) whose next token's log-probability is wanted.
+    """Positions `first <= p < end` of row `row` (all inside it) of which something is wanted.
 
-    Entry i of the answer is the log-probability of prompt token `first + i + 1` given the tokens up to `first + i`.
-    `end` never exceeds the prompt's length - 1.
+    In `prompt_logprobs` that is the next token's log-probability: entry i of the answer is that of prompt token
+    `first + i + 1` given the tokens up to `first + i`, so `end` never exceeds the prompt's length - 1. In `values` it
+    is the position's value, given the tokens up to and including its own. With `pin`, position `first` is the one
+    before the row, and its hidden state what an earlier plan pinned under that number.
     """
 
     row: int
     first: int
     end: int
+    pin: int | None = None
 
 
 @dataclass(slots=True)
@@ -68,7 +74,10 @@ class Plan:
     samples: list[tuple[int, int]]  # (row, slot); several slots sample from one row where a prompt forks into choices
     scores: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])  # (row, slot): the row's last position
     prompt_logprobs: list[PromptRows] = field(default_factory=list[PromptRows])
-    embeddings: list[tuple[int, bool]] = field(default_factory=list[tuple[int, bool]])  # (row, whether it is the last)
+    values: list[PromptRows] = field(default_factory=list[PromptRows])
+    # (row, whether it is the last, the pin under which lies what is pooled before it)
+    pooled: list[tuple[int, bool, int | None]] = field(default_factory=list[tuple[int, bool, int | None]])
+    pins: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])  # (row, pin)
     left: list[int] = field(default_factory=list[int])
     entered: list[Entered] = field(default_factory=list[Entered])
     page_updates: list[tuple[int, int, int]] = field(default_factory=list[tuple[int, int, int]])  # (slot, index, page)
@@ -105,7 +114,8 @@ class Sampled:
     """What the runner gives back, entry by entry of the plan's lists of the same name.
 
     `tokens[i]` was drawn for `plan.samples[i]`. `logprobs` is None where no sample wants any; else entry i is None or
-    one token's columns. `scores[i]` has one float per label. `embeddings` has an entry for each last row of the plan's.
+    one token's columns. `scores[i]` has one float per label, `values[i]` one per position. `pooled` has an entry, an
+    embedding or scores, for each last row of the plan's.
     `failures[i]` says why `tokens[i]` is -1, where a grammar is the reason.
     """
 
@@ -114,7 +124,8 @@ class Sampled:
     scores: list[list[float]] = field(default_factory=list[list[float]])
     prompt_logprobs: list[Logprobs] = field(default_factory=list[Logprobs])
     failures: dict[int, str] = field(default_factory=dict[int, str])
-    embeddings: list[list[float]] = field(default_factory=list[list[float]])
+    values: list[list[float]] = field(default_factory=list[list[float]])
+    pooled: list[list[float]] = field(default_factory=list[list[float]])
 
 
 class Ticket(Protocol):
@@ -143,4 +154,8 @@ class Executor(Protocol):
 
     def idle(self) -> bool:
         """Uses a moment without work for what makes later steps faster; whether more of that is left."""
+        ...
+
+    def write(self, work: Callable[[], None]) -> None:
+        """Does work on the model's tensors behind the steps that are launched, and before those to come."""
         ...

@@ -14,48 +14,49 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
 from .control import Failed, HostedModel, Ready, StartEngine, Stop, as_flags, enter, log_to_stderr
-from .link import BEAT_SECONDS, Ask, Close, EngineServer
+from .link import BEAT_SECONDS
+from .link_server import EngineServer
+from .messages import Ask, Close, Order
 from .options import OptionsError
-from .request import EngineError, Group, Output, Request
+from .request import EngineError, Group, ModelCard, Output, Request
 
 if TYPE_CHECKING:
+    from .administration import Task
     from .guides import LoadGrammars
     from .hub import Hub
+
+ORDERED_SECONDS = 0.002  # between two looks at a command that waits, where nothing else is to do
 
 log = logging.getLogger(__name__)
 
 
-class WeightsLost(Exception):
-    """A restarted engine cannot serve what the one before it served."""
-
-
 def load(order: StartEngine, grammars: LoadGrammars | None = None) -> Hub:
-    """Raises what `Hub.load` raises; on a restart WeightsLost where the checkpoints are no longer the same."""
+    """Raises what `Hub.load` raises; on a restart WeightsLost where the weights that were served last are gone."""
     from ...model.errors import CheckpointError
     from .hub import Hub
+    from .standing import WeightsLost, restore
 
-    if order.digests is None:
+    if order.standing is None:
         return Hub.load(order.models, order.options, epoch=order.epoch, grammars=grammars)
     try:
         hub = Hub.load(order.models, order.options, epoch=order.epoch, grammars=grammars)
     except (CheckpointError, OSError) as error:
         raise WeightsLost(f"weights lost: {error}") from error
-    for engine in hub.engines:
-        if order.digests.get(engine.card.name) != engine.digest:
-            raise WeightsLost(
-                f"weights lost: the files of model {engine.card.name} in {engine.card.path} "
-                "have changed since they were loaded; restart the server to serve them as they are now"
-            )
+    restore(hub, order.standing)
     return hub
 
 
 def serve(hub: Hub, server: EngineServer, control: Connection[object, object]) -> None:
     """Until the supervisor says stop."""
-    server.publish(hub.catalog)
+    catalog = hub.catalog
+    orders: list[tuple[Order, Task]] = []
+    control.send(hub.standing)
+    server.publish(catalog)
     while True:
         busy = hub.has_work
         early: list[Output] = []
-        for message in server.receive(0.0 if busy or hub.idle() else BEAT_SECONDS):
+        pause = ORDERED_SECONDS if orders else BEAT_SECONDS
+        for message in server.receive(0.0 if busy or hub.idle() else pause):
             if isinstance(message, Request):
                 early += _submit(hub, message)
             elif isinstance(message, Ask):
@@ -64,9 +65,21 @@ def serve(hub: Hub, server: EngineServer, control: Connection[object, object]) -
                 hub.open(message)
             elif isinstance(message, Close):
                 early += hub.close(message.group_id)
+            elif isinstance(message, Order):
+                orders.append((message, hub.order(message.command)))
             else:
                 early += hub.abort(message.request_id, message.choice, message.finish)
         early += hub.expire(time.monotonic())
+        if orders:
+            hub.turn()
+        if hub.catalog is not catalog:
+            catalog = hub.catalog
+            control.send(hub.standing)  # before anybody hears of it
+            server.publish(catalog)
+        for order, task in orders:
+            if task.done:
+                server.answer(order, task.outcome)
+        orders = [(order, task) for order, task in orders if not task.done]
         outputs = hub.step()
         outputs.others += early
         if outputs:
@@ -91,6 +104,8 @@ def hosted(hub: Hub) -> tuple[HostedModel, ...]:
             name=engine.card.name,
             role=engine.card.role,
             architecture=engine.card.architecture,
+            head=shown_head(engine.card),
+            shares=engine.card.shares,
             dtype=engine.card.dtype,
             context=engine.card.context,
             weight_bytes=engine.weight_bytes,
@@ -103,8 +118,15 @@ def hosted(hub: Hub) -> tuple[HostedModel, ...]:
     )
 
 
+def shown_head(card: ModelCard) -> str:
+    """What the head is, and where it is read."""
+    return ", ".join(filter(None, (card.head, card.pooling, "every token" if card.gives == "values" else "")))
+
+
 def explain(error: Exception) -> Failed:
     """What kept the engine from starting, as the last line that the user sees."""
+    from .standing import WeightsLost
+
     text = as_flags(str(error)) if isinstance(error, OptionsError) else str(error)
     if not isinstance(error, (ValueError, OSError, WeightsLost)):
         log.error("the engine cannot start", exc_info=error)

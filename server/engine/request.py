@@ -8,7 +8,7 @@ it. The engine answers with a stream of `Output`s, one per choice and step in wh
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Role = Literal["policy", "reference", "reward", "value", "embedding"]
@@ -16,8 +16,10 @@ Want = Literal["tokens", "logprobs", "prompt_logprobs", "score", "values", "embe
 LogprobsMode = Literal["raw", "processed"]
 Gives = Literal["text", "scores", "embeddings", "values"]
 PoolingMode = Literal["last", "mean", "cls"]
+Normalization = Literal["none", "checkpoint", "bias", "mean_std"]  # of rewards: where their mean and std come from
+ScorePoolingMode = Literal["last", "last_non_pad", "first_eos", "before_first_pad", "mean", "token_id"]
 Finish = Literal["stop", "length", "abort", "error"]
-ErrorKind = Literal["invalid", "not_found", "overloaded", "deadline", "unavailable", "internal"]
+ErrorKind = Literal["invalid", "not_found", "conflict", "overloaded", "deadline", "unavailable", "internal"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,8 @@ class Sampling:
     bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that must not be completed
     grammar: str = ""  # the answer's, as `text.grammar` makes it; empty: none
     logprobs: int | None = None  # None: none; k: of the drawn token and the k most likely
-    logprobs_mode: LogprobsMode = "raw"
+    logprobs_mode: LogprobsMode = "raw"  # of the model as it is, or of what the tokens are drawn from
+    policy_logprobs: bool = False  # beside those: of logits / temperature (greedy: of the logits), nothing else applied
 
     @property
     def penalises(self) -> bool:
@@ -64,12 +67,12 @@ class Request:
     want: frozenset[Want] = frozenset({"tokens"})
     n: int = 1  # choices; they share the prompt's pages
     prompt_logprobs: int | None = None  # k most likely beside each prompt token; None unless wanted
-    first_needed_row: int | None = None  # earliest position whose hidden state is needed; None: the last one
+    first_needed_row: int | None = None  # earliest position that is needed; None: all for values, else the last one
     priority: int = 0  # lower goes first
     deadline: float | None = None  # time.monotonic() of this machine
     cache_salt: str = ""
-    adapter: str = ""
-    temperature: float = 1.0  # the prompt's log-probabilities are those of logits / temperature
+    adapter: str = ""  # one of the model's; empty: none, unless `model` is the name of one
+    temperature: float = 1.0  # the prompt's log-probabilities are those of logits / temperature; 0: of the logits
     group: int = 0  # an open `Group`, whose prompt `token_ids` continue; 0: none
 
     @property
@@ -84,9 +87,12 @@ class Group:
     """A prompt that stays computed while it is open, for members that continue it with tokens that are there already.
 
     A member is a `Request` with `group` set, whose `token_ids` (C of them) are the continuation, with neither sampling
-    nor n. Of what it wants, `prompt_logprobs` gives C entries, one per token of its own; `values` C + 1, the first
-    before its first token, the last behind its last; `score` is read at its last token. Prompt and members are computed
-    once each. `id` is unique among groups and requests.
+    nor n, and under the group's priority, salt and adapter. Of what it wants, `prompt_logprobs` gives C entries, one
+    per token of its own; `values` C + 1, the first before its first token, the last behind its last; `score` is read at
+    its last token. `id` is unique among groups and requests.
+
+    Prompt and members are computed once each: P + sum of C tokens. The prompt again after new weights, and where other
+    requests took its pages while the group had no unfinished member.
     """
 
     id: int
@@ -101,17 +107,21 @@ class Group:
 
 @dataclass(slots=True)
 class Logprobs:
-    """Log-probabilities of a run of tokens, column by column; `top_*[i]` holds the k most likely at token i."""
+    """Log-probabilities of a run of tokens, column by column; `top_*[i]` holds the k most likely at token i.
+
+    `policy` is empty unless `Sampling.policy_logprobs` asked for it.
+    """
 
     values: list[float] = field(default_factory=list[float])
     ranks: list[int] = field(default_factory=list[int])  # 1 is the most likely
     top_ids: list[list[int]] = field(default_factory=list[list[int]])
     top_values: list[list[float]] = field(default_factory=list[list[float]])
+    policy: list[float] = field(default_factory=list[float])
 
 
 @dataclass(frozen=True, slots=True)
 class EngineError:
-    """Why a request got no answer. `api.errors` turns the kind into a status."""
+    """Why a request or a command got no answer. `api.errors` turns the kind into a status."""
 
     kind: ErrorKind
     message: str
@@ -136,12 +146,20 @@ class Output:
     cached_tokens: int | None = None
     prompt_logprobs: Logprobs | None = None
     scores: list[float] | None = None  # one per label
-    weight_version: int = 0
+    weight_version: int = 0  # of the weights that drew the last of `token_ids`, or gave the rest
     error: EngineError | None = None
     embedding: list[float] | None = None  # pooled, not normalised
-    values: list[float] | None = (
-        None  # of the positions from the request's first needed row on; see `Group` for members
-    )
+    values: list[float] | None = None  # of the positions from the first needed row on; see `Group` for members
+    pooled_index: int | None = None  # the position that `scores` were read at; None: all of them were pooled
+    earlier_versions: list[tuple[int, int]] | None = None  # (version, tokens) of its first tokens, where that differs
+
+    def runs(self) -> Iterator[tuple[int, int]]:
+        """(version, tokens) of its tokens, in order."""
+        told = 0
+        for version, count in self.earlier_versions or ():
+            yield version, count
+            told += count
+        yield self.weight_version, len(self.token_ids) - told
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,8 +202,18 @@ class Outputs:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterCard:
+    """A LoRA adapter that is loaded. Requests name it as they would a model."""
+
+    name: str
+    path: str  # its directory
+    rank: int
+    created: int  # when it was loaded, seconds since the epoch
+
+
+@dataclass(frozen=True, slots=True)
 class ModelCard:
-    """What a worker must know of a hosted model."""
+    """What a worker must know of a hosted model, or of one with an adapter: then `name` is the adapter's."""
 
     name: str
     role: Role
@@ -195,18 +223,38 @@ class ModelCard:
     context: int  # tokens, prompt and continuation together
     vocab_size: int
     end_ids: tuple[int, ...]
-    labels: int  # outputs of a score head
+    labels: int  # outputs of a head that gives scores or values
     weight_version: int
     created: int  # seconds since the epoch
     aliases: tuple[str, ...] = ()
     max_request_tokens: int = 0  # the most tokens that fit its KV cache at once; a longer request cannot run
     embedding_size: int = 0  # of an embedding model's answers; 0 for all others
-    pooling: str = ""
+    pooling: str = ""  # of embeddings and scores
     normalized: bool = True  # embeddings are meant to be divided by their length
+    label_names: tuple[str, ...] = ()  # of a score head's outputs
+    head: str = ""  # how a head that gives scores or values lay on disk
+    reward_mean: float = 0.0  # a reward is (score - mean) / std, by the checkpoint or `commands.Normalize`;
+    reward_std: float = 1.0  # scores of the engine are raw
+    reward_normalization: Normalization = "none"
+    fingerprint: str = ""  # of the tokenizer: ids mean the same where it is; empty: there is none
+    shares: str = ""  # the model whose decoder it computes with; empty: it has its own
+    adapters: tuple[AdapterCard, ...] = ()
+    parent: str = ""  # the model that an adapter belongs to; empty for models
+    weight_label: str = ""  # the trainer's name for the weights
+    paused: bool = False
 
     @property
     def gives(self) -> Gives:
-        return "embeddings" if self.embedding_size else "scores" if self.labels else "text"
+        if self.embedding_size:
+            return "embeddings"
+        if not self.labels:
+            return "text"
+        return "values" if self.role == "value" else "scores"
+
+    def adapted(self, adapter: AdapterCard) -> ModelCard:
+        """The model with one of its adapters."""
+        changes = {"name": adapter.name, "parent": self.name, "created": adapter.created}
+        return replace(self, aliases=(), adapters=(), **changes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,5 +265,11 @@ class Catalog:
     version: int
     models: tuple[ModelCard, ...]
 
+    @property
+    def listed(self) -> tuple[ModelCard, ...]:
+        """All that a request may name: each model, and behind it the model with each of its adapters."""
+        return tuple(one for card in self.models for one in (card, *map(card.adapted, card.adapters)))
+
     def find(self, name: str) -> ModelCard | None:
-        return next((card for card in self.models if name == card.name or name in card.aliases), None)
+        """A model by its name or an alias, or one with the adapter of that name."""
+        return next((card for card in self.listed if name == card.name or name in card.aliases), None)

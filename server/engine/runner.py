@@ -12,7 +12,9 @@ Letters: T tokens of the step, B rows of the plan, S page size, M page-table wid
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -26,12 +28,14 @@ from ...model.kv_cache import KVCache
 from ...model.model import Model
 from .guides import Guides
 from .options import AttentionBackend
-from .plan import Plan, PromptRows, Sampled
+from .plan import Plan, Sampled
 from .pooled import Pooled
+from .prompt_rows import Pinned, Rows, factors_of, sizes_of, targets_of
 from .request import Logprobs, Request
 from .sampler import Sampler
 
 Integers = NDArray[np.int64]
+NO_ADAPTERS: Mapping[str, int] = MappingProxyType({"": 0})
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +50,11 @@ class Done:
 
 
 class Runner:
-    """`context` is the most tokens of one sequence; slots go from 0 to `max_seqs` - 1.
+    """`context` is the most tokens of one sequence; slots go from 0 to `max_seqs` - 1. `adapters`: the number of each
+    that a request may carry, as `Batch.adapters` has it; it may change between steps.
 
-    What a Sampled holds for a failed computation is visible as such: token -1, NaN or infinite scores and
-    log-probabilities, embeddings. The engine turns them into errors.
+    What a Sampled holds for a failed computation is visible as such: token -1, NaN or infinite scores, values,
+    log-probabilities and embeddings. The engine turns them into errors.
     """
 
     def __init__(
@@ -63,9 +68,10 @@ class Runner:
         device: str = "cpu",
         attention: AttentionBackend = "triton",
         guides: Guides | None = None,
+        adapters: Mapping[str, int] = NO_ADAPTERS,
     ) -> None:
         self.model, self._cache = model, cache
-        self._guides = guides
+        self._guides, self._adapters = guides, adapters
         self._page_size = cache.page_size
         self._context = context
         self._device = torch.device(device)
@@ -73,11 +79,14 @@ class Runner:
         self._history = np.zeros((max_seqs, context), np.int32)
         self._table = np.zeros((max_seqs, -(-context // cache.page_size)), np.int32)
         self._requests: list[Request | None] = [None] * max_seqs
+        self._adapter = np.zeros(max_seqs, np.int64)
         self._sampler = Sampler(self._history, model.config.vocab_size, end_ids)
-        self._pooled = None if model.config.pooling is None else Pooled(model, max_seqs, self._device)
+        self._pooled = None if model.config.pools is None else Pooled(model, max_seqs, self._device)
+        self._pinned = Pinned(max_seqs, model, self._device)
         self._row_numbers = np.arange(max_seqs + 1, dtype=np.int32)
-        # Of the last pure decode: slots, positions, and the page table while it still holds.
+        # Of the last pure decode: slots, their adapters, positions, and the page table while it still holds.
         self._slots = self._starts = np.zeros(0, np.int64)
+        self._row_adapters: Tensor | None = None
         self._pages: Tensor | None = None
 
     def request(self, slot: int) -> Request:
@@ -97,6 +106,9 @@ class Runner:
     def idle(self) -> bool:
         return False
 
+    def write(self, work: Callable[[], None]) -> None:
+        work()
+
     @torch.inference_mode()
     def execute(self, plan: Plan) -> Sampled:
         self._apply(plan)
@@ -112,13 +124,21 @@ class Runner:
             assert ends is not None
             rows = ends[[row for row, _ in plan.scores]]
             result.scores = self.model.scores(hidden[self._tensor(rows)]).tolist()
+        if plan.values:
+            assert ends is not None
+            rows = self._pinned.gather(hidden, *map(self._tensor, Rows.of(plan, plan.values, ends)))
+            result.values = [part.tolist() for part in self.model.values(rows).split(sizes_of(plan.values))]
         if plan.prompt_logprobs:
             assert ends is not None
             result.prompt_logprobs = self._prompt_logprobs(plan, hidden, ends)
-        if plan.embeddings:
+        if plan.pooled:
             assert ends is not None and self._pooled is not None
             found = self._pooled.take(plan, hidden, ends.tolist())
-            result.embeddings = [] if found is None else found.tolist()
+            result.pooled = [] if found is None else found.tolist()
+        if plan.pins:
+            assert ends is not None
+            rows, pins = np.array(plan.pins).T
+            self._pinned.keep(self._tensor(pins), hidden[self._tensor(ends[rows])])
         return result
 
     def _apply(self, plan: Plan) -> None:
@@ -134,6 +154,7 @@ class Runner:
             if generated:
                 self._history[slot, prompt : prompt + generated] = entered.generated
             self._requests[slot] = request
+            self._adapter[slot] = self._adapters[request.adapter]
             if request.sampling is not None:
                 self._sampler.enter(slot, request.sampling, entered.choice, prompt)
             if self._guides is not None:
@@ -152,6 +173,7 @@ class Runner:
             self._starts += 1
         else:
             self._slots, self._starts = np.array(plan.slots), np.array(plan.starts)
+            self._row_adapters = self._adapters_of(self._slots)
             self._pages = None
         slots, starts = self._slots, self._starts
         rows, longest = len(slots), int(starts.max()) + 1
@@ -173,6 +195,7 @@ class Runner:
                 backend=self._attention,
                 memo={},
             ),
+            self._row_adapters,
         )
 
     def _mixed_batch(self, plan: Plan) -> tuple[Batch, Integers]:
@@ -201,8 +224,14 @@ class Runner:
                 backend=self._attention,
                 memo={},
             ),
+            self._adapters_of(slot),
         )
         return batch, firsts[1:] - 1
+
+    def _adapters_of(self, slots: Integers) -> Tensor | None:
+        """[T] int64, None where no row has one."""
+        adapters = self._adapter[slots]
+        return self._tensor(adapters) if adapters.any() else None
 
     def _page_table(self, slots: Integers, longest: int) -> Tensor:
         """[B, M] int32, as wide as the longest sequence needs."""
@@ -236,28 +265,19 @@ class Runner:
 
     def _prompt_logprobs(self, plan: Plan, hidden: Tensor, ends: Integers) -> list[Logprobs]:
         """The columns of each entry of `plan.prompt_logprobs`; all entries go through the head together."""
-
-        def rows(wanted: PromptRows) -> Integers:
-            last = ends[wanted.row] - (plan.starts[wanted.row] + plan.counts[wanted.row] - 1)
-            return np.arange(last + wanted.first, last + wanted.end)
-
         entries = plan.prompt_logprobs
-        slots = [plan.slots[wanted.row] for wanted in entries]
-        top = [self.request(slot).prompt_logprobs or 0 for slot in slots]
-        index = np.concatenate([rows(wanted) for wanted in entries])
-        targets = np.concatenate(
-            [
-                self._history[slot, wanted.first + 1 : wanted.end + 1]
-                for slot, wanted in zip(slots, entries, strict=True)
-            ]
-        )
+        requests = [self.request(plan.slots[wanted.row]) for wanted in entries]
+        top = [request.prompt_logprobs or 0 for request in requests]
+        targets = self._history.ravel()[targets_of(plan, entries, self._history.shape[1])]
+        rows = self._pinned.gather(hidden, *map(self._tensor, Rows.of(plan, entries, ends)))
+        factors = factors_of(requests, entries)
         chosen = self._tensor(targets.astype(np.int64))
-        found = self.model.logprobs_of(hidden[self._tensor(index)], chosen, max(top))
+        found = self.model.logprobs_of(rows, chosen, max(top), None if factors is None else self._tensor(factors))
         values, ranks, top_values, top_ids = (column.tolist() for column in found)
         columns: list[Logprobs] = []
         begin = 0
-        for wanted, k in zip(entries, top, strict=True):
-            part = slice(begin, begin + wanted.end - wanted.first)
+        for size, k in zip(sizes_of(entries), top, strict=True):
+            part = slice(begin, begin + size)
             begin = part.stop
             ids, likely = ([row[:k] for row in column[part]] for column in (top_ids, top_values))
             columns.append(Logprobs(values[part], ranks[part], ids, likely))

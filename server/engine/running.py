@@ -62,35 +62,53 @@ class Running:
         size = self.pages.page_size
         return [one for one in decodes if one.forked or (len(one.token_ids) - 1) % size == 0]
 
-    def pages_for(self, sequence: Sequence) -> int:
-        return -(-len(sequence.token_ids) // self.pages.page_size)
+    @property
+    def full(self) -> bool:
+        """No slot is free."""
+        return not self._slots
+
+    def needed(self, sequence: Sequence) -> int:
+        """The most pages that must be available for it to start alone."""
+        size = self.pages.page_size
+        return -(-len(sequence.token_ids) // size) - sequence.shared // size
 
     def start(self, sequence: Sequence, version: int) -> bool:
-        """Gives a waiting sequence a slot and pages for all its tokens, reusing cached ones, or changes nothing.
+        """Gives a waiting sequence a slot and pages for all its tokens, reusing what is computed; or changes nothing.
 
         One available page for each running sequence is left, so that their very next steps do not preempt it.
         """
-        if not self._slots:
-            return False
-        pages, job, token_ids = self.pages, sequence.job, sequence.token_ids
-        request = job.request
-        anew = not job.announced and len(token_ids) == sequence.prompt
-        root = Root(request.model, version, request.adapter, request.cache_salt)
-        table: list[int] = []
-        if self._prefix_caching:
-            table = pages.match(root, token_ids, job.needed_row if anew else len(token_ids) - 1)
-        missing = self.pages_for(sequence) - len(table)
+        pages, job = self.pages, sequence.job
+        anew = not job.announced and len(sequence.token_ids) == sequence.prompt
+        table, chain = self._prefix(sequence, version, anew)
+        missing = -(-len(sequence.token_ids) // pages.page_size) - len(table)
         if missing + len(self) > pages.available:
             pages.release(table)
             return False
-        sequence.chain = pages.chain(root, table) if self._prefix_caching else None
-        sequence.computed = len(table) * pages.page_size
+        sequence.chain = chain
+        sequence.computed = sequence.shared or len(table) * pages.page_size
         sequence.table = table + (pages.allocate(missing) or [])
-        sequence.rows_from = job.needed_row if anew and request.prompt_logprobs is not None else None
-        sequence.prompt_logprobs = None
+        if sequence.group and sequence.computed % pages.page_size:  # a member's; what is looked up are whole pages
+            self._copies.append((sequence.group.anchor.table[len(table)], sequence.table[len(table)]))
+        sequence.rows_from = job.needed_row if anew and job.wants_rows else None
+        sequence.prompt_logprobs, sequence.values = None, []
         self._enter(sequence)
         insort(self.prefills, sequence, key=by_rank)
         return True
+
+    def _prefix(self, sequence: Sequence, version: int, anew: bool) -> tuple[list[int], Chain | None]:
+        """Whole pages that hold its first tokens, with a reference to each, and how they are published: a member's are
+        its group's, others are looked up."""
+        pages, request = self.pages, sequence.job.request
+        if sequence.member and sequence.group:
+            anchor = sequence.group.anchor
+            chain = anchor.chain and Chain(anchor.chain.digest, anchor.chain.pages)
+            return pages.fork(anchor.table[: anchor.prompt // pages.page_size]), chain
+        if not self._prefix_caching:
+            return [], None
+        root = Root(request.model, version, request.adapter, request.cache_salt)
+        needed = sequence.job.needed_row if anew else len(sequence.token_ids) - 1
+        table = pages.match(root, sequence.token_ids, needed)
+        return table, pages.chain(root, table)
 
     def fork(self, sequence: Sequence, choice: int, reserved: int) -> Sequence | None:
         """Another choice on the same pages, in a slot of its own, that `join`s later; None if there is no room.
@@ -130,9 +148,10 @@ class Running:
     def grow(self, sequence: Sequence) -> bool:
         """Makes the position that a decode computes next writable; False if that takes a page and there is none.
 
-        Within a plan no copy's source becomes another copy's destination: the last of those that share a page keeps
-        it, so it is freed only if that one is preempted, which the last running sequence alone can be; and whoever
-        asks for a page after that is an earlier choice of the same request that shares nothing.
+        Within a plan no copy's source becomes another copy's destination. A group's last page is pinned; of choices
+        that share a page the last one keeps it without asking for another, and is preempted only for an earlier one
+        that shares it, which keeps it then. Nor is a page copied to twice: what starts or grows in a plan is not
+        preempted in it.
         """
         pages, table = self.pages, sequence.table
         index = (len(sequence.token_ids) - 1) // pages.page_size
@@ -159,6 +178,17 @@ class Running:
         """Takes slot and pages of a running sequence; what it computed stays published."""
         self.publish(sequence)
         self.pages.release(sequence.table)
+        self._vacate(sequence)
+        sequence.table = []
+        sequence.chain = None
+        sequence.computed = 0
+
+    def pin(self, sequence: Sequence) -> None:
+        """Takes the slot of a sequence that is computed, and leaves it its pages."""
+        self.publish(sequence)
+        self._vacate(sequence)
+
+    def _vacate(self, sequence: Sequence) -> None:
         slot = sequence.slot
         if sequence.decoding and sequence.synchronous:
             self.synchronous.remove(sequence)
@@ -167,10 +197,7 @@ class Running:
             self.changed = True
         elif sequence in self.prefills:
             self.prefills.remove(sequence)
-        sequence.table = []
-        sequence.chain = None
         sequence.decoding = sequence.forked = False
-        sequence.computed = 0
         sequence.slot = -1
         self._slots.append(slot)
         self._left.append(slot)

@@ -55,9 +55,10 @@ class Sampler:
         self._vocab_size = vocab_size
         self._end_ids = end_ids
         self._uses = np.zeros(slots, np.uint8)
-        self._processed = np.zeros(slots, np.bool_)
-        self._floats = np.zeros((6, slots), np.float32)
-        self._temperature, self._top_p, self._min_p, self._repetition, self._presence, self._frequency = self._floats
+        self._processed, self._policy = np.zeros((2, slots), np.bool_)
+        self._floats = np.zeros((7, slots), np.float32)
+        self._temperature, self._top_p, self._min_p, *penalties, self._factor = self._floats
+        self._repetition, self._presence, self._frequency = penalties
         self._seed = np.zeros(slots, np.uint64)
         self._choice = np.zeros(slots, np.uint64)
         self._top_k = np.zeros(slots, np.int64)
@@ -75,11 +76,13 @@ class Sampler:
             min(max(sampling.repetition_penalty, 1 / MOST_PENALTY), MOST_PENALTY),
             sampling.presence_penalty,
             sampling.frequency_penalty,
+            ops.factor(sampling.temperature),
         )
         self._seed[slot], self._choice[slot] = sampling.seed, choice
         self._top_k[slot], self._min_tokens[slot], self._prompt[slot] = sampling.top_k, sampling.min_tokens, prompt
         self._top_logprobs[slot] = sampling.logprobs or 0
         self._processed[slot] = sampling.logprobs_mode == "processed"
+        self._policy[slot] = sampling.policy_logprobs
         drawn = sampling.temperature >= ops.GREEDY_BELOW
         filters = 0 < sampling.top_k < self._vocab_size or sampling.top_p < 1 or sampling.min_p > 0
         ends = (*self._end_ids, *sampling.stop_ids) if sampling.min_tokens > 0 else ()
@@ -120,10 +123,13 @@ class Sampler:
         any_use = int(np.bitwise_or.reduce(uses)) if len(uses) else 0
         if not any_use:
             return ops.greedy(logits), None
-        shown, raw = _EMPTY, logits
+        wanted, processed = (uses & LOGPROBS) != 0, self._processed[slots]
+        shown = asked = _EMPTY
+        raw = unscaled = logits
         if any_use & LOGPROBS:
-            shown = np.flatnonzero(((uses & LOGPROBS) != 0) & ~self._processed[slots])
+            shown, asked = np.flatnonzero(wanted & ~processed), np.flatnonzero(wanted & self._policy[slots])
             raw = logits[torch.from_numpy(shown)]  # a copy: what follows changes logits
+            unscaled = logits[torch.from_numpy(asked)]
         if any_use & EDITS:
             self._edit(logits, slots, lengths, uses, any_use, masks or {})
         drawn = np.flatnonzero(uses & DRAW)
@@ -139,8 +145,9 @@ class Sampler:
         if any_use & LOGPROBS:
             columns = [None for _ in range(len(slots))]
             self._logprobs(columns, raw, tokens, slots, shown)
-            others = np.flatnonzero(((uses & LOGPROBS) != 0) & self._processed[slots])
+            others = np.flatnonzero(wanted & processed)
             self._logprobs(columns, logits[torch.from_numpy(others)], tokens, slots, others)
+            self._policy_logprobs(columns, unscaled, tokens, slots, asked)
         return tokens, columns
 
     def _draw(self, logits: Tensor, rows: Tensor | None, slots: Integers, lengths: Integers, uses: Flags) -> Tensor:
@@ -240,6 +247,20 @@ class Sampler:
             likely: Any = top_values[place][: k[place]]
             width = len(likely) - likely.count(-torch.inf)  # a token that cannot be drawn is not among the likely
             columns[row] = Logprobs([values[place]], [ranks[place]], [top_ids[place][:width]], [likely[:width]])
+
+    def _policy_logprobs(
+        self, columns: Columns, logits: Tensor, tokens: Tensor, slots: Integers, rows: Integers
+    ) -> None:
+        """Adds to `columns` at `rows` what follows from the model's logits [len(rows), V] and the temperature alone."""
+        if not len(rows):
+            return
+        factors = torch.from_numpy(self._factor[slots[rows]]).to(logits.device)
+        ids = tokens[torch.from_numpy(rows)].clamp_(min=0)
+        values: list[float] = token_logprobs(logits, ids, 0, factors).values.tolist()
+        for row, value in zip(rows.tolist(), values, strict=True):
+            column = columns[row]
+            assert column is not None
+            column.policy.append(value)
 
 
 _EMPTY: Integers = np.zeros(0, np.int64)

@@ -1,9 +1,9 @@
 """Who computes what in the next step: waiting and running sequences of one model, on integers alone.
 
 A step has a budget of tokens. Decodes go first, one token each; then prompts that are being computed, in chunks; then
-waiting sequences, as far as slots and pages reach. A sequence that starts gets the pages of all its tokens at once, so
-only decodes ask for more. When there is none left, the last running sequence (worst priority, then latest arrival)
-gives up its pages and waits, keeps its tokens, and is computed again later.
+waiting sequences, as far as slots and pages reach (`line.py`). A sequence that starts gets the pages of all its tokens
+at once, so only decodes ask for more. When there is none left, the last running sequence (worst priority, then latest
+arrival) gives up its pages and waits, keeps its tokens, and is computed again later.
 
 The device may be one step ahead of the host: `advance` counts a launched plan's tokens in without knowing them, the
 next plan is made from that, and `resolve` brings them in later. A sequence that turns out to have ended by a stop token
@@ -12,23 +12,27 @@ has one token too many in the step launched meanwhile; it is dropped. A sequence
 Every admitted request is answered as long as steps are taken: the first running sequence is preempted only for one
 of a better priority; it moves in every step, or when its turn comes where the budget is too small for all decodes (then
 nobody joins them); it ends after at most `limit` tokens; alone it always fits, which `add` makes sure of; and the first
-that waits starts at the latest when nothing else runs.
+that waits starts at the latest when nothing else runs. Prompts that groups have pinned (`groups.py`) can break the last
+two. A decode that runs alone and finds no page beside them is further than when it started; it waits like all others. A
+sequence that does not fit beside them lets their members pass, who always fit and end, and with the last of a group's
+members its pages are free.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 
 from .columns import Columns
+from .jobs import Jobs
 from .meter import Meter
 from .pages import Pages
-from .plan import Plan, PromptRows, Sampled
+from .plan import Plan, Sampled
 from .prefixes import groups_of
-from .request import EngineError, Finish, Logprobs, Output, Outputs, Request
-from .running import Running, by_rank
-from .sequence import UNKNOWN, Flight, Job, Sequence
-from .waiting import Deadlines, Waiting, too_long
+from .request import EngineError, Finish, Group, Output, Outputs, Request
+from .running import by_rank
+from .sequence import UNKNOWN, Flight, Sequence
 
 
 class Scheduler:
@@ -37,7 +41,8 @@ class Scheduler:
     Either `plan`, run it, `commit` (or `fail`), and so on. Or one step ahead: `plan`, launch it, `resolve` the flight
     before it, `advance` the plan to a flight, and so on.
     `pages` pages make up its KV cache; a slot is a place in the runner's buffers that a sequence keeps while it runs.
-    `ahead`: the runner runs ahead. `shared_tokens`: plans name groups of decodes that share so many tokens or more.
+    `ahead`: the runner runs ahead. `pools`: scores are made of all rows of a text. `shared_tokens`: plans name groups
+    of decodes that share so many tokens or more.
     `paused` freezes everything: nothing is planned; requests are still taken, aborted and expired.
     """
 
@@ -54,20 +59,31 @@ class Scheduler:
         max_waiting_tokens: int = 1 << 22,
         prefix_caching: bool = True,
         ahead: bool = False,
+        pools: bool = False,
         shared_tokens: int | None = None,
         weight_version: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.pages = Pages(pages, page_size)
-        self.weight_version, self.paused = weight_version, False
-        self.meter, self._clock = Meter(clock), clock
+        self.paused = False
+        self.meter = Meter(clock)
         self.counts = self.meter.counts
-        self._max_tokens, self._shared_tokens, self._ahead = max_batched_tokens, shared_tokens, ahead
-        self._context, self._end_ids = context, frozenset(end_ids)
-        self._jobs, self._arrivals = dict[int, Job](), 0
-        self._deadlines = Deadlines()
-        self._waiting = Waiting(max_waiting_requests, max_waiting_tokens, self.meter.refused)
-        self._running = Running(self.pages, max_seqs, prefix_caching)
+        self._max_tokens, self._shared_tokens, self._pools = max_batched_tokens, shared_tokens, pools
+        self._jobs = Jobs(
+            self.pages,
+            max_seqs=max_seqs,
+            context=context,
+            end_ids=end_ids,
+            max_waiting_requests=max_waiting_requests,
+            max_waiting_tokens=max_waiting_tokens,
+            prefix_caching=prefix_caching,
+            ahead=ahead,
+            pools=pools,
+            version=weight_version,
+            meter=self.meter,
+            clock=clock,
+        )
+        self._running, self._line = self._jobs.running, self._jobs.line
         self._plan: Plan | None = None  # made, neither advanced nor failed
         self._flight: Flight | None = None  # advanced, neither resolved nor failed
         self._rows: list[Sequence] = []  # of the last plan
@@ -83,14 +99,31 @@ class Scheduler:
         return self._plan
 
     @property
+    def weight_version(self) -> int:
+        return self._jobs.version
+
+    @weight_version.setter
+    def weight_version(self, version: int) -> None:
+        self._jobs.version = version
+
+    @property
     def has_work(self) -> bool:
         """Whether `plan` would give a step; not while paused."""
-        return bool(self._jobs) and not self.paused
+        return self._jobs.busy and not self.paused
+
+    @property
+    def requests(self) -> list[Request]:
+        """Those that are not finished."""
+        return [job.request for job in self._jobs]
+
+    def uses(self, adapter: str) -> bool:
+        """Whether a request that is not finished, or an open group, carries that adapter's key."""
+        return self._jobs.uses(adapter)
 
     @property
     def waiting(self) -> int:
         """Sequences that wait for pages or a slot, preempted ones included."""
-        return len(self._waiting)
+        return len(self._line)
 
     @property
     def running(self) -> int:
@@ -102,45 +135,29 @@ class Scheduler:
         return len(self._running.decodes) + len(self._running.synchronous)
 
     def add(self, request: Request) -> EngineError | None:
-        """Takes a request, or says why it cannot run: too long, or too many wait already."""
-        assert request.id not in self._jobs, f"request {request.id} is known already"
-        prompt, now = len(request.token_ids), self._clock()
-        capacity = self.pages.count * self.pages.page_size
-        error = too_long(request, self._context, capacity) or self._waiting.refusal(prompt, now)
-        if error:
-            return error
-        self.meter.admitted(request)
-        job = self._jobs[request.id] = Job(request, now)
-        self._arrivals += 1
-        self._waiting.enlist(job)
-        self._waiting.push(job.first_sequence(self._arrivals, self._context, self._end_ids, self._ahead))
-        self._deadlines.add(job)
-        return None
+        """Takes a request, or says why it cannot run: too long, no such group, or too many wait already."""
+        return self._jobs.add(request)
+
+    def open(self, group: Group, error: EngineError | None = None) -> None:
+        """Begins a group. Its members are told `error`, or what else keeps it from having any."""
+        self._jobs.open(group, error)
+
+    def close(self, group_id: int) -> list[Output]:
+        """Ends a group; its members that are not finished are aborted. Unknown ones are left alone."""
+        return self._jobs.close(group_id)
+
+    def prompt_of(self, group_id: int) -> list[int]:
+        """Of an open group; of any other nothing."""
+        return self._jobs.prompt_of(group_id)
 
     def abort(self, request_id: int, choice: int | None = None, finish: Finish = "abort") -> list[Output]:
         """Ends a request, or one choice of it, and frees its pages; what is unknown or finished is left alone. Metrics
         count it as `finish`."""
-        job = self._jobs.get(request_id)
-        ended: list[int] = []
-        for sequence in list(job.sequences.values()) if job else []:
-            if choice is None:
-                ended += [sequence.choice, *sequence.siblings]
-                self._end(sequence, finish)
-            elif choice in sequence.siblings:
-                ended.append(choice)
-                sequence.siblings.remove(choice)
-            elif choice == sequence.choice:
-                ended.append(choice)
-                self._hand_over(sequence, finish)
-        return [Output(request_id, one, finish="abort", weight_version=self.weight_version) for one in ended]
+        return self._jobs.abort(request_id, choice, finish)
 
     def expire(self, now: float) -> list[Output]:
-        """Ends the requests whose deadline has come, waiting or running."""
-        outputs: list[Output] = []
-        for job in self._deadlines.due(now):
-            message = f"the deadline came {now - job.arrived:.1f} s after the request"
-            outputs.append(self._fail(job, EngineError("deadline", message)))
-        return outputs
+        """Ends the requests and groups whose deadline has come."""
+        return self._jobs.expire(now)
 
     def fail(self, error: EngineError) -> list[Output]:
         """Instead of `advance` and `resolve`, when the plan or the flight could not be run: the requests of both end
@@ -153,37 +170,49 @@ class Scheduler:
         jobs = {sequence.id: sequence.job for sequence in sequences if not sequence.gone}
         for sequence in self._running.all():
             sequence.chain = None
-        outputs = [self._fail(job, error) for job in jobs.values()]
-        for sequence in self._running.all():
-            self._preempt(sequence)
+        outputs = [output for job in jobs.values() for output in self._jobs.fail(job, error)]
+        self._jobs.start_over(self._running.all(), self._jobs.groups)
         if plan:
             self._running.undelivered(plan)
         return outputs
 
-    def set_version(self, version: int, keep: bool = True) -> None:
-        """The weights have changed, between two steps. Prefixes that the old ones computed are forgotten.
+    def set_version(self, version: int, keep: bool = True) -> int:
+        """The weights have changed, between two steps. What the old ones published, so many pages, is forgotten.
 
-        Running sequences go on with the keys and values they have and publish none of them from now on; with
-        `keep=False` they give them up and are computed again.
+        Decodes go on with the keys and values they have and publish none of them from now on; with `keep=False` they
+        give them up and are computed again, as prompts are in any case: those of groups, and those that are half
+        computed, of which nothing is told.
         """
         assert self._plan is None and self._flight is None, "weights change between steps"
         self.weight_version = version
         self.counts.weight_updates += 1
         for sequence in self._running.all():
             sequence.chain = None
-            if not keep:
-                self._preempt(sequence)
-        self.pages.drop()
+        self._jobs.start_over([one for one in self._running.all() if not (keep and one.decoding)], self._jobs.groups)
+        return self.pages.drop()
+
+    def set_adapter(self, before: str, now: str, keep: bool = True) -> None:
+        """Requests that carry one adapter's key carry another one's: they are for other weights, from this step on.
+
+        To those that run, and to groups' prompts, it happens as by `set_version`. `keep` is for keys of one place in
+        the model's tensors."""
+        assert self._plan is None and self._flight is None, "weights change between steps"
+        self._jobs.readdress(before, now)
+        affected = [one for one in self._running.all() if one.job.request.adapter == now]
+        for sequence in affected:
+            sequence.chain = None
+        again = [one for one in affected if not (keep and one.decoding)]
+        self._jobs.start_over(again, [one for one in self._jobs.groups if one.job.request.adapter == now])
 
     def plan(self, budget: int | None = None) -> Plan | None:
         """The next step, of at most `budget` tokens. None while paused, without a budget, and without anything to
         compute: no request is left, or all wait for what the flight brings."""
         assert self._plan is None, "the last plan is neither advanced nor failed"
         tokens = self._max_tokens if budget is None else min(budget, self._max_tokens)
-        if self.paused or tokens < 1 or not self._jobs:
+        if self.paused or tokens < 1 or not self._jobs.busy:
             return None
         self._forks = []
-        self._start_urgent()
+        self._line.start_urgent(self.weight_version, self._flight)
         plan = self._plan_decodes(tokens)
         while not plan.slots and (self._running.decodes or self._running.ready()):
             plan = self._plan_decodes(tokens)  # whoever had its turn gave up its pages
@@ -213,12 +242,12 @@ class Scheduler:
             self._advance_prompts(flight)
         if complete:
             for sequence in columns.advance():
-                self._land(sequence)
+                self._jobs.land(sequence)
         for sequence in drawing[len(columns.rows) if complete else 0 :]:
             if not sequence.gone:
                 sequence.token_ids.append(UNKNOWN)
                 if len(sequence.token_ids) >= sequence.limit:
-                    self._land(sequence)
+                    self._jobs.land(sequence)
         return flight
 
     def resolve(self, flight: Flight, sampled: Sampled) -> Outputs:
@@ -230,7 +259,7 @@ class Scheduler:
         outputs = Outputs(self._resolve_prompts(flight, sampled))
         columns, first, apart = flight.columns, 0, list[int]()
         if sampled.logprobs is None:  # of most decodes there is nothing to say but a token
-            moved = columns is not self._columns or self._running.changed
+            moved = columns is not self._columns or self._running.changed or self._base is None
             first, apart = len(columns.rows), columns.tell(sampled.tokens, moved, version, outputs)
         self.meter.told_all(columns if first else None)
         for number in (*apart, *range(first, len(sampled.tokens))):
@@ -246,10 +275,10 @@ class Scheduler:
                 self.meter.told(sequence)
             if token in sequence.stops and length > sequence.stops_from:
                 output.finish, output.stop_id = "stop", token
-                self._end(sequence, "stop")
+                self._jobs.end(sequence, "stop")
             elif length >= sequence.limit:
                 output.finish = "length"
-                self._end(sequence, "length")
+                self._jobs.end(sequence, "length")
         self.counts.generated_tokens += len(sampled.tokens)
         return outputs
 
@@ -267,7 +296,8 @@ class Scheduler:
         needy = sorted([*needy, *running.beginning(ready)], key=by_rank)
         for sequence in needy:  # by rank: whoever is preempted has not got anything from this plan yet
             while sequence.decoding and not running.grow(sequence):
-                self._preempt(running.last() or sequence)
+                if not self._line.make_room():
+                    self._line.preempt(running.last() or sequence)
         if base is not None and not running.changed:
             base = self._columns.plan(base.prefixes, self._pure and bool(decodes))
         else:
@@ -277,18 +307,16 @@ class Scheduler:
         self._base, running.changed = base if whole else None, False
         self._rows = self._sampling = self._columns.rows
         if ready := [sequence for sequence in ready if sequence.decoding]:  # beside them the others' steps stay steady
-            base, self._rows = (
-                base.with_synchronous([(one.slot, len(one.token_ids) - 1) for one in ready]),
-                [*self._rows, *ready],
-            )
-            self._sampling = self._rows
+            base = base.with_synchronous([(one.slot, len(one.token_ids) - 1) for one in ready])
+            self._rows = self._sampling = [*self._rows, *ready]
         return base
 
     def _plan_prompts(self, base: Plan, budget: int) -> Plan:
         """Adds chunks of prompts to a copy of the plan: of those that run, then of as many waiting ones as fit."""
         plan = None
         prefills = iter(list(self._running.prefills))
-        while budget and (sequence := next(prefills, None) or self._start_first()):
+        start = partial(self._line.start_first, self.weight_version, self._flight)
+        while budget and (sequence := next(prefills, None) or start()):
             if plan is None:
                 plan = base.copy()
                 plan.steady = False
@@ -299,19 +327,18 @@ class Scheduler:
         return plan or base
 
     def _add_chunk(self, plan: Plan, sequence: Sequence, count: int) -> None:
-        start, job = sequence.computed, sequence.job
+        start, job, want = sequence.computed, sequence.job, sequence.job.request.want
         row = plan.add_row(sequence.slot, start, count)
         self._rows.append(sequence)
-        if sequence.rows_from is not None:
-            first, end = max(start, sequence.rows_from), min(start + count, sequence.prompt - 1)
-            if first < end:
-                plan.prompt_logprobs.append(PromptRows(row, first, end))
+        sequence.name_rows(plan, row, start, start + count)
         complete = start + count == len(sequence.token_ids)
-        if "embedding" in job.request.want:
-            plan.embeddings.append((row, complete))
+        if "embedding" in want or (self._pools and ("score" in want or sequence.anchors)):
+            plan.pooled.append((row, complete and not sequence.anchors, sequence.pin_before(start)))
         if not complete:
             return
-        if "score" in job.request.want and not job.announced:
+        if sequence.anchors:
+            plan.pins.append((row, sequence.anchors.pin))
+        if "score" in want and not self._pools and not job.announced:
             plan.scores.append((row, sequence.slot))
         if sequence.draws:
             for one in [sequence, *self._fork(sequence)]:
@@ -326,7 +353,7 @@ class Scheduler:
             child = self._running.fork(sequence, choice, reserved=len(children))
             if child is None:
                 child = sequence.sibling(choice)
-                self._waiting.push(child)
+                self._line.push(child)
             else:
                 children.append(child)
                 self._forks.append((sequence, child))
@@ -350,8 +377,10 @@ class Scheduler:
                 continue
             if sequence.draws:
                 self._running.join(sequence)
+            elif sequence.anchors:
+                self._jobs.pin(sequence.anchors)
             else:
-                self._land(sequence)
+                self._jobs.land(sequence)
         for parent, child in self._forks:
             if not child.gone:
                 self._running.join(child, parent)
@@ -360,91 +389,14 @@ class Scheduler:
         """Outputs of the sequences that end with their prompt."""
         outputs: list[Output] = []
         flight.keep(sampled)
-        for values in sampled.scores:
-            self.meter.scored(values)
         for sequence in flight.complete:
             job = sequence.job
-            if sequence.rows_from is not None:
-                job.prompt_logprobs = sequence.prompt_logprobs or Logprobs()
-            if not sequence.draws and not sequence.gone:
+            if job.scores is not None and not job.announced:
+                self.meter.scored(job.scores)
+            sequence.hand_rows()
+            if not (sequence.draws or sequence.anchors or sequence.gone):
                 finish: Finish = "length" if job.request.sampling else "stop"
                 outputs.append(Output(sequence.id, finish=finish, weight_version=self.weight_version))
                 job.announce(outputs[-1])
-                self._end(sequence, finish)
+                self._jobs.end(sequence, finish)
         return outputs
-
-    def _start_first(self) -> Sequence | None:
-        """Starts the first that waits, if it fits."""
-        sequence = None if self._waiting.stuck else self._waiting.first()
-        if sequence is None or (self._flight and self._flight.holds(sequence)):
-            return None  # one that this plan preempted: its last token is not known yet
-        if not self._running.start(sequence, self.weight_version):
-            self._waiting.stuck = True
-            return None
-        job = sequence.job
-        if job.cached_tokens is None:
-            job.cached_tokens = sequence.computed
-            self._waiting.discharge(job)
-            self.meter.started(sequence)
-        return self._waiting.pop()
-
-    def _start_urgent(self) -> None:
-        """Starts what waits with a better priority than something that runs, ahead of everything else.
-
-        The last running ones are preempted for it, unless even all of worse priority would not make enough room.
-        """
-        running = self._running
-        while (first := self._waiting.first()) and (last := running.last()) and first.rank[0] < last.rank[0]:
-            if self._start_first():
-                continue
-            if self._flight and self._flight.holds(first):
-                return
-            lower = [sequence for sequence in running.all() if sequence.rank[0] > first.rank[0]]
-            room = self.pages.available + sum(len(sequence.table) for sequence in lower)
-            if running.pages_for(first) + len(running) - len(lower) > room:
-                return
-            self._preempt(last)
-
-    def _preempt(self, sequence: Sequence) -> None:
-        self.meter.preempted(sequence)
-        self._running.leave(sequence)
-        self._waiting.push(sequence)
-        self._waiting.stuck = False
-
-    def _land(self, sequence: Sequence) -> None:
-        """All of it is computed; only what the flight brings is still to be told. Its slot and pages are free."""
-        self._running.leave(sequence)
-        self._waiting.stuck = False
-        sequence.landed = True
-
-    def _end(self, sequence: Sequence, finish: Finish) -> None:
-        """A choice, and what would have forked from it, is done with."""
-        job = sequence.job
-        if sequence.slot >= 0:
-            self._running.leave(sequence)
-            self._waiting.stuck = False
-        elif not sequence.landed:
-            self._waiting.remove(sequence)
-        sequence.gone = True
-        del job.sequences[sequence.choice]
-        if not job.sequences:
-            del self._jobs[sequence.id]
-            if job.cached_tokens is None:
-                self._waiting.discharge(job)
-        self.meter.ended(sequence, finish)
-
-    def _hand_over(self, sequence: Sequence, finish: Finish) -> None:
-        """Ends a choice; if others wait for its prompt to be computed, the first of them takes its place."""
-        if not sequence.siblings:
-            self._end(sequence, finish)
-            return
-        sequences = sequence.job.sequences
-        del sequences[sequence.choice]
-        sequence.choice = sequence.siblings.pop(0)
-        sequences[sequence.choice] = sequence
-        self._running.replace(sequence)
-
-    def _fail(self, job: Job, error: EngineError) -> Output:
-        for sequence in list(job.sequences.values()):
-            self._end(sequence, "error")
-        return Output(job.request.id, finish="error", error=error, weight_version=self.weight_version)

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from .pages import Chain
-from .plan import Plan, Sampled
+from .plan import Plan, PromptRows, Sampled
 from .request import Logprobs, Output, Request
 
 if TYPE_CHECKING:
     from .columns import Columns
+    from .groups import OpenGroup
 
 UNKNOWN = -1  # a token that is drawn, but has not come back from the device yet
 Rank = tuple[int, int, int]  # priority, arrival, choice: the lower goes first; no two sequences have the same
@@ -22,12 +23,15 @@ class Job:
 
     request: Request
     arrived: float
+    shared: int = 0  # tokens of the prompt that are its group's
     sequences: dict[int, Sequence] = field(default_factory=dict[int, "Sequence"])
     cached_tokens: int | None = None  # None until it runs for the first time
     prompt_logprobs: Logprobs | None = None
     scores: list[float] | None = None
+    pooled_index: int | None = None
+    values: list[float] | None = None
     embedding: list[float] | None = None
-    announced: bool = False  # the first output is out, and these four with it
+    announced: bool = False  # the first output is out, and these with it
     # For `meter`: moments (0: not yet), and what is told of it at its end.
     started: float = 0.0
     first_token: float = 0.0
@@ -40,13 +44,23 @@ class Job:
         return len(self.request.token_ids)
 
     @property
-    def needed_row(self) -> int:
-        """The request's, and 0 where the prompt's log-probabilities are wanted and nothing says from which row."""
-        if self.request.prompt_logprobs is not None and self.request.first_needed_row is None:
-            return 0
-        return self.request.needed_row
+    def own(self) -> int:
+        """Tokens of the prompt that are not its group's."""
+        return self.prompt - self.shared
 
-    def first_sequence(self, arrival: int, context: int, end_ids: frozenset[int], ahead: bool = False) -> Sequence:
+    @property
+    def needed_row(self) -> int:
+        """The request's, and 0 where rows of the prompt are wanted and nothing says from which on."""
+        return 0 if self.wants_rows and self.request.first_needed_row is None else self.request.needed_row
+
+    @property
+    def wants_rows(self) -> bool:
+        """Whether something of each row of the prompt is wanted: values, or log-probabilities."""
+        return "values" in self.request.want or self.request.prompt_logprobs is not None
+
+    def first_sequence(
+        self, rank: Rank, context: int, end_ids: frozenset[int] = frozenset(), ahead: bool = False
+    ) -> Sequence:
         """The one that computes the prompt; with n > 1 the other choices fork from it.
 
         `ahead`: the device runs ahead of the host, which a grammar cannot do.
@@ -58,7 +72,7 @@ class Job:
             self,
             request.id,
             choice=0,
-            rank=(request.priority, arrival, 0),
+            rank=rank,
             token_ids=list(request.token_ids),
             prompt=prompt,
             draws=answer > 0,
@@ -76,7 +90,8 @@ class Job:
             self.announced = True
             output.cached_tokens = self.cached_tokens
             output.prompt_logprobs = self.prompt_logprobs
-            output.scores = self.scores
+            output.scores, output.pooled_index = self.scores, self.pooled_index
+            output.values = self.values
             output.embedding = self.embedding
 
 
@@ -100,18 +115,34 @@ class Sequence:
     stops_from: int  # a stop counts once there are more tokens than this
     synchronous: bool = False  # it has a row only once its last token is known, because its mask follows from that
     siblings: list[int] = field(default_factory=list[int])  # choices that fork from this one at the prompt's end
+    group: OpenGroup | None = None  # whose anchor or member it is
     slot: int = -1
     table: list[int] = field(default_factory=list[int])
     computed: int = 0
     decoding: bool = False
     forked: bool = False  # the page it writes next may be shared
     chain: Chain | None = None  # None: its pages are not published
-    rows_from: int | None = None  # the prompt row from which log-probabilities are collected, None if they are not
+    rows_from: int | None = None  # the prompt row from which log-probabilities or values are collected; None: no such
     prompt_logprobs: Logprobs | None = None
+    values: list[float] = field(default_factory=list[float])
     gone: bool = False
     landed: bool = False  # nothing is left to compute; it has neither slot nor pages and does not wait
     began: float = 0.0  # when its first token was told, and
     told: float = 0.0  # when its last one was, as far as `meter` does not know it better
+
+    @property
+    def anchors(self) -> OpenGroup | None:
+        """The group whose prompt it computes."""
+        return None if self.member else self.group
+
+    @property
+    def member(self) -> bool:
+        return self.shared > 0
+
+    @property
+    def shared(self) -> int:
+        """So many of its tokens, the first ones, are computed by its group's anchor."""
+        return self.job.shared
 
     @property
     def known(self) -> bool:
@@ -122,6 +153,30 @@ class Sequence:
     def done(self) -> int:
         """How many positions are computed."""
         return len(self.token_ids) - 1 if self.decoding else self.computed
+
+    def name_rows(self, plan: Plan, row: int, start: int, end: int) -> None:
+        """Tells the plan of which positions in its row, from `start` to before `end`, something is wanted."""
+        if self.rows_from is None:
+            return
+        values = "values" in self.job.request.want
+        first, end = max(start, self.rows_from), min(end, self.prompt if values else self.prompt - 1)
+        pin = self.pin_before(start)
+        if pin is not None:
+            first = start - 1
+        if first < end:
+            (plan.values if values else plan.prompt_logprobs).append(PromptRows(row, first, end, pin))
+
+    def pin_before(self, start: int) -> int | None:
+        """Where the runner keeps the hidden state of the position before `start`, if that is the end of its group's
+        prompt."""
+        return self.group.pin if self.member and self.group and start == self.shared else None
+
+    def hand_rows(self) -> None:
+        """All of the prompt is computed: what was collected of it is the request's."""
+        if "values" in self.job.request.want:
+            self.job.values = self.values
+        elif self.rows_from is not None:
+            self.job.prompt_logprobs = self.prompt_logprobs or Logprobs()
 
     def collect(self, found: Logprobs) -> None:
         """More of the prompt's log-probabilities."""
@@ -163,11 +218,18 @@ class Flight:
         plan = self.plan
         for wanted, found in zip(plan.prompt_logprobs, sampled.prompt_logprobs, strict=True):
             self.rows[wanted.row].collect(found)
+        for wanted, values in zip(plan.values, sampled.values, strict=True):
+            self.rows[wanted.row].values += values
         for (row, _), scores in zip(plan.scores, sampled.scores, strict=True):
-            self.rows[row].job.scores = scores
-        last = [row for row, complete in plan.embeddings if complete]
-        for row, embedding in zip(last, sampled.embeddings, strict=True):
-            self.rows[row].job.embedding = embedding
+            job = self.rows[row].job
+            job.scores, job.pooled_index = scores, plan.starts[row] + plan.counts[row] - 1
+        last = [row for row, complete, _ in plan.pooled if complete]
+        for row, found in zip(last, sampled.pooled, strict=True):
+            job = self.rows[row].job
+            if "score" in job.request.want:
+                job.scores = found
+            else:
+                job.embedding = found
 
     def holds(self, sequence: Sequence) -> bool:
         """Whether something of the sequence is still to come."""

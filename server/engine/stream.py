@@ -82,8 +82,9 @@ class Stream:
         """`push` of an output that says nothing else, at a third of the price."""
         earlier = self._pending.get(choice)
         if earlier is not None:
+            if earlier.weight_version != weight_version:
+                turn(earlier, weight_version)
             earlier.token_ids.append(token)
-            earlier.weight_version = weight_version
         elif choice in self._unfinished:
             self._pending[choice] = Output(self.request_id, choice, [token], weight_version=weight_version)
         waiter = self._waiter
@@ -108,14 +109,27 @@ class Stream:
 
 def merge(earlier: Output, later: Output) -> None:
     """Make `earlier` say what both say, in place. They are of one choice, in order."""
-    earlier.token_ids += later.token_ids
+    start = 0
+    for version, count in later.runs():
+        turn(earlier, version)
+        earlier.token_ids += later.token_ids[start : start + count]
+        start += count
     earlier.logprobs = _joined(earlier.logprobs, later.logprobs)
     earlier.prompt_logprobs = _joined(earlier.prompt_logprobs, later.prompt_logprobs)
-    earlier.weight_version = later.weight_version
-    for name in ("finish", "stop_id", "cached_tokens", "scores", "embedding", "values", "error"):
+    for name in ("finish", "stop_id", "cached_tokens", "scores", "pooled_index", "embedding", "values", "error"):
         value = getattr(later, name)
         if value is not None:
             setattr(earlier, name, value)
+
+
+def turn(output: Output, version: int) -> None:
+    """What is put behind its tokens from now on is of that version."""
+    if output.weight_version == version:
+        return
+    *earlier, (before, count) = output.runs()
+    if count:
+        output.earlier_versions = [*earlier, (before, count)]
+    output.weight_version = version
 
 
 def _joined(earlier: Logprobs | None, later: Logprobs | None) -> Logprobs | None:
@@ -125,4 +139,5 @@ def _joined(earlier: Logprobs | None, later: Logprobs | None) -> Logprobs | None
     earlier.ranks += later.ranks
     earlier.top_ids += later.top_ids
     earlier.top_values += later.top_values
+    earlier.policy += later.policy
     return earlier

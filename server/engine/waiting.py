@@ -31,13 +31,11 @@ class Waiting:
     """Waiting sequences, lowest rank first. Everything takes O(log n) however many wait.
 
     The bounds count requests that never ran; what was preempted, and choices that wait for room, were let in before.
-    A single request may exceed the bound on tokens. `stuck` says that the first does not fit and nothing has changed
-    since; whoever frees a slot or pages resets it.
+    A single request may exceed the bound on tokens.
     """
 
     def __init__(self, max_requests: int, max_tokens: int, on_refusal: Callable[[str], None]) -> None:
         """`on_refusal` is told the bound that was hit."""
-        self.stuck = False
         self._max_requests = max_requests
         self._max_tokens = max_tokens
         self._on_refusal = on_refusal
@@ -66,16 +64,14 @@ class Waiting:
     def enlist(self, job: Job) -> None:
         """Counts a request towards the bounds until it is `discharged`."""
         self._requests += 1
-        self._tokens += job.prompt
+        self._tokens += job.own
 
     def discharge(self, job: Job) -> None:
         self._requests -= 1
-        self._tokens -= job.prompt
+        self._tokens -= job.own
 
     def push(self, sequence: Sequence) -> None:
         heappush(self._heap, (sequence.rank, sequence))
-        if self.first() is sequence:
-            self.stuck = False
 
     def first(self) -> Sequence | None:
         while self._heap and self._heap[0][1].gone:
@@ -90,7 +86,6 @@ class Waiting:
     def remove(self, sequence: Sequence) -> None:
         """Marks it as gone; its entry goes when it comes up, or once half of the entries are of that kind."""
         sequence.gone = True
-        self.stuck = False
         self._gone += 1
         if self._gone > 32 and self._gone * 2 > len(self._heap):
             self._heap = [entry for entry in self._heap if not entry[1].gone]

@@ -131,6 +131,10 @@ class Text:
             del ids[0]
         return ids
 
+    def encode_pair(self, first: str, second: str) -> list[int]:
+        """Ids of two texts as the tokenizer joins them for a model that compares them, special tokens included."""
+        return self._tokenizer.encode(first, second).ids
+
     def render_text(
         self,
         messages: Messages,

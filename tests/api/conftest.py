@@ -9,7 +9,8 @@ import httpx
 import openai
 import pytest
 import torch
-from checkpoints import write_checkpoint
+from checkpoints import make_model, write_checkpoint
+from lora import make_adapter
 from servers import Server
 from shapes import check_response
 
@@ -45,10 +46,11 @@ def server(policy: Path, reward: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="session")
 def narrow_server(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """One sequence at a time, eight requests may wait, little patience, small bodies, and keys."""
+    """One sequence at a time, eight requests may wait, little patience, small bodies, keys, and an adapter."""
+    adapter = make_adapter(tmp_path_factory.mktemp("poet"), make_model("llama-gqa"), "q_proj", "down_proj", size=1.0)
     options = ["--max-num-seqs", 1, "--max-waiting-requests", 8, "--stream-timeout", 1, "--max-logprobs", 300]
     keys = ["--api-key", "first-key", "--api-key", "second-key"]
-    options += ["--max-body", 4096, "--ignore-unknown-fields"]
+    options += ["--max-body", 4096, "--ignore-unknown-fields", "--lora-modules", f"poet={adapter}"]
     with Server(tmp_path_factory.mktemp("log"), f"policy={policy}", *options, *keys) as server:
         yield server.base_url
 

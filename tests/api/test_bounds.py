@@ -27,6 +27,8 @@ SHARED: dict[str, ROW] = {
     "frequency_penalty": ([-2, 2], [-2.01, 2.01, INF], {}, ""),
     "repetition_penalty": ([0.01, 100, 1e-320, 1e308], [0, -1, NAN, INF], {}, ""),
     "n": ([1, 128], [0, 129, 1.0, True, "2"], {}, ""),
+    "best_of": ([None, 1, 128], [0, 129, 1.0, True], {}, ""),
+    "rank_by": ([None, "reward"], ["", 5, "policy"], {}, ""),
     "max_tokens": ([1, 5], [0, -1, 10**6, HUGE, 2.5, "5"], {}, ""),
     "min_tokens": ([0, 1], [-1, 2], {}, ""),
     "seed": ([-HUGE, 2 * HUGE - 1, 0], [-HUGE - 1, 2 * HUGE, 1.5, "1"], {}, ""),
@@ -53,6 +55,7 @@ SHARED: dict[str, ROW] = {
     "add_special_tokens": ([True, False, None], [0, "yes"], {}, ""),
     "return_token_ids": ([True, False], [1], {}, ""),
     "return_tokens_as_token_ids": ([True, False], [1], {}, ""),
+    "return_weight_spans": ([True, False], [1], {}, ""),
     "stream": ([True, False], [1, "true"], {}, ""),
     "length_penalty": ([1, 1.0], [0.9, 2], {}, "beam search"),
     "spaces_between_special_tokens": ([True], [False], {}, "tokenizer"),
@@ -103,7 +106,6 @@ CHAT: dict[str, ROW] = SHARED | {
     "continue_final_message": ([True], ["x"], {"messages": [{"role": "assistant", "content": "So"}]}, ""),
     "add_generation_prompt": ([True, False, None], [1, "yes"], {}, ""),
     "modalities": ([["text"]], [["text", "audio"]], {}, "text only"),
-    "best_of": ([None, 1], [2], {}, "not supported"),
     "echo": ([False], [True], {}, "not supported"),
     "audio": ([None], [{"voice": "alloy"}], {}, "text only"),
     "chat_template": ([None], ["{{ messages }}"], {}, "never run"),
@@ -118,7 +120,6 @@ COMPLETIONS: dict[str, ROW] = SHARED | {
     ),
     "suffix": (["", None], ["x"], {}, "not supported"),
     "echo": ([True, False, None], [1, "yes"], {}, ""),
-    "best_of": ([None, 1, 128], [0, 129, 1.0, True], {}, ""),
 }
 
 

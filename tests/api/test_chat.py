@@ -220,3 +220,16 @@ def test_models(client: openai.OpenAI, context: int) -> None:
     assert client.models.retrieve("org/alias").id == "policy"  # an id with a slash, and an alias
     answer = client.chat.completions.create(model="org/alias", messages=USER, max_tokens=1)
     assert answer.model == "policy"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_weight_spans_are_told_to_who_asks(client: openai.OpenAI, stream: bool) -> None:
+    extra = {"return_weight_spans": True, "ignore_eos": True}
+    asked = {"model": "policy", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5, "extra_body": extra}
+    answer = client.chat.completions.create(**asked, stream=stream)
+    last = [chunk for chunk in answer if chunk.choices][-1] if stream else answer
+    assert last.choices[0].model_extra["weight_spans"] == [{"version": 0, "start": 0, "end": 5}]
+    asked = {"model": "policy", "prompt": "Hi", "max_tokens": 5, "extra_body": extra}
+    answer = client.completions.create(**asked, stream=stream)
+    last = [chunk for chunk in answer if chunk.choices][-1] if stream else answer
+    assert last.choices[0].model_extra["weight_spans"] == [{"version": 0, "start": 0, "end": 5}]

@@ -9,6 +9,7 @@ import vocabularies
 
 from tandem.server.api.choices import CallDelta, Choice, Delta
 from tandem.server.engine.request import Finish, Logprobs, Output
+from tandem.server.engine.stream import merge
 from tandem.server.text.text import Text
 
 ONE = '<tool_call>\n{"name": "f", "arguments": {"x": "ü"}}\n</tool_call>'
@@ -128,3 +129,31 @@ def test_an_only_broken_call_stops_as_text_does(text: Text) -> None:
     choice = choice_of(text, one_call=True)
     push(choice, text.encode(ONE.replace('"ü"', "yes"), False), 1000)
     assert choice.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 1000])
+@pytest.mark.parametrize("one_call", [False, True])
+def test_every_token_is_told_with_the_weights_that_drew_it(text: Text, size: int, one_call: bool) -> None:
+    """However many outputs were merged on the way, and where the answer is cut."""
+    ids = text.encode(TWO, False)
+    versions = [3 if at < 4 else 4 if at < 9 else 6 for at in range(len(ids))]
+    choice = choice_of(text, one_call)
+    assert choice.weight_spans() == [] and choice.shown_spans(False) == {}
+    for at in range(0, len(ids), size):
+        merged = Output(1, 0, [ids[at]], weight_version=versions[at])
+        for token, version in zip(ids[at + 1 : at + size], versions[at + 1 : at + size], strict=True):
+            merge(merged, Output(1, 0, [token], weight_version=version))
+        if choice.push(merged):
+            break
+    told = [span["version"] for span in choice.weight_spans() for _ in range(span["start"], span["end"])]
+    assert told == versions[: choice.tokens] and (choice.tokens < len(ids)) == one_call
+    assert choice.shown_spans(False) == {"weight_spans": choice.weight_spans()} and len(choice.weight_spans()) == 3
+
+
+def test_one_version_alone_is_not_told(text: Text) -> None:
+    choice = choice_of(text)
+    ids = text.encode("Yes.", False)
+    for token in ids:
+        choice.push(Output(1, 0, [token], weight_version=7))
+    choice.push(Output(1, 0, finish="abort", weight_version=8))  # drew nothing
+    assert choice.weight_spans() == [{"version": 7, "start": 0, "end": len(ids)}] and choice.shown_spans(False) == {}

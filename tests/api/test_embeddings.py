@@ -78,7 +78,7 @@ def test_the_model_may_be_left_out(http: httpx.Client) -> None:
     ("body", "param", "words"),
     [
         ({"model": "policy", "input": "a"}, "model", "is a policy model; what gives embeddings here: embed"),
-        ({"model": "reward", "input": "a"}, "model", "is a reward model"),
+        ({"model": "reward", "input": "a", "normalize": True}, "normalize", "is a reward model"),
         ({}, "input", "input is missing"),
         ({"input": ""}, "input", "input[0] is empty"),
         ({"input": ["a", ""]}, "input", "input[1] is empty"),

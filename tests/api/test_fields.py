@@ -8,13 +8,24 @@ from pydantic import BaseModel
 from sdk_fields import sdk_fields
 
 from tandem.server.api import fields, openai_fields
-from tandem.server.api.protocol import ChatBody, CompletionBody, EmbeddingBody, RewardBody
+from tandem.server.api.protocol import ChatBody, CompletionBody, EmbeddingBody, GenerationBody, RewardBody
+from tandem.server.api.rlhf import bodies as rlhf
+from tandem.server.api.rlhf import fields as rlhf_fields
 
+RLHF: list[tuple[type[BaseModel], dict[str, fields.Field]]] = [
+    (rlhf.ScoreGroupBody, rlhf_fields.SCORE_GROUP),
+    (rlhf.EvaluateBody, rlhf_fields.EVALUATE),
+    (rlhf.RolloutBody, rlhf_fields.ROLLOUT),
+    (rlhf.NormalizeBody, rlhf_fields.NORMALIZE),
+    (rlhf.WeightsBody, rlhf_fields.WEIGHTS),
+    (rlhf.PreferenceBody, rlhf_fields.PREFERENCES),
+]
 TABLES: list[tuple[type[BaseModel], dict[str, fields.Field]]] = [
     (ChatBody, fields.CHAT),
     (CompletionBody, fields.COMPLETIONS),
     (RewardBody, fields.REWARDS),
     (EmbeddingBody, fields.EMBEDDINGS),
+    *RLHF,
 ]
 
 
@@ -43,7 +54,13 @@ def test_what_is_honoured_is_parsed_and_the_rest_has_a_reason(
     assert all(field.reason for field in table.values() if field.fate != "honoured")
 
 
+def test_sampling_of_a_rollout_is_that_of_completions() -> None:
+    honoured = {name for name, field in rlhf_fields.SAMPLING.items() if field.fate == "honoured"}
+    outer = set(rlhf.RolloutBody.model_fields) - {"stream"}
+    assert honoured < set(GenerationBody.model_fields) and not honoured & outer
+
+
 def test_a_neutral_value_of_a_refused_field_passes() -> None:
-    best_of = fields.CHAT["best_of"]
-    assert best_of.lets_pass(1) and best_of.lets_pass(None)
-    assert not best_of.lets_pass(2) and not best_of.lets_pass(True)
+    penalty = fields.CHAT["length_penalty"]
+    assert penalty.lets_pass(1) and penalty.lets_pass(1.0) and penalty.lets_pass(None)
+    assert not penalty.lets_pass(2) and not penalty.lets_pass(True)

@@ -12,7 +12,7 @@ import pytest
 
 from tandem.benchmarks.bench import frontend, raw, scaling, soak
 from tandem.benchmarks.bench.served import Served, bare, tandem
-from tandem.server.engine.link import EngineServer
+from tandem.server.engine.link_server import EngineServer
 
 HEAD = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
 

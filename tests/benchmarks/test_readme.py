@@ -40,6 +40,18 @@ def test_a_run_of_ppo_has_its_line() -> None:
     assert "missed" in next(readme.ppo({"runs": [run | {"met": False}]}))[2]
 
 
+def test_every_trainer_has_its_line() -> None:
+    """Of a record as `trainers/matrix.py` prints it."""
+    report = {
+        "version": "1.16.0",
+        "figure": "2 steps",
+        "routes": {"POST /classify": 2, "GET /health": 1},
+        "seconds": 41.2,
+    }
+    lines = list(readme.trainers({"trainers": {"TRL": report}}))
+    assert lines == [("TRL 1.16.0, unmodified", "2 steps", "3 calls of 2 routes, 41 s")]
+
+
 def test_a_readme_without_markers_is_refused() -> None:
     with pytest.raises(ValueError, match="lacks"):
         readme.written("# Tandem")

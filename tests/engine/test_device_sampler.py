@@ -47,6 +47,7 @@ def random_sampling(generator: np.random.Generator) -> Sampling:
         bad_words=maybe(tuple((*prefix,) for prefix in (ids(1), ids(2), (5, *ids(1)), (4, 5, 7))), ()),
         logprobs=maybe(int(generator.integers(0, 6)), None, 0.4),
         logprobs_mode=maybe("processed", "raw", 0.5),
+        policy_logprobs=maybe(True, False, 0.5),
         grammar=maybe("some", "", 0.2),
     )
 
@@ -93,7 +94,8 @@ class Both:
         assert drawn.tokens.tolist() == expected.tolist()
         assert (drawn.logprobs is None) == (columns is None)
         if drawn.logprobs is not None and columns is not None:
-            step = Launched(Clock(torch.device("cpu")), drawn.tokens, drawn.logprobs, tops)
+            policies = self.device.policies_of(slots)
+            step = Launched(Clock(torch.device("cpu")), drawn.tokens, drawn.logprobs, tops, drawn.policy, policies)
             for found, wanted in zip(step.wait().logprobs or [], columns, strict=True):
                 assert_equal(found, wanted)
 
@@ -103,6 +105,7 @@ def assert_equal(found: Logprobs | None, wanted: Logprobs | None) -> None:
         assert found is wanted
         return
     assert found.values == pytest.approx(wanted.values, abs=1e-5, nan_ok=True)
+    assert found.policy == pytest.approx(wanted.policy, abs=1e-5, nan_ok=True)
     assert found.ranks == wanted.ranks and found.top_ids == wanted.top_ids
     assert found.top_values[0] == pytest.approx(wanted.top_values[0], abs=1e-5)
 
@@ -195,8 +198,9 @@ def test_what_no_row_uses_may_be_announced() -> None:
     rows, lengths = torch.arange(SLOTS), torch.full((SLOTS,), 12)
     logits = torch.randn(SLOTS, VOCAB, generator=torch.Generator().manual_seed(0))
     plain = both.device.sample(logits, rows, lengths, ops.DRAW, 0)
-    every = both.device.sample(logits, rows, lengths, (1 << 9) - 1, 4)
+    every = both.device.sample(logits, rows, lengths, (1 << 10) - 1, 4)
     assert torch.equal(plain.tokens, every.tokens)
+    assert every.policy is not None and not every.policy.any()
     assert every.logprobs is not None and not every.logprobs.ranks.any()
     assert both.device.uses_of([]) == 0 and both.device.tops_of([]) == []
 

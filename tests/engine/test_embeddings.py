@@ -132,7 +132,7 @@ def test_only_embedding_models_embed_and_they_do_nothing_else(path: Path) -> Non
 
 
 def test_roles_that_a_checkpoint_cannot_have(path: Path, tmp_path: Path) -> None:
-    with pytest.raises(OptionsError, match="pooling=mean is for role embedding, not policy"):
+    with pytest.raises(OptionsError, match="pooling=mean is for roles embedding and reward, not policy"):
         load(path, "mean", role="policy")
     with pytest.raises(OptionsError, match="pooling is mean, but no hosted model embeds"):
         make_hub(path, pooling="mean")

@@ -30,9 +30,9 @@ def test_logits_of_a_prompt_exist_a_few_rows_at_a_time(
     head.register_forward_pre_hook(lambda module, args: given.append(args[0].shape[0]))
     plain = ops.token_logprobs
 
-    def counted(logits: Tensor, targets: Tensor, top: int) -> ops.TokenLogprobs:
+    def counted(logits: Tensor, targets: Tensor, top: int, factors: Tensor | None = None) -> ops.TokenLogprobs:
         seen.append(logits.numel())
-        return plain(logits, targets, top)
+        return plain(logits, targets, top, factors)
 
     monkeypatch.setattr(ops, "token_logprobs", counted)
     ids = prompt(LENGTH)

@@ -23,7 +23,8 @@ class FakeModel:
     """Remembers its batches. A row's most likely token is (token + position) % VOCAB, so a wrong row shows."""
 
     def __init__(self) -> None:
-        self.config, self.deterministic = SimpleNamespace(vocab_size=VOCAB, pooling=None), False
+        self.config = SimpleNamespace(vocab_size=VOCAB, output_size=VOCAB, pools=None)
+        self.deterministic, self.dtype = False, torch.float32
         self.batches: list[Batch] = []
         self.log: list[str] = []
 
@@ -36,12 +37,15 @@ class FakeModel:
         self.log.append(f"logits {len(hidden)}")
         return hidden.clone()
 
-    def logprobs_of(self, hidden: Tensor, targets: Tensor, top: int) -> TokenLogprobs:
+    def logprobs_of(self, hidden: Tensor, targets: Tensor, top: int, factors: Tensor | None) -> TokenLogprobs:
         self.log.append(f"logprobs {len(hidden)}")
-        return token_logprobs(hidden, targets, top)
+        return token_logprobs(hidden, targets, top, factors)
 
     def scores(self, hidden: Tensor) -> Tensor:
         return hidden.argmax(-1, keepdim=True).float()
+
+    def values(self, hidden: Tensor) -> Tensor:
+        return hidden.argmax(-1).float()
 
 
 class FakeCache:
@@ -177,6 +181,16 @@ def test_the_last_place_of_the_context_can_be_drawn() -> None:
     entered = [Entered(2, request(1, ids), 0, []), Entered(0, request(2, B), 0, [])]
     plan = Plan([2, 0], [0, 0], [CONTEXT, 3], 0, CONTEXT + 3, [(0, 2), (1, 0)], entered=entered)
     assert runner.execute(plan).tokens == expected_tokens(ids, 1) + expected_tokens(B, 1)
+
+
+def test_values_come_from_their_rows() -> None:
+    runner, _ = make()
+    entered = [Entered(2, Request(1, "m", A, None), 0, []), Entered(0, request(2, B), 0, [])]
+    rows = [PromptRows(0, 1, 4), PromptRows(1, 1, 3)]
+    plan = Plan([2, 0], [0, 0], [5, 3], 0, 8, [], values=rows, entered=entered)
+    first, second = runner.execute(plan).values
+    assert first == [float((A[place] + place) % VOCAB) for place in (1, 2, 3)]
+    assert second == [float((B[place] + place) % VOCAB) for place in (1, 2)]
 
 
 def test_scores_and_prompt_logprobs_come_from_their_rows() -> None:

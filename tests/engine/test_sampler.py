@@ -61,9 +61,10 @@ ALL = [
     make(temperature=1.0, allowed_ids=(4, 5, 6, 199)),
     make(temperature=1.0, bad_words=((1,), (4, 5))),
     make(temperature=1.0, min_tokens=15, stop_ids=(77,)),
-    make(logprobs=0),
+    make(logprobs=0, policy_logprobs=True),
     make(logprobs=4, logprobs_mode="processed", presence_penalty=1.0),
     make(temperature=1.0, top_k=3, top_p=0.9, min_p=0.01, presence_penalty=0.3, logprobs=5, logprobs_mode="processed"),
+    make(temperature=0.4, top_p=0.5, logprobs=1, policy_logprobs=True),
 ]
 
 
@@ -178,8 +179,23 @@ def test_logprobs_raw_and_processed() -> None:
     assert one(logits)[1] is None
 
 
+@pytest.mark.parametrize("mode", ["raw", "processed"])
+def test_logprobs_of_the_policy(mode: str) -> None:
+    """By the model and the temperature alone, whatever else shaped the draw."""
+    logits = torch.randn(60, generator=torch.Generator().manual_seed(8))
+    shape: dict[str, Any] = {"top_k": 4, "logit_bias": ((3, 1.0),), "allowed_ids": tuple(range(40)), "min_p": 0.1}
+    for temperature in (0.5, 1.0, 2.5, 0.0):
+        given: dict[str, Any] = {"temperature": temperature, "logprobs": 3, "logprobs_mode": mode} | shape
+        token, without = one(logits, **given)
+        again, found = one(logits, policy_logprobs=True, **given)
+        assert found is not None and without is not None and (again, found.values) == (token, without.values)
+        expected = (logits.double() / (temperature or 1)).log_softmax(-1)[token]
+        assert found.policy == pytest.approx([float(expected)], abs=1e-6) and without.policy == []
+
+
 def test_a_slot_forgets_who_was_there_before() -> None:
-    rows = Rows([make(temperature=1.0, allowed_ids=(4,), bad_words=((9,),), logprobs=2, presence_penalty=2.0)])
+    given: dict[str, Any] = {"logprobs": 2, "presence_penalty": 2.0, "policy_logprobs": True}
+    rows = Rows([make(temperature=1.0, allowed_ids=(4,), bad_words=((9,),), **given)])
     rows.sampler.enter(0, make(), 0, PROMPT)
     tokens, columns = rows.sample([0])
     assert tokens == [int(rows.logits[0].argmax())] and columns is None

@@ -197,7 +197,7 @@ def test_many_deadlines_of_finished_requests_are_forgotten():
     for _ in range(300):
         engine.add([1], sampled(1), deadline=1e9)
         engine.finish()
-    assert len(engine.scheduler._deadlines._heap) <= 65
+    assert len(engine.scheduler._jobs._deadlines._heap) <= 65
 
 
 def test_a_pause_freezes_and_goes_on():

@@ -67,3 +67,41 @@ def test_a_choice_tells_the_prompts_logprobs_when_the_one_it_forked_from_is_gone
     machine.add(seed=5764)
     machine.abort(which=0, choice=0, amid=True)
     machine.teardown()
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("seed", range(6))
+def test_groups_and_requests_in_each_others_way(seed: int, ahead: bool) -> None:
+    """Long lines of both on so few pages that prompts, members and decodes take them from each other all the time."""
+    draw = random.Random(seed)
+    machine = scheduler_machine(scheduler_module)()
+    pages, size = draw.choice([(6, 3), (9, 2), (7, 4), (18, 1)])
+    machine.engine(pages, size, seqs=draw.choice([1, 2, 5]), budget=draw.choice([2, 8]), caching=seed > 0, ahead=ahead)
+    for _ in range(300):
+        kind = draw.random()
+        if kind < 0.25:
+            machine.add(seed=draw.randrange(1 << 20))
+        elif kind < 0.4:
+            machine.open_group(seed=draw.randrange(1 << 20), members=draw.randrange(4))
+        elif kind < 0.5 and machine.ledger.groups:
+            machine.add_member(seed=draw.randrange(1 << 20), which=draw.randrange(4))
+        elif kind < 0.56 and machine.ledger.groups:
+            machine.close_group(which=draw.randrange(9), amid=draw.random() < 0.5)
+        elif kind < 0.57:
+            machine.new_weights(keep=draw.random() < 0.5)
+        else:
+            machine.step(steps=1, budget=None)
+        machine.books()
+    assert machine.scheduler.counts.preemptions > 0
+
+
+def test_what_takes_turns_ends_at_its_limit_when_no_step_follows():
+    """Decodes with a grammar, too, take turns where the budget is too small for all; one has its last token on the way
+    when somebody waits for that."""
+    machine = scheduler_machine(scheduler_module)()
+    machine.engine(pages=4, size=2, seqs=2, budget=1, caching=True, ahead=True)
+    machine.add(seed=327)
+    machine.step(budget=None, steps=2)
+    machine.step(budget=None, steps=1)
+    machine.settle()
+    machine.teardown()

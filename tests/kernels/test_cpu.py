@@ -13,7 +13,7 @@ from torch import Tensor
 
 import tandem.kernels.cpu as backend
 from tandem.kernels import ops
-from tandem.kernels.cpu import attention, product, rows
+from tandem.kernels.cpu import activations, attention, low_rank, product, rows
 from tandem.kernels.cpu.native import SETS, native
 from tandem.kernels.ops import Activation, KVLayer, Sequences
 
@@ -29,7 +29,7 @@ DTYPES = list(CLOSE)
 def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert NATIVE is not None
     chosen = replace(NATIVE, set=SETS.index(request.param))
-    for module in (attention, product, rows):
+    for module in (activations, attention, low_rank, product, rows):
         monkeypatch.setattr(module, "native", lambda: chosen)
     yield
 
@@ -187,3 +187,39 @@ def test_a_broken_key_is_seen_in_its_sequence_alone() -> None:
     sequences = Sequences(starts.int(), lengths.int(), table.int(), 2, 1, 20)
     found = attention.paged_attention(torch.randn(2, 2, 16), KVLayer(k, v), sequences, 0.25)
     assert found[0].isnan().all() and found[1].isfinite().all()
+
+
+# Adapters -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("outs, ins, rank", [((16,), 16, 4), ((5, 70, 33), 37, 8), ((64, 20), 768, 16)])
+def test_lora(outs: tuple[int, ...], ins: int, rank: int, dtype: torch.dtype) -> None:
+    """Rows of slot 0 are not written, and a row has the same bits alone."""
+    generator = torch.Generator().manual_seed(ins)
+    a = (torch.randn(3, len(outs) * rank, ins, generator=generator) / ins**0.5).to(dtype)
+    b, x = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((3, rank, sum(outs)), (67, ins)))
+    slots = torch.randint(0, 4, (67,), generator=generator)
+    before = torch.randn(67, sum(outs), generator=generator).to(dtype)
+    found, expected = before.clone(), before.clone()
+    low_rank.lora(x, a, b, outs, slots, found)
+    ops.lora.__wrapped__(x, a, b, outs, slots, expected)
+    close(found, expected)
+    assert torch.equal(found[slots == 0], before[slots == 0])
+    for count in (1, 2, 5):
+        alone = before[3 : 3 + count].clone()
+        low_rank.lora(x[3 : 3 + count], a, b, outs, slots[3 : 3 + count], alone)
+        assert torch.equal(alone, found[3 : 3 + count])
+
+
+@pytest.mark.parametrize("name", product.ACTIVATIONS[1:])
+@pytest.mark.parametrize("x_dtype, w_dtype", KINDS)
+def test_activations_by_themselves(name: Activation, x_dtype: torch.dtype, w_dtype: torch.dtype) -> None:
+    """The same bits as behind a product."""
+    weight = torch.randn(96, 64, generator=torch.Generator().manual_seed(4)).to(w_dtype).to(x_dtype)
+    x, packed = torch.randn(5, 64).to(x_dtype), product.pack(weight, name)
+    assert packed is not None
+    sums = product.packed_linear(x, packed)
+    assert torch.equal(getattr(activations, name)(sums), product.packed_linear(x, packed, None, name))
+    odd = torch.randn(3, 2 * 37).to(x_dtype)
+    close(getattr(activations, name)(odd), getattr(ops, name).__wrapped__(odd))

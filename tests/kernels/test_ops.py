@@ -225,6 +225,21 @@ def test_token_logprobs() -> None:
     assert ops.token_logprobs(logits, ids, 0).top_ids.shape == (4, 0)
 
 
+def test_logprobs_at_temperatures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row by row, across rounds; ranks and likely tokens stay, and a factor of 1 changes no bit."""
+    monkeypatch.setattr(ops, "LOGIT_ELEMENTS", 3 * 50)
+    hidden, head, targets = noise(7, 24), noise(50, 24, seed=1), torch.arange(7)
+    factors = torch.tensor([1.0, 2.0, 0.5, 1.0, 10.0, 1 / 3, 1.0])
+    plain, found = (ops.logprobs_of(hidden, head, targets, 4, given) for given in (None, factors))
+    expected = ((hidden @ head.T).double() * factors[:, None]).log_softmax(-1)
+    torch.testing.assert_close(found.values.double(), expected[torch.arange(7), targets], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.top_values.double(), expected.topk(4).values, rtol=1e-5, atol=1e-5)
+    assert torch.equal(found.ranks, plain.ranks) and torch.equal(found.top_ids, plain.top_ids)
+    ones = factors == 1
+    assert torch.equal(found.values[ones], plain.values[ones])
+    assert torch.equal(found.top_values[ones], plain.top_values[ones])
+
+
 def test_rank_one_is_the_most_likely() -> None:
     head = torch.eye(3)
     found = ops.logprobs_of(torch.tensor([[0.0, 2.0, 1.0]]).expand(3, 3), head, torch.tensor([0, 1, 2]), 2)

@@ -136,4 +136,4 @@ def test_scores_are_float32_in_half_precision(variant: str, tmp_path: Path) -> N
     scores = model.scores(hidden[-1:])
     assert scores.dtype == torch.float32
     assert scores.shape == (1, model.config.labels)
-    assert torch.equal(scores, hidden[-1:].float() @ model.head.weight.T)
+    assert torch.equal(scores, hidden[-1:].float() @ model.head.layers[0].weight.T)

@@ -13,7 +13,7 @@ from paging import PagedRun
 from torch import Tensor
 
 from tandem.kernels import ops
-from tandem.kernels.cpu import attention, product, rows
+from tandem.kernels.cpu import activations, attention, low_rank, product, rows
 from tandem.model.linear import Linear
 from tandem.model.load import load_model
 from tandem.model.model import Model
@@ -142,7 +142,7 @@ def test_models(variant: str, dtype: str, tmp_path: Path) -> None:
 
 def test_without_it_bits_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the test above can fail. In C++ they never differ."""
-    for module in (attention, product, rows):
+    for module in (activations, attention, low_rank, product, rows):
         monkeypatch.setattr(module, "native", lambda: None)
     make_model("llama-gqa", intermediate_size=3072, hidden_size=768).save_pretrained(tmp_path)
     model = load_model(tmp_path)

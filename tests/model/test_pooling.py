@@ -12,6 +12,7 @@ from checkpoints import LANGUAGE_MODELS, make_model, write_checkpoint
 from paging import PagedRun
 from transformers import AutoModel
 
+from tandem.model.checkpoint import read_checkpoint
 from tandem.model.config import read_config
 from tandem.model.errors import CheckpointError
 from tandem.model.load import load_model
@@ -32,7 +33,7 @@ def test_decoders_without_and_with_a_head_to_leave_out(variant: str, tmp_path: P
     reference.save_pretrained(tmp_path / "bare")
     with torch.no_grad():
         expected = reference(torch.tensor([IDS])).last_hidden_state[0]
-    for model in (load_model(tmp_path / "bare"), load_model(tmp_path / "lm", embedding=True)):
+    for model in (load_model(tmp_path / "bare"), load_model(read_checkpoint(tmp_path / "lm", head="embed"))):
         assert model.config.pooling == Pooling("last", True) and not model.config.generates
         torch.testing.assert_close(PagedRun(model, 1, 64).step({0: IDS})[0], expected, rtol=1e-4, atol=1e-4)
 

@@ -11,9 +11,30 @@ from pathlib import Path
 import pytest
 import zmq
 
-from tandem.server.engine import link, messages
+from tandem.server.engine import link, link_server, messages
+from tandem.server.engine.commands import (
+    AbortAll,
+    Adapters,
+    AnyCommand,
+    InitTransfer,
+    IpcTensor,
+    LoadAdapter,
+    Normalize,
+    Normalized,
+    Pause,
+    Paused,
+    Refused,
+    Resume,
+    Resumed,
+    TensorSpec,
+    TransferReady,
+    Updated,
+    UpdateWeights,
+)
 from tandem.server.engine.counts import Counts, ModelStats
-from tandem.server.engine.link import Abort, Ask, EngineClient, EngineServer, EngineUnavailable, Stream
+from tandem.server.engine.link import Abort, Ask, EngineClient, EngineUnavailable, Stream
+from tandem.server.engine.link_server import EngineServer
+from tandem.server.engine.messages import Order
 from tandem.server.engine.request import (
     Catalog,
     EngineError,
@@ -88,7 +109,9 @@ def full_output(request_id: int) -> Output:
     tops = Logprobs([-0.5, float("-inf")], [1, 7], [[3, 4], []], [[-0.5, -1.25], []])
     error = EngineError("overloaded", "too much", "prompt", 1.5)
     scores, embedding, values = [0.25, -1.0], [0.5, -0.125], [1.5]
-    return Output(request_id, 0, [8, 9], tops, "error", 9, 16, Logprobs([-2.0]), scores, 12, error, embedding, values)
+    first = Output(request_id, 0, [8, 9], tops, "error", 9, 16, Logprobs([-2.0]), scores, 12, error, embedding, values)
+    first.pooled_index, first.earlier_versions = 7, [(11, 1)]
+    return first
 
 
 async def test_every_field_of_an_output_arrives(client: EngineClient, server: EngineServer) -> None:
@@ -224,10 +247,30 @@ def test_a_token_waits_with_what_came_before_it() -> None:
     stream.push_token(1, 4, 5)
     stream.push_token(1, 6, 6)
     stream.push_token(2, 8, 6)  # no choice of it
-    assert stream.take() == [Output(7, 1, [4, 6], weight_version=6)]
+    assert stream.take() == [Output(7, 1, [4, 6], weight_version=6, earlier_versions=[(5, 1)])]
     stream.drop(1)
     stream.push_token(1, 4, 6)
     assert stream.take() == [] and not stream.ended
+
+
+def test_outputs_that_are_merged_tell_which_version_drew_which_token() -> None:
+    """Whatever is merged first, and with what."""
+    drawn = [(1, 1), (2, 1), (3, 2), (4, 2), (5, 2), (6, 3)]  # token, version
+    finish = Output(7, finish="abort", weight_version=4)
+
+    def output(*tokens: tuple[int, int]) -> Output:
+        one = Output(7, token_ids=[tokens[0][0]], weight_version=tokens[0][1])
+        for token, version in tokens[1:]:
+            merge(one, Output(7, token_ids=[token], weight_version=version))
+        return one
+
+    for cut in range(1, 6):
+        whole, second = output(*drawn[:cut]), output(*drawn[cut:])
+        merge(whole, second)
+        merge(whole, finish)
+        assert whole.token_ids == [1, 2, 3, 4, 5, 6] and whole.finish == "abort"
+        assert [run for run in whole.runs() if run[1]] == [(1, 2), (2, 3), (3, 1)] and whole.weight_version == 4
+        assert second.token_ids == [token for token, _ in drawn[cut:]]
 
 
 async def test_nothing_crosses_a_restart(tmp_path: Path, client: EngineClient, server: EngineServer) -> None:
@@ -386,6 +429,7 @@ def test_merging_two_outputs_says_what_both_say() -> None:
         cached_tokens=16,
         prompt_logprobs=Logprobs([-3.0]),
         weight_version=4,
+        earlier_versions=[(0, 1)],
     )
 
 
@@ -414,3 +458,104 @@ async def test_an_engine_says_how_its_models_do(tmp_path: Path, server: EngineSe
     client.engine_lost("gone")
     assert await waiting is None and await client.stats(60) is None
     client.close()
+
+
+async def obey(server: EngineServer, outcome: object, *, publish: Catalog | None = None) -> Order:
+    """Takes the next command and answers it."""
+    orders: list[Order] = []
+
+    def look() -> bool:
+        orders.extend(message for message in server.receive() if isinstance(message, Order))
+        return bool(orders)
+
+    await until(look)
+    (order,) = orders
+    if publish is not None:
+        server.publish(publish)
+    server.answer(order, outcome)
+    return order
+
+
+async def test_a_command_is_answered_once_every_worker_knows(
+    tmp_path: Path, client: EngineClient, server: EngineServer
+) -> None:
+    other = EngineClient(tmp_path, number=4)
+    other.engine_started(1)
+    await until(lambda: other.state == "ready", server)
+    asyncio.get_running_loop().remove_reader(other._socket.fileno())  # it reads nothing for now
+    waiting = asyncio.create_task(client.command(Pause("m", "abort", clear_cache=True)))
+    order = await obey(server, Paused(("m",), 3, 0), publish=Catalog(1, 2, ()))
+    assert order.command == Pause("m", "abort", clear_cache=True)
+    for _ in range(5):
+        server.receive()
+        server.beat()
+        await asyncio.sleep(0.005)
+    assert client.catalog == Catalog(1, 2, ()) and not waiting.done()
+    other._receive()
+    await until(waiting.done, server)
+    assert await waiting == Paused(("m",), 3, 0) and other.catalog == Catalog(1, 2, ())
+    other.close()
+
+
+async def test_nobody_waits_for_workers_that_are_gone_or_stuck(
+    tmp_path: Path, client: EngineClient, server: EngineServer
+) -> None:
+    now = [0.0]
+    server._clock = lambda: now[0]
+    dead, stuck = (EngineClient(tmp_path, number=number) for number in (4, 5))
+    for other in (dead, stuck):
+        other.engine_started(1)
+    await until(lambda: dead.state == stuck.state == "ready", server)
+    asyncio.get_running_loop().remove_reader(stuck._socket.fileno())
+    dead.close()
+    waiting = asyncio.create_task(client.command(Resume()))
+    await obey(server, Resumed(("m",)), publish=Catalog(1, 2, ()))
+    for _ in range(5):
+        server.receive()
+        now[0] += 0.5
+        server.beat()
+        await asyncio.sleep(0.002)
+    assert not waiting.done() and 4 not in server._open
+    now[0] += link_server.SEEN_SECONDS
+    await until(waiting.done, server)
+    assert await waiting == Resumed(("m",))
+    stuck.close()
+
+
+async def test_a_command_is_refused_or_lost(client: EngineClient, server: EngineServer) -> None:
+    waiting = asyncio.create_task(client.command(AbortAll("x")))
+    error = EngineError("not_found", "no model 'x'", "model")
+    await obey(server, error)
+    await until(waiting.done, server)
+    with pytest.raises(Refused, match="no model 'x'") as refused:
+        await waiting
+    assert refused.value.error == error
+    waiting = asyncio.create_task(client.command(AbortAll("m")))
+    await asyncio.sleep(0.01)
+    client.engine_lost("killed by SIGKILL")
+    with pytest.raises(EngineUnavailable, match="SIGKILL"):
+        await waiting
+    with pytest.raises(EngineUnavailable, match="SIGKILL"):
+        await client.command(AbortAll("m"))
+
+
+async def test_every_command_and_reply_arrives(client: EngineClient, server: EngineServer) -> None:
+    storage = (1, b"\x00handle", 512, 64, b"counter", 8, b"event", True)
+    sent: list[tuple[AnyCommand, object]] = [
+        (Normalize("m", 0.5, 2.0), Normalized(0.5, 2.0)),
+        (LoadAdapter("m", "a", "/a", replace=True), Adapters(("a", "b"))),
+        (
+            UpdateWeights("m", "cuda_ipc", handles=(IpcTensor("w", "bfloat16", (2, 3), storage, 7),), also=("v",)),
+            Updated(("m", "v"), True, 3, "step-3", 2, 1024, 0.5, 0.25, 9),
+        ),
+        (
+            UpdateWeights("m", "distributed", tensors=(TensorSpec("w", "float32", ()),), group="g", packed=True),
+            Updated(("m",), False, 3, "", 1, 4, 0.5),
+        ),
+        (InitTransfer("localhost", 51216, 1, 2, group="g", seconds=5.0), TransferReady(1, 2)),
+    ]
+    for command, reply in sent:
+        waiting = asyncio.create_task(client.command(command))
+        assert (await obey(server, reply)).command == command
+        await until(waiting.done, server)
+        assert await waiting == reply

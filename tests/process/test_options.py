@@ -91,9 +91,35 @@ def test_the_null_model(words: str, name: str, milliseconds: float) -> None:
     assert (Path(spec.text_path) / "tokenizer.json").is_file()
 
 
+def test_models_with_the_weights_of_another_one(model: Path, tmp_path: Path) -> None:
+    reference = parse_model("reference=base-of:policy,kv=20%")
+    assert (reference.name, reference.path, reference.base_of, reference.shares) == (
+        "reference",
+        "",
+        "policy",
+        "policy",
+    )
+    copied = parse_model("value,role=value,trunk=reward")
+    assert (copied.name, copied.path, copied.role, copied.trunk, copied.base_of) == (
+        "value",
+        "",
+        "value",
+        "reward",
+        None,
+    )
+    loaded = parse_model(f"value={tmp_path},trunk=reward")  # no checkpoint: it may hold a head alone
+    assert (loaded.path, loaded.shares) == (str(tmp_path), "reward")
+    assert parse_model(f"{model},trunk=reward").name == "model"
+    assert options.parse_model(f"r={model},pooling=first_eos").pooling == "first_eos"
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        ("base-of:policy", "NAME=PATH or PATH is needed"),
+        ("r=base-of:", "base-of:OTHER names one hosted model"),
+        ("r=base-of:policy,trunk=reward", "trunk= is for value models"),
+        ("v={model}/nothing,trunk=reward", "there is no directory"),
         ("m=null:fast", "null:5 for steps of 5 milliseconds"),
         ("m={model},rolle=reward", "did you mean role="),
         (
@@ -135,6 +161,9 @@ def test_what_is_wrong_with_a_model_is_said_in_one_line(
         (["--port", "70000"], "--port"),
         (["--api-key", ""], "--api-key"),
         (["--api-key-file", "/nowhere"], "--api-key-file"),
+        (["--admin-key", "ключ"], "--admin-key"),
+        (["--weights-root", "/nowhere"], "--weights-root"),
+        (["--preferences", "/nowhere/file"], "--preferences"),
         (["--tensor-parallel-size", "2"], "--tensor-parallel-size"),
         (["--config", "/nowhere"], "--config"),
     ],
@@ -157,13 +186,16 @@ def test_flags_reach_the_engine_and_the_api(model: Path, told: list[ServeOptions
     flags = "--max-model-len 4K --max-num-seqs 5 --max-waiting-requests 6 --kv-cache-memory-bytes 1G --max-body 1M"
     more = "--no-enable-prefix-caching --dtype float32 --chat-template plain --api-key one --ignore-unknown-fields"
     result = serve(
-        f"a={model}", f"b={model},dtype=bfloat16", *flags.split(), *more.split(), "--api-key-file", tmp_path / "keys"
-    )
+        f"a={model}", f"b={model},dtype=bfloat16", *flags.split(), *more.split(), "--api-key-file", tmp_path / "keys",
+        "--admin-key", "root", "--weights-root", tmp_path, "--preferences", tmp_path / "kept",
+    )  # fmt: skip
     assert result.exit_code == 0, result.output
     engine, api = told[0].engine, told[0].api
     assert (engine.max_model_len, engine.max_num_seqs, engine.max_waiting_requests) == (4096, 5, 6)
     assert (engine.kv_cache_memory_bytes, engine.enable_prefix_caching) == (1 << 30, False)
     assert (api.max_body, api.api_keys, api.ignore_unknown_fields) == (1 << 20, ("one", "two", "three"), True)
+    assert (api.admin_keys, api.weights_root, api.preferences) == (("root",), str(tmp_path), str(tmp_path / "kept"))
+    assert not {"root", "one"} & set(str(told[0].shown()).split("'"))
     assert [(spec.dtype, spec.chat_template) for spec in told[0].models] == [
         ("float32", "plain"),
         ("bfloat16", "plain"),
@@ -211,3 +243,22 @@ def test_crashes_are_forgiven_with_time() -> None:
     assert pauses == [0.1 * 2**i for i in range(CRASHES)]
     assert crashes.add(CRASH_SECONDS - 1) is None
     assert crashes.add(3 * CRASH_SECONDS) == 0.1
+
+
+def test_room_for_adapters(model: Path, told: list[ServeOptions], tmp_path: Path) -> None:
+    """Off unless asked for; one flag is enough."""
+    (tmp_path / "poet").mkdir()
+    module = f"poet={tmp_path / 'poet'}"
+    words = [[], ["--enable-lora"], ["--max-loras", 3, "--max-lora-rank", 64], ["--lora-modules", module]]
+    for given in words:
+        assert serve(model, *given).exit_code == 0
+    found = [(one.engine.max_loras, one.engine.max_lora_rank, one.engine.lora_modules) for one in told]
+    assert found == [(0, 16, ()), (8, 16, ()), (3, 64, ()), (8, 16, (("poet", str(tmp_path / "poet")),))]
+    for given, said in (
+        (["--max-lora-rank", 8], "--max-lora-rank 8 is for --enable-lora"),
+        (["--enable-lora", "--max-lora-rank", 0], "--max-lora-rank 0: at least 0, and 1 to 512"),
+        (["--lora-modules", "poet"], "--lora-modules poet: NAME=PATH"),
+        (["--lora-modules", module, "--lora-modules", f"x{module}", "--max-loras", 1], "--max-loras is 1, but"),
+    ):
+        answer = serve(model, *given)
+        assert answer.exit_code == 2 and said in " ".join(answer.output.split())

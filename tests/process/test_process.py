@@ -15,11 +15,14 @@ from checkpoints import write_checkpoint
 from hubs import generate, make_hub, prompt
 
 from tandem.server.engine import process
-from tandem.server.engine.control import StartEngine, Stop
+from tandem.server.engine.commands import Pause, Refused, Resume, UpdateWeights
+from tandem.server.engine.control import ModelState, Standing, StartEngine, Stop
 from tandem.server.engine.hub import Hub
-from tandem.server.engine.link import EngineClient, EngineServer, Stream
+from tandem.server.engine.link import EngineClient, Stream
+from tandem.server.engine.link_server import EngineServer
 from tandem.server.engine.options import EngineOptions, ModelSpec, OptionsError
 from tandem.server.engine.request import Output, Request
+from tandem.server.engine.standing import WeightsLost
 
 
 @pytest.fixture(scope="module")
@@ -129,23 +132,70 @@ async def test_a_request_that_breaks_the_engine_breaks_alone(
         assert sum(len(output.token_ids) for output in await read(running)) == 200
 
 
-def order(path: Path, digests: dict[str, str] | None) -> StartEngine:
+async def test_commands_reach_the_hub_and_the_catalog_the_workers(directory: Path, hub: Hub) -> None:
+    async with worker(directory, 1) as client, worker(directory, 2) as other:
+        running = ask(client, max_tokens=4000, ignore_eos=True)
+        await until(lambda: hub.engines[0].stats.running)
+        async with asyncio.timeout(10):
+            paused = await client.command(Pause(mode="abort"))
+        assert paused.aborted == 1 and (await read(running))[-1].finish == "abort"
+        for each in (client, other):
+            assert each.catalog is not None and each.catalog.models[0].paused
+        (refused,) = await read(ask(other))
+        assert refused.error is not None and refused.error.kind == "unavailable"
+        began = time.monotonic()
+        async with asyncio.timeout(10):
+            await other.command(Resume())
+        assert time.monotonic() - began < 0.4  # not at the next beat
+        assert (await read(ask(client, max_tokens=3)))[-1].finish == "length"
+        with pytest.raises(Refused, match="no model 'x'"):
+            await client.command(Pause("x"))
+
+
+def order(path: Path, standing: Standing | None) -> StartEngine:
     options = EngineOptions(kv_cache_memory_bytes=8 << 20)
-    return StartEngine(str(path), 2, (ModelSpec("m", str(path)),), options, "info", digests)
+    return StartEngine(str(path), 2, (ModelSpec("m", str(path)),), options, "info", standing)
 
 
 def test_a_restart_serves_what_was_served_or_nothing(checkpoint: Path, tmp_path: Path) -> None:
     first = process.load(order(checkpoint, None))
     (model,) = process.hosted(first)
-    again = process.load(order(checkpoint, {"m": model.digest}))
+    again = process.load(order(checkpoint, first.standing))
     assert again.catalog.epoch == 2 and process.hosted(again)[0].digest == model.digest
-    with pytest.raises(process.WeightsLost, match="model m"):
-        process.load(order(checkpoint, {"m": "another"}))
-    with pytest.raises(process.WeightsLost, match="weights lost"):
-        process.load(order(tmp_path / "gone", {"m": model.digest}))
+    with pytest.raises(WeightsLost, match="model m"):
+        process.load(order(checkpoint, Standing((ModelState("m", "another"),))))
+    with pytest.raises(WeightsLost, match="weights lost"):
+        process.load(order(tmp_path / "gone", first.standing))
+    moved = ModelState("m", model.digest, 5, "v5", 0.5, 2.0, paused=True)
+    card = process.load(order(checkpoint, Standing((moved,)))).catalog.models[0]
+    assert (card.weight_version, card.weight_label, card.paused) == (5, "v5", True)
+    assert (card.reward_mean, card.reward_std) == (0.5, 2.0)
+
+
+async def test_new_weights_are_told_to_the_supervisor_before_anybody_hears_of_them(
+    hub: Hub, checkpoint: Path, tmp_path: Path
+) -> None:
+    ours, theirs = Pipe()
+    server = EngineServer(tmp_path, epoch=1, wake=theirs.fileno())
+    loop = threading.Thread(target=process.serve, args=(hub, server, theirs))
+    loop.start()
+    async with worker(tmp_path, 1) as client:
+        assert ours.recv().changes == ()
+        running = ask(client, max_tokens=200, ignore_eos=True)
+        async with asyncio.timeout(20):
+            updated = await client.command(UpdateWeights("m", "disk", str(checkpoint), label="again"))
+        assert client.catalog is not None and client.catalog.models[0].weight_label == "again"
+        standing = ours.recv()
+        assert standing.models[0].version == updated.version == 1 and standing.changes[0].files[0][0] == str(checkpoint)
+        assert (await read(running))[-1].weight_version == 1
+    ours.send(Stop())
+    loop.join(10)
+    server.close()
+    for end in (ours, theirs):
+        end.close()
 
 
 def test_why_a_start_failed_names_the_flag() -> None:
     assert process.explain(OptionsError("max_num_seqs is 0: at least 1")).cause == "--max-num-seqs is 0: at least 1"
-    assert process.explain(process.WeightsLost("weights lost: x")).lost
+    assert process.explain(WeightsLost("weights lost: x")).lost
     assert process.explain(RuntimeError("x")).cause == "RuntimeError: x"

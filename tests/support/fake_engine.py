@@ -5,7 +5,7 @@ from dataclasses import replace
 from fake_runner import FakeRunner
 
 from tandem.server.engine.plan import Plan
-from tandem.server.engine.request import EngineError, Output, Request, Sampling
+from tandem.server.engine.request import EngineError, Group, Output, Request, Sampling
 from tandem.server.engine.scheduler import Scheduler
 
 FOREVER = Sampling(max_tokens=1000, seed=0, ignore_eos=True)
@@ -46,6 +46,22 @@ class FakeEngine:
         error = self.scheduler.add(Request(self.requests - 1, "m", prompt, sampling))
         assert error is not None
         return error
+
+    def open(self, prompt: list[int], longest: int, **more) -> int:
+        group = Group(1000 + self.requests, "m", prompt, longest, **more)
+        self.requests += 1
+        self.scheduler.open(group)
+        return group.id
+
+    def member(self, group: int, tokens: list[int], **more) -> Request:
+        return Request(self.requests, "m", tokens, group=group, **({"want": frozenset({"score"})} | more))
+
+    def join(self, group: int, tokens: list[int], **more) -> int:
+        member = self.member(group, tokens, **more)
+        self.requests += 1
+        error = self.scheduler.add(member)
+        assert error is None, error
+        return member.id
 
     def step(self, budget: int | None = None) -> Plan:
         plan = self.scheduler.plan(budget)

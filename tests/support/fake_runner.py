@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tandem.server.engine.plan import Plan, Sampled
+from tandem.server.engine.plan import Plan, PromptRows, Sampled
 from tandem.server.engine.request import Logprobs, Request
 
 VOCABULARY = 12
@@ -16,6 +16,13 @@ VOCABULARY = 12
 
 def follow(state: int, token: int) -> int:
     return hash((state, token))
+
+
+def state_of(tokens: list[int]) -> int:
+    state = 0
+    for token in tokens:
+        state = follow(state, token)
+    return state
 
 
 def draw(state: int, seed: int, choice: int, number: int) -> int:
@@ -27,9 +34,7 @@ def answer(request: Request, choice: int, context: int, end_ids: frozenset[int])
     """What a request must get, by the plainest way: tokens and why they end."""
     sampling = request.sampling
     assert sampling is not None
-    state = 0
-    for token in request.token_ids:
-        state = follow(state, token)
+    state = state_of(request.token_ids)
     stops = set(sampling.stop_ids) | (set() if sampling.ignore_eos else end_ids)
     tokens: list[int] = []
     while True:
@@ -68,6 +73,7 @@ class FakeRunner:
         self.slots: dict[int, Slot] = {}
         self.previous: Plan | None = None
         self.unknown: set[int] = set()  # slots whose last token the scheduler has not been told
+        self.pinned: dict[int, tuple[int, int]] = {}  # by pin: (hash, version) of a prompt
         self.pooled: dict[int, tuple[int, int]] = {}  # by slot: whose rows are pooled, and how many
 
     def execute(self, plan: Plan, budget: int | None = None) -> Sampled:
@@ -121,15 +127,34 @@ class FakeRunner:
         for rows in plan.prompt_logprobs:
             start, stop = plan.starts[rows.row], last[rows.row]
             known = self.slots[plan.slots[rows.row]]
-            assert start <= rows.first < rows.end <= stop and rows.end < len(known.request.token_ids)
+            self.check_first(rows, known, start)
+            assert rows.first < rows.end <= stop and rows.end < len(known.request.token_ids)
             sampled.prompt_logprobs.append(
                 Logprobs([float(known.tokens[position + 1]) for position in range(rows.first, rows.end)])
             )
+        for rows in plan.values:
+            start, stop = plan.starts[rows.row], last[rows.row]
+            known = self.slots[plan.slots[rows.row]]
+            self.check_first(rows, known, start)
+            assert rows.first < rows.end <= stop
+            sampled.values.append([float(known.tokens[position]) for position in range(rows.first, rows.end)])
         self.pool(plan, sampled)
+        for row, pin in plan.pins:
+            self.pinned[pin] = states[row], self.version
         self.previous = plan
         if self.ahead:
             self.unknown |= {slot for _, slot in plan.samples}
         return sampled
+
+    def check_first(self, rows: PromptRows, known: Slot, start: int) -> None:
+        """Rows that are asked for lie in the step, or begin with the right pinned one."""
+        if rows.pin is None:
+            assert start <= rows.first
+            return
+        assert rows.first == start - 1
+        state, version = self.pinned[rows.pin]
+        assert state == state_of(known.tokens[:start]), "the hidden state of another prompt"
+        assert version >= known.since, "a hidden state by old weights"
 
     def told(self, plan: Plan) -> None:
         """The scheduler has been given what this plan, the last or the one before it, brought."""
@@ -139,15 +164,15 @@ class FakeRunner:
     def pool(self, plan: Plan, sampled: Sampled) -> None:
         """Every row of a text that is embedded comes once and in order, whatever else its slot was used for."""
         wanted = [row for row, slot in enumerate(plan.slots) if "embedding" in self.slots[slot].request.want]
-        assert [row for row, _ in plan.embeddings] == wanted
-        for row, complete in plan.embeddings:
+        assert [row for row, _, _ in plan.pooled] == wanted
+        for row, complete, _ in plan.pooled:
             slot, start = plan.slots[row], plan.starts[row]
             request, end = self.slots[slot].request, start + plan.counts[row]
             assert start == 0 or self.pooled[slot] == (request.id, start), "rows that were not pooled"
             self.pooled[slot] = (request.id, end)
             assert complete == (end == len(request.token_ids))
             if complete:
-                sampled.embeddings.append([float(end)])
+                sampled.pooled.append([float(end)])
 
     def compute(self, slot: int, start: int, count: int, prefix: dict[int, int], shared: int) -> int:
         """Attends to what the pages hold, writes the row's positions, gives the hash at its last one.

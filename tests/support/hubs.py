@@ -54,6 +54,8 @@ class Answer:
     stop_id: int | None = None
     error: EngineError | None = None
     scores: list[float] | None = None
+    pooled_index: int | None = None
+    values: list[float] | None = None
     embedding: list[float] | None = None
     cached_tokens: int | None = None
     prompt_logprobs: Logprobs | None = None
@@ -69,11 +71,13 @@ def collect(outputs: Iterable[Output]) -> dict[int, Answer]:
         answer.finish = output.finish
         answer.stop_id, answer.error = output.stop_id, output.error
         answer.scores = output.scores or answer.scores
+        answer.pooled_index = answer.pooled_index if output.pooled_index is None else output.pooled_index
+        answer.values = output.values or answer.values
         answer.embedding = output.embedding or answer.embedding
         answer.cached_tokens = answer.cached_tokens if output.cached_tokens is None else output.cached_tokens
         answer.prompt_logprobs = output.prompt_logprobs or answer.prompt_logprobs
         if output.logprobs:
-            for name in ("values", "ranks", "top_ids", "top_values"):
+            for name in ("values", "ranks", "top_ids", "top_values", "policy"):
                 getattr(answer.logprobs, name).extend(getattr(output.logprobs, name))
     return answers
 

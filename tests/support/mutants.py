@@ -12,7 +12,11 @@ from types import ModuleType
 
 from tandem.server.engine import counts, meter, plan, request, scheduler
 
-MUTATED = ("pages", "prefixes", "sequence", "columns", "waiting", "running", "scheduler")  # in order of import
+# In order of import.
+MUTATED = (
+    *("pages", "prefixes", "sequence", "columns", "waiting", "running"),
+    *("groups", "line", "jobs", "scheduler"),
+)
 # Types alone, and what only watches; the tests use the same ones.
 SHARED = {"counts": counts, "meter": meter, "plan": plan, "request": request}
 SOURCES = Path(str(scheduler.__file__)).parent

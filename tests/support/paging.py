@@ -28,8 +28,10 @@ class PagedRun:
         self.tables = torch.randperm(self.cache.pages, generator=generator)[: sequences * width].view(sequences, width)
         self.lengths = [0] * sequences
 
-    def step(self, chunks: dict[int, list[int]]) -> dict[int, Tensor]:
-        """Append token ids to some sequences in one batch; the hidden states [n, D] of each one's new rows."""
+    def step(self, chunks: dict[int, list[int]], adapters: dict[int, int] | None = None) -> dict[int, Tensor]:
+        """Append token ids to some sequences in one batch; the hidden states [n, D] of each one's new rows.
+
+        `adapters`: by sequence, its adapter's slot."""
         order = sorted(chunks, key=lambda index: len(chunks[index]) > 1)  # decodes first
         counts = [len(chunks[index]) for index in order]
         positions, slots = [], []
@@ -46,5 +48,8 @@ class PagedRun:
         sequences = Sequences(starts, lengths, tables, counts.count(1), max(counts), int(lengths.max()))
         sequences = sequences._replace(deterministic=self.model.deterministic)
         ids = torch.tensor([token for index in order for token in chunks[index]])
-        hidden = self.model.forward(Batch(ids, torch.cat(positions), torch.cat(slots), sequences), self.cache)
+        given = None
+        if adapters is not None and any(adapters.values()):
+            given = torch.tensor([adapters[index] for index in order]).repeat_interleave(torch.tensor(counts))
+        hidden = self.model.forward(Batch(ids, torch.cat(positions), torch.cat(slots), sequences, given), self.cache)
         return dict(zip(order, hidden.split(counts), strict=True))

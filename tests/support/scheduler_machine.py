@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from types import ModuleType
+from typing import Any
 
-from fake_runner import VOCABULARY, FakeRunner, answer
+from fake_runner import VOCABULARY, FakeRunner, answer, follow, state_of
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tandem.server.engine.plan import Plan
-from tandem.server.engine.request import EngineError, Output, Request, Sampling
+from tandem.server.engine.request import EngineError, Group, Output, Request, Sampling
 
 END = frozenset({0})
 CONTEXT = 20
@@ -21,8 +22,8 @@ def random_request(draw: random.Random, number: int, now: float) -> Request:
     prompt = [draw.randrange(1, 3) for _ in range(draw.choice([1, 2, 3, 5, 8, 12]))]
     want, sampling, n = {"tokens"}, None, 1
     kind = draw.random()
-    if kind < 0.15:
-        want = {"score"} if kind < 0.08 else {"embedding"}
+    if kind < 0.18:
+        want = {"score"} if kind < 0.06 else {"embedding"} if kind < 0.12 else {"values"}
     elif kind < 0.25:
         want = {"prompt_logprobs"}
     else:
@@ -37,7 +38,8 @@ def random_request(draw: random.Random, number: int, now: float) -> Request:
         )
         if draw.random() < 0.1:
             want.add("score")
-    logprobs = 0 if "prompt_logprobs" in want or draw.random() < 0.1 else None
+    logprobs = 0 if "prompt_logprobs" in want or ("values" not in want and draw.random() < 0.1) else None
+    rows = logprobs is not None or "values" in want
     return Request(
         id=number,
         model="m",
@@ -46,10 +48,36 @@ def random_request(draw: random.Random, number: int, now: float) -> Request:
         want=frozenset(want),  # pyright: ignore[reportArgumentType]
         n=n,
         prompt_logprobs=logprobs,
-        first_needed_row=0 if "embedding" in want else draw.choice([None, 0, 2]) if logprobs is not None else None,
+        first_needed_row=0 if "embedding" in want else draw.choice([None, 0, 2]) if rows else None,
         priority=draw.choice([0, 0, 0, 1, -1]),
         deadline=now + draw.randrange(1, 30) if draw.random() < 0.1 else None,
         cache_salt=draw.choice(["", "", "other"]),
+    )
+
+
+def random_group(draw: random.Random, number: int, now: float, room: int) -> Group:
+    """One that takes much of the `room` for tokens, or little."""
+    return Group(
+        id=number,
+        model="m",
+        token_ids=[draw.randrange(1, 3) for _ in range(draw.choice([1, 5, room // 3, room // 2, 2 * room // 3]))],
+        longest=draw.choice([1, 3, 6]),
+        priority=draw.choice([0, 0, 0, 1, -1]),
+        deadline=now + draw.randrange(1, 30) if draw.random() < 0.1 else None,
+        cache_salt=draw.choice(["", "", "other"]),
+    )
+
+
+def random_member(draw: random.Random, number: int, group: Group, now: float) -> Request:
+    want = draw.choice(["score", "values", "prompt_logprobs"])
+    return Request(
+        id=number,
+        model="m",
+        token_ids=[draw.randrange(1, 3) for _ in range(draw.randrange(1, group.longest + 1))],
+        want=frozenset({want}),  # pyright: ignore[reportArgumentType]
+        prompt_logprobs=0 if want == "prompt_logprobs" else None,
+        deadline=now + draw.randrange(1, 30) if draw.random() < 0.1 else None,
+        group=group.id,
     )
 
 
@@ -58,6 +86,7 @@ class Ledger:
 
     def __init__(self, context: int) -> None:
         self.context = context
+        self.groups: dict[int, Group] = {}  # closed ones, too
         self.requests: dict[int, Request] = {}
         self.open: dict[int, set[int]] = {}  # choices not finished
         self.tokens: dict[tuple[int, int], list[int]] = {}
@@ -90,9 +119,15 @@ class Ledger:
             assert (output.scores is not None) == ("score" in request.want)
             assert output.embedding == ([float(len(request.token_ids))] if "embedding" in request.want else None)
             assert (output.prompt_logprobs is not None) == (request.prompt_logprobs is not None)
+            prompt = self.groups[request.group].token_ids if request.group else []
+            whole, row = [*prompt, *request.token_ids], request.first_needed_row or 0
+            row = len(prompt) - 1 if prompt else min(row, len(whole) - 1)
+            assert output.pooled_index == (len(whole) - 1 if "score" in request.want else None)
+            assert output.values == ([float(token) for token in whole[row:]] if "values" in request.want else None)
             if output.prompt_logprobs is not None:
-                row = min(request.first_needed_row or 0, len(request.token_ids) - 1)
-                assert output.prompt_logprobs.values == [float(token) for token in request.token_ids[row + 1 :]]
+                assert output.prompt_logprobs.values == [float(token) for token in whole[row + 1 :]]
+            if prompt:
+                assert output.cached_tokens == 0 and output.scores in (None, [float(state_of(whole))])
         if request.sampling:
             known = self.tokens.setdefault((number, choice), [])
             known += output.token_ids
@@ -159,6 +194,48 @@ def scheduler_machine(scheduler_module: ModuleType) -> type[RuleBasedStateMachin
                 else:
                     assert error.kind == "overloaded" and 1 <= error.retry_after <= 60
                     assert self.scheduler.waiting > 0
+
+        @rule(seed=st.integers(0, 1 << 20), members=st.integers(0, 5))
+        def open_group(self, seed: int, members: int) -> None:
+            draw = random.Random(seed)
+            number = 1_000_000 + len(self.ledger.groups)
+            group = random_group(draw, number, self.now, min(self.capacity, CONTEXT))
+            self.ledger.groups[group.id] = group
+            self.scheduler.open(group)
+            for _ in range(members):
+                self.add_to(group, draw)
+
+        @precondition(lambda self: self.ledger.groups)
+        @rule(seed=st.integers(0, 1 << 20), which=st.integers(0, 3))
+        def add_member(self, seed: int, which: int) -> None:
+            groups = list(self.ledger.groups.values())
+            self.add_to(groups[-1 - which % len(groups)], random.Random(seed))
+
+        def add_to(self, group: Group, draw: random.Random) -> None:
+            member = random_member(draw, len(self.ledger.requests), group, self.now)
+            opened = self.scheduler._jobs.groups.get(group.id)
+            error = self.scheduler.add(member)
+            self.ledger.requests[member.id] = member
+            if error is None:
+                assert opened is not None and opened.error is None
+                self.ledger.add(member)
+            elif opened is None:
+                assert error.kind == "invalid" and str(group.id) in error.message
+            else:
+                assert error == opened.error or error.kind == "overloaded"
+
+        @precondition(lambda self: self.ledger.groups)
+        @rule(which=st.integers(0, 3), amid=st.booleans())
+        def close_group(self, which: int, amid: bool) -> None:
+            groups = list(self.ledger.groups)
+            number = groups[-1 - which % len(groups)]
+            plan = self.scheduler.plan() if amid else None
+            self.ledger.take(self.scheduler.close(number))
+            assert self.scheduler.close(number) == []
+            for request_id, choices in self.ledger.open.items():
+                assert not choices or self.ledger.requests[request_id].group != number
+            if plan is not None:
+                self.launch(plan)
 
         @rule(steps=st.integers(1, 4), budget=st.sampled_from([None, None, None, 1, 2]))
         def step(self, steps: int, budget: int | None) -> None:
@@ -235,28 +312,47 @@ def scheduler_machine(scheduler_module: ModuleType) -> type[RuleBasedStateMachin
         def books(self) -> None:
             if not hasattr(self, "scheduler"):
                 return
-            running = self.scheduler._running
-            self.scheduler.pages.check([sequence.table for sequence in running.all()])
+            running, groups = self.scheduler._running, self.scheduler._jobs.groups
+            pinned = [opened for opened in groups if opened.pinned]
+            tables = [sequence.table for sequence in running.all()]
+            self.scheduler.pages.check([*tables, *(opened.anchor.table for opened in pinned)])
+            for opened in pinned:
+                self.check_pinned(opened)
+            assert len({opened.pin for opened in pinned}) == len(pinned)
             assert len(running) <= self.runner.max_seqs
             slots = [sequence.slot for sequence in running.all()] + running._slots
             assert sorted(slots) == list(range(self.runner.max_seqs))
             for line in (running.prefills, running.decodes, running.synchronous):
                 assert line == sorted(line, key=lambda sequence: sequence.rank)
             known = sum(len(choices) for choices in self.ledger.open.values())
-            held = [sequence for job in self.scheduler._jobs.values() for sequence in job.sequences.values()]
+            held = [sequence for job in self.scheduler._jobs for sequence in job.sequences.values()]
             assert known == sum(1 + len(sequence.siblings) for sequence in held)
             landed = sum(sequence.landed for sequence in held)
             assert not landed or self.flight
-            assert self.scheduler.waiting + self.scheduler.running + landed == len(held)
-            assert self.scheduler._waiting._requests <= self.bound
+            coming = sum(opened.coming for opened in groups)
+            assert self.scheduler.waiting + self.scheduler.running + landed == len(held) + coming
+            assert coming == groups.coming and self.scheduler._jobs._waiting._requests <= self.bound
+            assert {number for opened in groups for number in opened.members} == {
+                job.request.id for job in self.scheduler._jobs if job.request.group
+            }
+
+        def check_pinned(self, opened: Any) -> None:
+            """All of a prompt is there, by the weights of now, and so is its last hidden state."""
+            state, version = 0, self.runner.version
+            for position, token in enumerate(opened.group.token_ids):
+                state = follow(state, token)
+                page = opened.anchor.table[position // self.runner.size]
+                assert self.runner.contents[page][position % self.runner.size] == (state, version)
+            assert self.runner.pinned[opened.pin] == (state, version)
 
         def teardown(self) -> None:
-            """Every request is answered, and nothing is left over."""
+            """Every request is answered though groups stay open, and nothing is left over."""
             if not hasattr(self, "scheduler"):
                 return
             self.scheduler.paused = False
             # generous: one step each for every recomputed token, and one for the flight
-            work = 1 + sum(2 * (CONTEXT + 1) * len(choices) * (CONTEXT + 1) for choices in self.ledger.open.values())
+            prompts = sum(len(choices) for choices in self.ledger.open.values()) + len(self.ledger.groups)
+            work = 1 + 2 * prompts * (CONTEXT + 1) ** 2
             while (plan := self.scheduler.plan()) is not None or self.flight:
                 work -= 1
                 assert work >= 0, "no end in sight"
@@ -266,6 +362,9 @@ def scheduler_machine(scheduler_module: ModuleType) -> type[RuleBasedStateMachin
                     self.launch(plan)
             assert not any(self.ledger.open.values())
             assert not self.scheduler.has_work and not self.scheduler.waiting and not self.scheduler.running
+            for number in self.ledger.groups:
+                assert self.scheduler.close(number) == []
             self.scheduler.pages.check([])
+            assert len(self.scheduler._jobs.groups._pins) == self.runner.max_seqs
 
     return SchedulerMachine

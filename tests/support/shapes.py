@@ -16,11 +16,13 @@ from pydantic import BaseModel
 # By type of the SDK: what http.md adds to it.
 ADDED: Mapping[str, frozenset[str]] = {
     "Completion": frozenset({"weight_version"}),
-    "CompletionChoice": frozenset({"stop_reason", "token_ids", "prompt_token_ids", "prompt_logprobs"}),
+    "CompletionChoice": frozenset(
+        {"stop_reason", "token_ids", "prompt_token_ids", "prompt_logprobs", "weight_spans", "reward"}
+    ),
     "ChatCompletion": frozenset({"weight_version", "prompt_token_ids", "prompt_logprobs"}),
     "ChatCompletionMessage": frozenset({"reasoning_content"}),
     "ChatCompletionChunk": frozenset({"weight_version", "prompt_token_ids"}),
-    "Choice": frozenset({"stop_reason", "token_ids"}),
+    "Choice": frozenset({"stop_reason", "token_ids", "weight_spans", "reward"}),
     "ChoiceDelta": frozenset({"reasoning_content"}),
 }
 PATHS: Mapping[str, tuple[type[BaseModel], type[BaseModel]]] = {  # whole, chunk

@@ -21,9 +21,9 @@ def targets_of(rows: int, vocab_size: int) -> Tensor:
     return torch.randint(0, vocab_size, (rows,), generator=torch.Generator().manual_seed(1)).to(DEVICE)
 
 
-def found(logits: Tensor, targets: Tensor, top: int) -> TokenLogprobs:
+def found(logits: Tensor, targets: Tensor, top: int, factors: Tensor | None = None) -> TokenLogprobs:
     with poisoned_memory():
-        return token_logprobs(logits, targets, top)
+        return token_logprobs(logits, targets, top, factors)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -41,6 +41,21 @@ def test_values_ranks_and_the_most_likely(vocab_size: int, top: int, dtype: torc
     assert_close(got.top_values, likely.values, torch.float32, ulps=4, magnitude=8)
     assert torch.equal(logits.gather(-1, got.top_ids), logits.gather(-1, likely.indices))
     assert got.ranks.dtype == got.top_ids.dtype == torch.int64
+
+
+@pytest.mark.parametrize("top", [0, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_temperatures(dtype: torch.dtype, top: int) -> None:
+    """Each row at its own; at 1 the bits are those without."""
+    logits, targets = logits_of(5, 9000, dtype), targets_of(5, 9000)
+    factors = torch.tensor([1.0, 2.0, 0.25, 7.0, 1.0], device=DEVICE)
+    plain, got = found(logits, targets, top), found(logits, targets, top, factors)
+    exact = (logits.double() * factors[:, None].double()).log_softmax(-1)
+    assert_close(got.values, exact.gather(-1, targets[:, None])[:, 0], torch.float32, ulps=4, magnitude=64)
+    assert_close(got.top_values, exact.topk(top).values, torch.float32, ulps=4, magnitude=64)
+    assert torch.equal(got.ranks, plain.ranks) and torch.equal(got.top_ids, plain.top_ids)
+    assert torch.equal(got.values[::4], plain.values[::4])
+    assert torch.equal(got.top_values[::4], plain.top_values[::4])
 
 
 @pytest.mark.parametrize("top", [0, 2])

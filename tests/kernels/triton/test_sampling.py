@@ -251,7 +251,7 @@ def test_the_same_beside_any_rows_and_with_surplus_uses() -> None:
     parameters = [one | {"logprobs": 0} for one in (*FILTERS[:10], *edits(2000))]
     step, logits = Step(2000, parameters), normal(len(parameters), 2000)
     together = step.kernels(logits).tokens.tolist()
-    step.uses = (1 << 9) - 1
+    step.uses = (1 << 10) - 1
     assert step.kernels(logits).tokens.tolist() == together
     slots, lengths = step.slots, step.lengths
     for row in range(0, len(parameters), 5):

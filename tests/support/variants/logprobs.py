@@ -9,13 +9,18 @@ POINTERS = {"targets": "*i64", "peaks": "*fp32", "sums": "*fp32", "above": "*i32
 RESULTS = {"values": "*fp32", "ranks": "*i64", "norms": "*fp32"}
 
 
-def _part(dtype: str, listed: bool) -> Variant:
-    pointers = {"logits": f"*{dtype}"} | POINTERS
+def _factors(scaled: bool) -> tuple[dict[str, str], dict[str, None]]:
+    return ({"factors": "*fp32"}, {}) if scaled else ({}, {"factors": None})
+
+
+def _part(dtype: str, listed: bool, scaled: bool = False) -> Variant:
+    given, absent = _factors(scaled)
+    pointers = {"logits": f"*{dtype}"} | POINTERS | given
     return Variant(
-        f"part {dtype}{' listed' if listed else ''}",
+        f"part {dtype}{' listed' if listed else ''}{' scaled' if scaled else ''}",
         _part_kernel,
         pointers | {"stride": "i32", "vocab_size": "i32", "parts": "i32"},
-        {"ALL": listed, "BLOCK": BLOCK},
+        absent | {"ALL": listed, "BLOCK": BLOCK},
         [*pointers, "stride", "vocab_size"],
         num_warps=warps(BLOCK, 32),
         max_registers=128,
@@ -23,17 +28,21 @@ def _part(dtype: str, listed: bool) -> Variant:
     )
 
 
-def _join(dtype: str, parts: int) -> Variant:
-    pointers = {"logits": f"*{dtype}"} | POINTERS | RESULTS
+def _join(dtype: str, parts: int, scaled: bool = False) -> Variant:
+    given, absent = _factors(scaled)
+    pointers = {"logits": f"*{dtype}"} | POINTERS | RESULTS | given
     return Variant(
-        f"join {dtype} {parts}",
+        f"join {dtype} {parts}{' scaled' if scaled else ''}",
         _join_kernel,
         pointers | {"stride": "i32", "parts": "i32"},
-        {"ALL": False, "PARTS": parts},
+        absent | {"ALL": False, "PARTS": parts},
         [*pointers, "stride"],
         num_warps=1,
         max_registers=64,
     )
 
 
-VARIANTS = [_part("bf16", False), _part("fp32", True), _join("bf16", 32), _join("fp32", 64)]
+VARIANTS = [
+    *(_part("bf16", False), _part("fp32", True), _part("bf16", False, scaled=True)),
+    *(_join("bf16", 32), _join("fp32", 64), _join("bf16", 32, scaled=True)),
+]

@@ -1,0 +1,1 @@
+"""Trainers of other people, unmodified, against one server: `make evidence-trainers`."""
