@@ -234,7 +234,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="a tiny run that ends within a minute")
     options = parser.parse_args(arguments)
     if options.smoke:
-        options.minutes, options.iterations, options.prompts = 1.0, 2, 4
+        options.threads, options.minutes, options.iterations, options.prompts = 1, 5.0, 2, 4
         options.demonstrations, options.held_out, options.evaluate = 8, 2, 2
     return options
 
