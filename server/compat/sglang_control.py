@@ -13,7 +13,7 @@ from ..api import fields
 from ..api.errors import invalid, unavailable
 from ..api.fields import honoured, ignored, refused
 from ..api.metrics import ENGINE_SECONDS
-from ..api.protocol import Body, refuse
+from ..api.protocol import INT64, Body, Size, refuse
 from ..api.service import Service
 from ..engine.commands import (
     AbortAll,
@@ -62,8 +62,8 @@ class DiskBody(Body):
 class GroupBody(Body):
     master_address: str
     master_port: Annotated[int, BeforeValidator(port_of)]
-    rank_offset: Annotated[int, Field(ge=1)]
-    world_size: Annotated[int, Field(ge=2)]
+    rank_offset: Annotated[int, Field(ge=1, lt=INT64)]
+    world_size: Annotated[int, Field(ge=2, lt=INT64)]
     group_name: str = "weight_update_group"
     backend: Literal["nccl", "gloo"] = "nccl"
 
@@ -71,7 +71,7 @@ class GroupBody(Body):
 class BroadcastBody(Body):
     names: list[str]
     dtypes: list[str]
-    shapes: list[list[int]]
+    shapes: list[list[Size]]
     group_name: str = "weight_update_group"
     abort_all_requests: bool = False
     weight_version: Version = ""
@@ -159,9 +159,8 @@ async def update_weights_from_disk(request: Request) -> JSONResponse:
     body, _ = await bodies.read(request, DiskBody, DISK, Service.of(request).options)
     card = trained(request)
     in_flight = "abort" if body.abort_all_requests else "keep" if card.paused else "wait"
-    await carried_out(
-        request, UpdateWeights(card.name, "disk", body.model_path, in_flight=in_flight, label=body.weight_version)
-    )
+    command = UpdateWeights(card.name, "disk", body.model_path, in_flight=in_flight, label=body.weight_version)
+    await carried_out(request, command, "model_path")
     return JSONResponse(done("Succeeded to update model weights.") | {"num_paused_requests": 0})
 
 
@@ -226,7 +225,7 @@ async def areal_update_weights(request: Request) -> JSONResponse:
     body, _ = await bodies.read(request, DiskBody, DISK, Service.of(request).options)
     card = trained(request)
     command = UpdateWeights(card.name, "disk", body.model_path, in_flight="abort", label=body.weight_version)
-    await carried_out(request, command)
+    await carried_out(request, command, "model_path")
     return JSONResponse(done("Weights updated"))
 
 
