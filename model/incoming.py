@@ -120,7 +120,7 @@ def read_safetensors(path: Path, size: int = 0) -> dict[str, Stored]:
         header: Any = json.loads(bytes(file.read(8, length).numpy()))
         entries = {str(name): cast("dict[str, Any]", entry) for name, entry in header.items() if name != "__metadata__"}
         return {name: _stored(file, name, entry, 8 + length, size) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path} is no safetensors file: its header is damaged ({error})") from error

@@ -61,7 +61,7 @@ class LoraConfig(NamedTuple):
         for name in MORE:
             if fields.get(name):
                 raise fields.error(name, "leaving it out")
-        patterns = fields.object("rank_pattern"), fields.object("alpha_pattern")
+        patterns = _patterns(fields, "rank_pattern"), _patterns(fields, "alpha_pattern")
         ranks = {name: patterns[0].integer(name) for name in patterns[0].values}
         alphas = {name: patterns[1].number(name) for name in patterns[1].values}
         return cls(
@@ -102,13 +102,28 @@ def _targets(fields: Fields) -> tuple[str, ...] | re.Pattern[str] | None:
         raise fields.error("target_modules", f"a list, {ALL_LINEAR!r} or a regular expression ({error})") from None
 
 
+def _patterns(fields: Fields, name: str) -> Fields:
+    """An object whose keys are regular expressions."""
+    found = fields.object(name)
+    for pattern in found.values:
+        try:
+            re.compile(_ending(pattern))
+        except re.error as error:
+            raise fields.error(name, f"regular expressions with a value each ({error} in {pattern!r})") from None
+    return found
+
+
 def _is_at(name: str, place: str) -> bool:
     return place == name or place.endswith(f".{name}")
 
 
 def _ends(pattern: str, place: str) -> bool:
     """Whether a pattern of `rank_pattern` or `alpha_pattern` means that place."""
-    return re.match(rf"(.*\.)?({pattern})$", place) is not None
+    return re.match(_ending(pattern), place) is not None
+
+
+def _ending(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})$"
 
 
 def read_adapter(directory: Path, decoder: Decoder, room: Adapters) -> Adapter:

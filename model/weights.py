@@ -241,7 +241,7 @@ def digest(files: Iterable[Path]) -> str:
         state.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns} ".encode())
         if file.suffix == ".safetensors":
             with file.open("rb") as stream:
-                state.update(stream.read(int.from_bytes(stream.read(8), "little")))
+                state.update(stream.read(min(int.from_bytes(stream.read(8), "little"), stat.st_size)))
     return state.hexdigest()
 
 

@@ -26,6 +26,7 @@ MAX_BIASES = 65536
 MAX_BODY_IDS = 1 << 20  # token ids to decode
 MAX_BAD_WORDS = 128
 INT64 = 2**63
+MAX_LABEL = 256  # characters of a trainer's name for a version
 
 Prompt = str | list[int]
 Message = dict[str, Any]
@@ -113,6 +114,7 @@ def conversations_of(value: object) -> list[list[Message]]:
 
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Tokens = Annotated[int, Field(ge=0, lt=INT64)]
+Size = Annotated[int, Field(ge=0, lt=INT64)]
 BadWord = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Ids = Annotated[list[int], BeforeValidator(ids_of)]
 

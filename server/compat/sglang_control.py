@@ -13,7 +13,7 @@ from ..api import fields
 from ..api.errors import invalid, unavailable
 from ..api.fields import honoured, ignored, refused
 from ..api.metrics import ENGINE_SECONDS
-from ..api.protocol import Body, refuse
+from ..api.protocol import INT64, Body, Size, refuse
 from ..api.service import Service
 from ..engine.commands import (
     AbortAll,
@@ -62,8 +62,8 @@ class DiskBody(Body):
 class GroupBody(Body):
     master_address: str
     master_port: Annotated[int, BeforeValidator(port_of)]
-    rank_offset: Annotated[int, Field(ge=1)]
-    world_size: Annotated[int, Field(ge=2)]
+    rank_offset: Annotated[int, Field(ge=1, lt=INT64)]
+    world_size: Annotated[int, Field(ge=2, lt=INT64)]
     group_name: str = "weight_update_group"
     backend: Literal["nccl", "gloo"] = "nccl"
 
@@ -71,7 +71,7 @@ class GroupBody(Body):
 class BroadcastBody(Body):
     names: list[str]
     dtypes: list[str]
-    shapes: list[list[int]]
+    shapes: list[list[Size]]
     group_name: str = "weight_update_group"
     abort_all_requests: bool = False
     weight_version: Version = ""

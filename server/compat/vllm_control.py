@@ -15,7 +15,7 @@ from ..api import body as bodies
 from ..api import fields
 from ..api.errors import invalid
 from ..api.fields import honoured, ignored, refused
-from ..api.protocol import Body, refuse
+from ..api.protocol import INT64, MAX_LABEL, Body, Size, refuse
 from ..api.service import Service
 from ..engine.commands import (
     AbortAll,
@@ -47,8 +47,8 @@ class AbortBody(Body):
 class InitInfo(Body):
     master_address: str
     master_port: Annotated[int, Field(ge=1, lt=65536)]
-    rank_offset: Annotated[int, Field(ge=1)]
-    world_size: Annotated[int, Field(ge=2)]
+    rank_offset: Annotated[int, Field(ge=1, lt=INT64)]
+    world_size: Annotated[int, Field(ge=2, lt=INT64)]
     packed: bool = False
     backend: Literal["nccl", "gloo"] = "nccl"
 
@@ -60,9 +60,9 @@ class InitBody(Body):
 class UpdateInfo(Body):
     names: list[str]
     dtype_names: list[str]
-    shapes: list[list[int]]
+    shapes: list[list[Size]]
     packed: bool | None = None  # None: as the group was initialised
-    packed_buffer_size_bytes: Annotated[int, Field(ge=1)] = 1 << 30
+    packed_buffer_size_bytes: Annotated[int, Field(ge=1, lt=INT64)] = 1 << 30
 
     def tensors(self) -> tuple[TensorSpec, ...]:
         """Raises ApiError."""
@@ -72,17 +72,19 @@ class UpdateInfo(Body):
 class UpdateBody(Body):
     update_info: UpdateInfo | None = None
     weight_dir: str | None = None  # prime-rl's: a checkpoint that lies on disk
-    weight_version: str = ""
+    weight_version: Annotated[str, Field(max_length=MAX_LABEL)] = ""
 
 
 class FinishBody(Body):
-    weight_version: str = ""
+    weight_version: Annotated[str, Field(max_length=MAX_LABEL)] = ""
 
 
 def version_of(value: object) -> str:
     """Trainers count, or name."""
     if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
         refuse("it must be a string, not empty")
+    if (isinstance(value, int) and not 0 <= value < INT64) or len(str(value)) > MAX_LABEL:
+        refuse(f"it may have at most {MAX_LABEL} characters, or be a count")
     return str(value)
 
 
@@ -104,7 +106,7 @@ VERSION: dict[str, fields.Field] = {
 ABORT = honoured("request_ids")
 
 
-def tensor_specs(names: list[str], dtypes: list[str], shapes: list[list[int]], field: str) -> tuple[TensorSpec, ...]:
+def tensor_specs(names: list[str], dtypes: list[str], shapes: list[list[Size]], field: str) -> tuple[TensorSpec, ...]:
     """Raises ApiError."""
     if not names or not len(names) == len(dtypes) == len(shapes):
         message = f"{field} has {len(names)} names, {len(dtypes)} dtypes and {len(shapes)} shapes"

@@ -64,6 +64,9 @@ class Arena:
     def join(self, model: int, pool: Pages) -> None:
         self._pools[model] = pool
 
+    def pages(self, model: int) -> int:
+        return sum(map(len, self._pages[model]))
+
     def lendable(self, model: int) -> int:
         slabs = [*self._unlent, *(slab.number for _, slab in self._unused(model))]
         return sum(len(self._pages[model][slab]) for slab in slabs)
@@ -151,6 +154,11 @@ class Lender:
 
     arena: Arena
     model: int
+
+    @property
+    def pages(self) -> int:
+        """Of all slabs."""
+        return self.arena.pages(self.model)
 
     @property
     def lendable(self) -> int:

@@ -31,9 +31,8 @@ class Place:
     slabs: tuple[range, ...]
 
     @property
-    def most(self) -> int:
-        """Pages that the model may have at once."""
-        return self.own + sum(map(len, self.slabs))
+    def end(self) -> int:
+        return self.begin + self.pages * self.page_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +68,7 @@ def lay_out(memory: int, page_bytes: Sequence[int], own: Sequence[int]) -> Layou
         Place(begin - ahead, each, pages, -(-(ahead + count * size) // each) + 1, _ranges(ahead, each, size, count))
         for ahead, each, pages in zip(before, page_bytes, own, strict=True)
     )
-    return Layout(max(place.begin + place.pages * place.page_bytes for place in places), count, size, places)
+    return Layout(max(place.end for place in places), count, size, places)
 
 
 def _slabs(rest: int, before: Sequence[int], page_bytes: Sequence[int]) -> tuple[int, int]:

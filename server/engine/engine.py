@@ -16,7 +16,6 @@ from ...kernels.attention import CHUNK
 from ...model.kv_cache import KVCache
 from ...model.model import Model
 from .adapters import Adapters, LoadedAdapters
-from .arena import Lender
 from .building import Building
 from .control import ModelState
 from .counts import ModelStats
@@ -51,19 +50,9 @@ class Step:
     seconds: float | None = None  # of the device; None where the host waited all the while
 
 
-@dataclass(frozen=True, slots=True)
-class Share:
-    """What a model has of an arena: see `arena_layout.Place`."""
-
-    lender: Lender
-    memory: Tensor | None  # from its first page on; None where models need none
-    pages: int  # that its tensors span; the last one is nobody's
-    most: int  # that it may have at once
-
-
 class Engine:
-    """`card.context` and `card.end_ids` hold. `pages` of the KV cache are its own; with a `share` of an arena they lie
-    there, and it may borrow others, without one their memory is taken now. Without `grammars` no request may have one.
+    """`card.context` and `card.end_ids` hold. `pages`: of its KV cache, how many or a pool; they lie in `memory` [bytes],
+    and behind them one that is nobody's. Without it memory is taken now. Without `grammars` no request may have one.
 
     `step` and everything else is called from one thread.
     """
@@ -73,14 +62,15 @@ class Engine:
         card: ModelCard,
         model: Model | NullModel,
         *,
-        pages: int,
+        pages: int | Pages,
         options: EngineOptions,
         grammars: LoadGrammars | None = None,
-        share: Share | None = None,
+        memory: Tensor | None = None,
     ) -> None:
-        self.kv_pages, self.kv_tokens = pages, pages * options.page_size
-        self.kv_bytes = pages * KVCache.bytes_per_page(model.config, options.page_size, model.dtype)
-        self.kv_most_tokens = (share.most if share else pages) * options.page_size
+        pool = pages if isinstance(pages, Pages) else Pages(pages, options.page_size)
+        self.kv_pages, self.kv_tokens = pool.count, pool.count * options.page_size
+        self.kv_bytes = pool.count * KVCache.bytes_per_page(model.config, options.page_size, model.dtype)
+        self.kv_most_tokens = pool.most * options.page_size
         self.model, self.weight_bytes, self.digest = model, model.weight_bytes, model.digest
         self._score_pooling = model.config.score.pooling
         self.card = replace(card, max_request_tokens=min(card.context, self.kv_tokens))
@@ -93,7 +83,7 @@ class Engine:
         follows = grammars is not None and self.card.gives == "text" and bool(card.end_ids)
         self._guides = Guides(grammars(card), card.vocab_size, card.end_ids) if grammars and follows else None
         self.scheduler = Scheduler(
-            pages=Pages(pages, options.page_size, share.lender if share else None),
+            pages=pool,
             page_size=options.page_size,
             max_seqs=options.max_num_seqs,
             max_batched_tokens=options.max_num_batched_tokens,
@@ -107,18 +97,18 @@ class Engine:
             shared_tokens=CHUNK if options.groups_decodes else None,
             weight_version=card.weight_version,
         )
-        self.runner = self._make_runner(model, share, options, loaded.slots)
+        self.runner = self._make_runner(model, memory, options, loaded.slots)
         self.adapters = Adapters(loaded, model, self.scheduler, self.runner)
         self.runner.prepare()
 
     def _make_runner(
-        self, model: Model | NullModel, share: Share | None, options: EngineOptions, adapters: Mapping[str, int]
+        self, model: Model | NullModel, memory: Tensor | None, options: EngineOptions, adapters: Mapping[str, int]
     ) -> Executor:
         ahead = options.runs_ahead
         if isinstance(model, NullModel):
             return NullRunner(model, options.max_num_seqs, ahead)
-        pages = share.pages if share else self.kv_pages + 1  # the last one is for rows that are nobody's
-        memory = share.memory if share else None
+        size = KVCache.bytes_per_page(model.config, options.page_size, model.dtype)
+        pages = self.kv_pages + 1 if memory is None else len(memory) // size  # the last one is nobody's
         cache = KVCache(model.config, pages, options.page_size, model.dtype, options.device, memory)
         make = partial(DeviceRunner, own_stream=options.role_streams) if ahead else Runner
         return make(

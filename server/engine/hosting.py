@@ -19,13 +19,14 @@ from ...model.model import Model
 from .arena import Arena, Lender
 from .arena_layout import Layout
 from .device_memory import MIB, divide, kv_bytes, measure
-from .engine import Engine, Share
+from .engine import Engine
 from .guides import LoadGrammars
 from .heap import keep_heap
 from .loading import Progress, load_models, role_of
 from .memory import available_memory, divide_arena, kv_cache_bytes, shares
 from .null_runner import NullModel
 from .options import EngineOptions, ModelSpec, OptionsError, owner_of
+from .pages import Pages
 from .request import ModelCard
 from .tokenizer_files import fingerprint, read_object, tokenizer_end_ids
 
@@ -83,12 +84,10 @@ def _engines(
         Engine(
             card,
             model,
-            pages=place.own,
+            pages=Pages(place.own, options.page_size, Lender(arena, number)),
             options=options,
             grammars=grammars,
-            share=Share(
-                Lender(arena, number), None if buffer is None else buffer[place.begin :], place.pages, place.most
-            ),
+            memory=None if buffer is None else buffer[place.begin : place.end],
         )
         for number, (card, model, place) in enumerate(zip(cards, models, layout.places, strict=True))
     ]

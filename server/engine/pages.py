@@ -74,6 +74,11 @@ class Pages:
         self._idle: OrderedDict[int, None] = OrderedDict()  # published and unreferenced, least recently used first
 
     @property
+    def most(self) -> int:
+        """Pages that it can have at once, with every slab there is."""
+        return self.count + (self._lender.pages if self._lender else 0)
+
+    @property
     def free(self) -> int:
         return len(self._free)
 

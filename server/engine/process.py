@@ -62,7 +62,7 @@ def serve(hub: Hub, server: EngineServer, control: Connection[object, object]) -
             elif isinstance(message, Ask):
                 server.tell(message.worker, hub.stats())
             elif isinstance(message, Group):
-                hub.open(message)
+                early += _open(hub, message)
             elif isinstance(message, Close):
                 early += hub.close(message.group_id)
             elif isinstance(message, Order):
@@ -96,6 +96,17 @@ def _submit(hub: Hub, request: Request) -> list[Output]:
         log.exception("request %d could not be taken", request.id)
         what = f"the engine could not take this request ({type(error).__name__}); the log has the traceback"
         return [*hub.abort(request.id), Output(request.id, finish="error", error=EngineError("internal", what))]
+
+
+def _open(hub: Hub, group: Group) -> list[Output]:
+    """One group can break nothing but its own members. Where its id is taken, the other one ends as well: nobody could
+    say behind which prompt a member belongs."""
+    try:
+        hub.open(group)
+    except Exception:
+        log.exception("group %d could not be opened", group.id)
+        return hub.close(group.id)
+    return []
 
 
 def hosted(hub: Hub) -> tuple[HostedModel, ...]:

@@ -16,6 +16,7 @@ from servers import Server, eventually
 from tandem.server import compat
 from tandem.server.api.security import routes_of
 
+MEETING = {"master_address": "localhost", "master_port": 1, "rank_offset": 1, "world_size": 2, "backend": "gloo"}
 NOTHING_OF_A = {"names": ["a"], "dtype_names": [], "shapes": []}
 LONG = {"prompt": IDS, "max_tokens": 3000, "ignore_eos": True, "return_token_ids": True, "logprobs": 0}
 GENERATED = {"input_ids": IDS, "return_logprob": True, "sampling_params": {"max_new_tokens": 3000, "ignore_eos": True}}
@@ -162,6 +163,20 @@ def test_what_changes_the_server_is_for_operators() -> None:
         ("/update_weight_version", {"new_version": ""}, "new_version", "not empty"),
         ("/init_weights_update_group", {"master_address": "a", "master_port": "x"}, "master_port", "1 to 65535"),
         ("/init_weight_transfer_engine", {"init_info": {}}, "init_info.master_address", "missing"),
+        ("/update_weight_version", {"new_version": "a" * 257}, "new_version", "at most 256 characters"),
+        ("/init_weights_update_group", MEETING | {"rank_offset": 2**63}, "rank_offset", "less than"),
+        (
+            "/init_weight_transfer_engine",
+            {"init_info": MEETING | {"world_size": 2**63}},
+            "init_info.world_size",
+            "less than",
+        ),
+        (
+            "/update_weights_from_distributed",
+            {"names": ["a"], "dtypes": ["float32"], "shapes": [[2**63]]},
+            "shapes[0][0]",
+            "less than",
+        ),
         ("/update_weights_from_disk", {"model_path": "a", "load_format": "dummy"}, "load_format", "safetensors"),
     ],
 )

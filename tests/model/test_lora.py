@@ -163,6 +163,8 @@ REFUSED: list[tuple[Change, str]] = [
     (field("target_parameters", ["mlp.experts"]), "target_parameters is"),
     (field("r", 0), "r is 0"),
     (field("target_modules", "(q"), "target_modules is .*regular expression"),
+    (field("rank_pattern", {"(q": 4}), r"rank_pattern is .*regular expressions.*'\(q'"),
+    (field("alpha_pattern", {"q)": 4}), r"alpha_pattern is .*regular expressions.*'q\)'"),
     (field("target_modules", ["q_proj", "wq"]), "1 missing though target_modules has them: wq"),
     (field("target_modules", ["v_proj"]), "4 not among target_modules"),
     (field("r", 5), r"4 of the wrong shape: .*lora_A.weight is \[4, 64\], must be \[5, 64\]"),

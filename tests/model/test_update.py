@@ -196,6 +196,7 @@ def test_damaged_files_are_refused(llama: tuple[Path, Path], tmp_path: Path) -> 
         {name: header[name] | {"data_offsets": [first + (1 << 40), last + (1 << 40)]}},
         {name: header[name] | {"shape": [-64]}},
         {name: header[name] | {"shape": [32]}},
+        {name: header[name] | {"shape": [float("inf")]}},
         {name: {"dtype": "F32"}},
         {name: [1, 2]},
         [1, 2],
@@ -208,6 +209,15 @@ def test_damaged_files_are_refused(llama: tuple[Path, Path], tmp_path: Path) -> 
         file.write_bytes(whole[:cut])
         with pytest.raises(CheckpointError, match=r"truncated|damaged"):
             read_safetensors(file)
+    for length_of_header in (len(whole) + 1, 2**64 - 1):
+        file.write_bytes(length_of_header.to_bytes(8, "little") + whole[8:])
+        with pytest.raises(CheckpointError, match="its header would end"):
+            from_disk(str(file))
+        assert digest_of(str(file))
+    nested = b"[" * 100_000
+    file.write_bytes(len(nested).to_bytes(8, "little") + nested)
+    with pytest.raises(CheckpointError, match="header is damaged"):
+        read_safetensors(file)
     write(header)
     stored = read_safetensors(file)
     file.write_bytes(whole[: length + 100])

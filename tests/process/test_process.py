@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from multiprocessing import Pipe
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from tandem.server.engine.hub import Hub
 from tandem.server.engine.link import EngineClient, Stream
 from tandem.server.engine.link_server import EngineServer
 from tandem.server.engine.options import EngineOptions, ModelSpec, OptionsError
-from tandem.server.engine.request import Output, Request
+from tandem.server.engine.request import Group, Output, Request
 from tandem.server.engine.standing import WeightsLost
 
 
@@ -130,6 +131,20 @@ async def test_a_request_that_breaks_the_engine_breaks_alone(
             (broken,) = await read(ask(client))
         assert broken.error is not None and broken.error.kind == "internal" and "RuntimeError" in broken.error.message
         assert sum(len(output.token_ids) for output in await read(running)) == 200
+
+
+async def test_a_group_whose_id_is_taken_breaks_alone(directory: Path, hub: Hub) -> None:
+    async with worker(directory, 1) as client:
+        running = ask(client, max_tokens=200, ignore_eos=True)
+        group = Group(client.next_id(), "m", prompt(20), longest=8)
+        client.open_group(group)
+        client.open_group(replace(group, token_ids=prompt(30)))
+        want = frozenset({"prompt_logprobs"})
+        member = Request(client.next_id(), "m", [5, 6], want=want, prompt_logprobs=0, group=group.id)
+        (refused,) = await read(client.submit(member))
+        assert refused.error is not None and "no open group" in refused.error.message
+        assert sum(len(output.token_ids) for output in await read(running)) == 200
+        assert not hub.engines[0].stats.running
 
 
 async def test_commands_reach_the_hub_and_the_catalog_the_workers(directory: Path, hub: Hub) -> None:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -13,6 +14,7 @@ from pydantic import BeforeValidator, Field
 from ..protocol import (
     INT64,
     MAX_CHOICES,
+    MAX_LABEL,
     MAX_MESSAGES,
     MAX_PROMPTS,
     Body,
@@ -20,6 +22,7 @@ from ..protocol import (
     Ids,
     Message,
     Prompt,
+    Size,
     conversations_of,
     message_of,
     prompts_of,
@@ -39,7 +42,7 @@ Want = Literal["policy_logprobs", "ref_logprobs", "values", "reward", "kl", "tok
 def clip_of(value: object) -> tuple[float, float]:
     """5 is [-5, 5]."""
     ends: list[Any] = [value] if not isinstance(value, list) else value
-    if len(ends) not in (1, 2) or not all(type(end) in (int, float) for end in ends):
+    if len(ends) not in (1, 2) or not all(type(end) in (int, float) and abs(end) <= sys.float_info.max for end in ends):
         refuse("it must be a number above 0, or a list of the lowest and the highest reward")
     low, high = -float(ends[0]) if len(ends) == 1 else float(ends[0]), float(ends[-1])
     if not low < high:
@@ -143,16 +146,16 @@ class IpcHandle(Body):
 
     name: Name
     dtype: Name
-    shape: list[Annotated[int, Field(ge=0)]]
-    device: Annotated[int, Field(ge=0)]
+    shape: list[Size]
+    device: Size
     handle: str
-    storage_bytes: Annotated[int, Field(ge=0)]
-    storage_offset: Annotated[int, Field(ge=0)] = 0
+    storage_bytes: Size
+    storage_offset: Size = 0
     counter: str
-    counter_offset: Annotated[int, Field(ge=0)] = 0
+    counter_offset: Size = 0
     event: str
     event_sync: bool = True
-    offset: Annotated[int, Field(ge=0)] = 0
+    offset: Size = 0
 
 
 class WeightsBody(Body):
@@ -166,7 +169,7 @@ class WeightsBody(Body):
     adapter: Name | None = None
     size: Annotated[int, Field(ge=1, lt=INT64)] | None = None
     handles: Annotated[list[IpcHandle], Field(min_length=1)] | None = None
-    version: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    version: Annotated[str, Field(min_length=1, max_length=MAX_LABEL)] | None = None
     in_flight: Literal["keep", "abort", "wait"] = "keep"
     partial: bool = False
     also: list[Name] = []

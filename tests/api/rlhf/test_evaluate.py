@@ -164,6 +164,7 @@ ONE: dict[str, Any] = {"groups": GROUPS[:1], "want": ["reward"], "models": MODEL
         ({"groups": [{"prompt": "a", "completions": [{}]}]}, "groups[0].completions[0].token_ids", "missing"),
         ({"reward_clip": [1, -1]}, "reward_clip", "below its highest"),
         ({"reward_clip": 0}, "reward_clip", "below its highest"),
+        ({"reward_clip": 10**400}, "reward_clip", "a number above 0"),
         ({"temperature": 0}, "temperature", "greater than 0"),
         ({"kl_estimator": "k4"}, "kl_estimator", "k1"),
         (

@@ -15,6 +15,7 @@ from checkpoints import make_model, write_checkpoint
 from lora import make_adapter
 
 PATH = "/v1/rlhf/weights"
+HANDLE = {"name": "a", "dtype": "float32", "device": 0, "storage_bytes": 4, "handle": "", "counter": "", "event": ""}
 GREEDY = {"model": "policy", "prompt": [1, 70, 75], "max_tokens": 8, "temperature": 0, "return_token_ids": True}
 Ask = Callable[..., dict[str, Any]]
 
@@ -103,6 +104,7 @@ def test_no_path_outside_the_root(http: httpx.Client, other: Path, tmp_path: Pat
         ({"source": "disk", "path": "policy", "adapter": "a"}, "adapter", "not for source 'disk'"),
         ({"source": "lora", "path": "policy", "adapter": "a", "version": "8"}, "version", "beside them"),
         ({"source": "cuda_ipc"}, "handles", "missing"),
+        ({"source": "cuda_ipc", "handles": [HANDLE | {"shape": [2**63]}]}, "handles[0].shape[0]", "less than"),
         ({"source": "ftp"}, "source", "disk"),
         ({"source": "disk", "path": "policy", "role": "policy"}, "role", "model names"),
         ({"source": "disk", "path": "policy", "in_flight": "drop"}, "in_flight", "keep"),
