@@ -182,7 +182,7 @@ def report(
         "reward_after": round(after.reward, 3),
         "deviation": round(before.deviation, 3),
         "gain": round(gain, 3),
-        "kl": round(after.kl, 3),
+        "kl": round(after.kl, 6),
         "cut_before": round(before.cut, 4),
         "cut_after": round(after.cut, 4),
         "accuracy_before": round(accuracy[0], 4),
