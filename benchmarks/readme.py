@@ -77,6 +77,17 @@ def clients(figures: Record) -> Iterator[Line]:
     )
 
 
+def ppo(figures: Record) -> Iterator[Line]:
+    for run in figures["runs"]:
+        accuracy = f"{run['accuracy_before']:.3f} → {run['accuracy_after']:.3f}"
+        beside = (
+            f"{run['reward_before']:.2f} → {run['reward_after']:.2f}; KL {run['kl']:.1f} nats, accuracy {accuracy}; "
+            f"bar ≥ 1 at ≤ 10 nats, accuracy within 0.02{'' if run['met'] else ', **missed**'}"
+        )
+        name = f"PPO on the bundled policy, {run['seconds'] / 60:.1f} min, seed {run['seed']}: held-out reward"
+        yield name, f"{run['gain']:+.2f} SD", beside
+
+
 def trainers(figures: Record) -> Iterator[Line]:
     for name, report in figures["trainers"].items():
         calls = sum(report["routes"].values())
@@ -85,7 +96,7 @@ def trainers(figures: Record) -> Iterator[Line]:
 
 
 AREAS: Mapping[str, Callable[[Record], Iterator[Line]]] = MappingProxyType(
-    {"startup": startup, "demo": demo, "clients": clients, "trainers": trainers, "peers": peers}
+    {"startup": startup, "demo": demo, "ppo": ppo, "clients": clients, "trainers": trainers, "peers": peers}
 )
 
 

@@ -9,6 +9,7 @@ size, P pages, S page size, M page-table width, C entries that a list of work ha
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -69,36 +70,59 @@ def decode_chunks(length: int) -> int:
     return max(1, -(-length // CHUNK))
 
 
-def _rows(table: Tensor, kv_heads: int) -> Tensor:
-    """Of page tables [b, m]: where their pages stand, head by head, in pages seen as [P K, S, H]. [b K m]."""
-    heads = torch.arange(kv_heads, device=table.device, dtype=table.dtype).unsqueeze(-1)
-    return torch.add(heads, table.unsqueeze(1), alpha=kv_heads).flatten()
+class _Rows(NamedTuple):
+    """Where the pages of some page tables [b, m] stand, head by head: rows of `_by_heads` of K and V, and of scales."""
+
+    values: Tensor  # [b K m]
+    scales: Tensor | None
 
 
-def _gather(pages: Tensor, scales: Tensor | None, rows: Tensor, count: int) -> Tensor:
+def _rows(cache: KVLayer, table: Tensor) -> _Rows:
+    heads = torch.arange(cache.k.shape[1], device=table.device, dtype=table.dtype).unsqueeze(-1)
+
+    def of(pages: Tensor) -> Tensor:
+        return torch.add(heads, table.unsqueeze(1), alpha=_apart(pages)).flatten()
+
+    return _Rows(of(cache.k), None if cache.k_scale is None else of(cache.k_scale))
+
+
+def _apart(pages: Tensor) -> int:
+    """Heads' parts of a page [K, S, ...] from one page to the next: K, or more where something lies between."""
+    apart, rest = divmod(pages.stride(0), prod(pages.shape[2:]))
+    assert rest == 0, f"pages are {pages.stride(0)} elements apart: no multiple of a head's part {pages.shape[2:]}"
+    return apart
+
+
+def _by_heads(pages: Tensor) -> Tensor:
+    """The memory of pages [P, K, S, ...] from the first to the last, head by head: [n, S, ...], nothing is copied."""
+    count, kv_heads, *part = pages.shape
+    assert kv_heads == 1 or pages.stride(1) == prod(part), "the heads of a page lie one behind another"
+    return pages.as_strided(((count - 1) * _apart(pages) + kv_heads, *part), (prod(part), *pages.stride()[2:]))
+
+
+def _gather(pages: Tensor, scales: Tensor | None, rows: _Rows, count: int) -> Tensor:
     """The tokens of `count` page tables, whose `_rows` these are, one behind another: [b, K, m S, H] float32."""
     kv_heads, size, width = pages.shape[1:]
-    found = pages.flatten(0, 1).index_select(0, rows).float()
-    if scales is not None:
-        found *= scales.flatten(0, 1).index_select(0, rows).unsqueeze(-1)
-    return found.view(count, kv_heads, len(rows) // (count * kv_heads) * size, width)
+    found = _by_heads(pages).index_select(0, rows.values).float()
+    if scales is not None and rows.scales is not None:
+        found *= _by_heads(scales).index_select(0, rows.scales).unsqueeze(-1)
+    return found.view(count, kv_heads, len(found) // (count * kv_heads) * size, width)
 
 
 class _Round(NamedTuple):
     """Decode rows that are computed together, and what of it is the same in every layer. Letters: b rows, m pages."""
 
     part: slice  # of the step's rows
-    pages: Tensor  # [b K m], see `_rows`
+    pages: _Rows
     distance: Tensor  # [b, 1, 1, m S], j - p
     hidden: Tensor  # [b, 1, 1, m S]
     seen: int  # leading positions that every row has
     behind: Tensor  # [b, 1, m S - seen, 1], of the others: hidden
 
 
-def _rounds(
-    sequences: Sequences, lengths: list[int], window: int | None, kv_heads: int, size: int, width: int
-) -> list[_Round]:
+def _rounds(sequences: Sequences, lengths: list[int], window: int | None, cache: KVLayer) -> list[_Round]:
     """As many rows at once as keep their gathered K and V in the processor's cache."""
+    kv_heads, size, width = cache.k.shape[1:]
     firsts = [max(0, length - window) // size if window else 0 for length in lengths]  # first page that is seen
     counts = [-(-length // size) - first for length, first in zip(lengths, firsts, strict=True)]
     group = max(1, GATHER_ELEMENTS // (max(counts) * size * kv_heads * width))
@@ -117,7 +141,7 @@ def _rounds(
         shortest = min(n - f * size for n, f in zip(lengths[part], firsts[part], strict=True))
         distance = (position - (ends - 1)).view(-1, 1, 1, m * size)
         behind = hidden[:, None, shortest:, None]
-        rounds.append(_Round(part, _rows(table, kv_heads), distance, hidden.view(-1, 1, 1, m * size), shortest, behind))
+        rounds.append(_Round(part, _rows(cache, table), distance, hidden.view(-1, 1, 1, m * size), shortest, behind))
     return rounds
 
 
@@ -133,12 +157,12 @@ def _attend_decodes(
     softcap: float | None,
 ) -> None:
     """One row per sequence. What every layer of the step would find out again is kept in `sequences.memo`."""
-    kv_heads, size, width = cache.k.shape[1:]
+    kv_heads, width = cache.k.shape[1], cache.k.shape[3]
     heads = q.shape[1]
     memo: dict[object, list[_Round]] = {} if sequences.memo is None else sequences.memo
     rounds = memo.get(window)
     if rounds is None:
-        rounds = memo[window] = _rounds(sequences, lengths, window, kv_heads, size, width)
+        rounds = memo[window] = _rounds(sequences, lengths, window, cache)
     queries = q.float().mul(scale).view(-1, kv_heads, heads // kv_heads, width)  # [b, K, G, H]
     for part, pages, distance, hidden, seen, behind in rounds:
         count = part.stop - part.start
@@ -172,7 +196,7 @@ def _attend_prefill(
     first = max(0, start + 1 - window) if window else 0  # first position that is seen
     table = table[:, first // size : -(-length // size)]
     seen = slice(first % size, first % size + length - first)
-    pages = _rows(table, kv_heads)
+    pages = _rows(cache, table)
     k = _gather(cache.k, cache.k_scale, pages, 1)[:, :, seen]
     v = _gather(cache.v, cache.v_scale, pages, 1)[:, :, seen]
     queries = q.float().transpose(0, 1).unsqueeze(0)  # [1, N, n, H]

@@ -85,7 +85,8 @@ def serve(
             metavar="[[NAME=]PATH|ORG/NAME[,role=…,dtype=…,kv=…%,alias=a|b,chat_template=…,max_model_len=…,weight=…,"
             "pooling=…,trunk=OTHER,revision=…,tool_call_parser=…,reasoning_parser=…]|NAME=base-of:OTHER]…",
             help="Directories of Hugging Face checkpoints, or hub ids; models that share the weights of another one: a "
-            "reference as base-of:OTHER, a value head with trunk=OTHER. None: the bundled policy and reward model.",
+            "reference as base-of:OTHER, a value head with trunk=OTHER. None: the bundled policy and reward model. kv: "
+            "the part of the KV caches' memory that a model has for good; what is left is lent as needed.",
             show_default=False,
         ),
     ] = None,
@@ -357,10 +358,11 @@ def _announce(ready: Ready, host: str, port: int) -> None:
     table = Table(caption=ready.division, caption_justify="left", title_justify="left")
     for column in ("model", "role", "architecture", "head", "dtype"):
         table.add_column(column)
-    for column in ("context", "weights MiB", "KV pages", "KV tokens", "KV MiB"):
+    for column in ("context", "weights MiB", "KV pages", "KV tokens", "KV tokens at most", "KV MiB"):
         table.add_column(column, justify="right")
     for model in ready.models:
-        numbers = (model.context, model.weight_bytes / 2**20, model.kv_pages, model.kv_tokens, model.kv_bytes / 2**20)
+        tokens = (model.kv_pages, model.kv_tokens, model.kv_most_tokens)
+        numbers = (model.context, model.weight_bytes / 2**20, *tokens, model.kv_bytes / 2**20)
         shown = [f"{number:,.1f}" if isinstance(number, float) else f"{number:,}" for number in numbers]
         if model.shares:  # what it has of its own stands there
             shown[1] += f" + {model.shares}'s"

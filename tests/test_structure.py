@@ -33,6 +33,8 @@ INTEGERS = {
     f"server/engine/{name}.py"
     for name in (
         "request",
+        "arena",
+        "arena_layout",
         "pages",
         "plan",
         "counts",

@@ -1195,8 +1195,8 @@ def close_pair(rng: random.Random, split: Split) -> tuple[Exercise, str, str]:
     """An exercise with a right and a wrong answer of one form, or now and then a well-formed and a careless one."""
     exercise = draw_exercise(rng, split, rng.choices(("arithmetic", "facts"), (50, 50))[0])
     good, wrong = exercise.answer, rng.choice(exercise.rival) if exercise.rival else _wrong(rng, exercise)
-    if rng.random() < 0.25:
-        return exercise, good, rng.choice(_sloppy(rng, exercise, good))
+    if rng.random() < 0.35:
+        return exercise, good, rng.choice((*_sloppy(rng, exercise, good), exercise.short))
     if rng.random() < 0.4:
         at = rng.randrange(2)
         styled = random.Random(rng.random())

@@ -68,6 +68,15 @@ class Reward(nn.Module):
         return self.score(hidden[scored])[:, 0].float(), self.doubt(hidden[turned])[:, 0].float(), text_loss
 
 
+def scale_loss(scores: Tensor, wanted: list[int], anchor: float, shrink: float) -> Tensor:
+    """What rankings leave open: where a prompt's scores lie and how far apart.
+
+    Well-formed answers are drawn to 0 whatever the prompt, so that rewards of different prompts can be compared and
+    added up, and all scores a little, so that garbage is not ever farther away.
+    """
+    return anchor * scores[wanted].square().mean() + shrink * scores.square().mean()
+
+
 def ranking_loss(scores: Tensor, pairs: list[list[tuple[int, int]]]) -> Tensor:
     """Mean over prompts of the mean over a prompt's pairs (better, worse) of -log σ(r_better - r_worse)."""
     losses = []
@@ -91,15 +100,17 @@ class Batch:
     pairs: list[list[tuple[int, int]]] = field(default_factory=list)
     turns: list[tuple[int, int]] = field(default_factory=list)  # (sequence, position): right, wrong, right, wrong …
     texts: list[tuple[int, int]] = field(default_factory=list)  # (sequence, position before a token of a best answer)
+    wanted: list[int] = field(default_factory=list)  # sequences whose answer is the well-formed one
 
     def add_ranking(self, encoder: Encoder, ranking: data.Ranking) -> None:
         texts = [text_of(ranking.exercise, answer) for answer in ranking.answers]
         encoded = [encoding.ids for encoding in encoder.tokenizer.encode_batch(texts)]
         if max(map(len, encoded)) > CONTEXT:
             return
+        first = len(self.sequences)
         if ranking.grades[0] == 0:
             self._learn(encoder, encoded[0])
-        first = len(self.sequences)
+            self.wanted.append(first)
         self.sequences += encoded
         self.pairs.append([(first + i, first + j) for i, j in ranking.pairs()])
 
@@ -111,6 +122,8 @@ class Batch:
             return
         self._learn(encoder, good)
         first = len(self.sequences)
+        if better == exercise.answer:
+            self.wanted.append(first)
         self.sequences += [good, bad]
         self.pairs.append([(first, first + 1)])
         self.turns += [(first, differs), (first + 1, differs)]
@@ -205,7 +218,8 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
             scores, doubts, text_loss = reward(batch)
         loss = ranking_loss(scores, batch.pairs)
         turn_loss = -F.logsigmoid(doubts[1::2] - doubts[0::2]).mean()
-        (loss + turn_loss + options.text_weight * text_loss).backward()
+        scale = scale_loss(scores, batch.wanted, options.anchor, options.shrink)
+        (loss + turn_loss + options.text_weight * text_loss + scale).backward()
         optimiser.step(schedule(spent / budget))
         step, tokens = step + 1, tokens + batch.tokens
         flat = scores.detach().tolist()
@@ -243,6 +257,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=1.2, help="of those samples")
     parser.add_argument("--close-pairs", type=int, default=1, help="pairs that are hard to tell apart, per ranking")
     parser.add_argument("--text-weight", type=float, default=0.3, help="of the loss of the best answers as text")
+    parser.add_argument("--anchor", type=float, default=0.1, help="of the squared scores of well-formed answers")
+    parser.add_argument("--shrink", type=float, default=0.01, help="of all squared scores")
     parser.add_argument("--batch-tokens", type=int, default=2048)
     parser.add_argument("--muon-rate", type=float, default=0.015)
     parser.add_argument("--adam-rate", type=float, default=0.003)

@@ -24,7 +24,7 @@ struct Step {  // of a step: see Sequences in ops.py
 };
 
 struct Shape {
-    long heads, kv_heads, size, page;
+    long heads, kv_heads, size, page, page_step;  // elements of a head, positions of a page, elements between pages
     float scale;
     const float* alibi;  // [heads] or null
     long window;         // 0: none
@@ -128,7 +128,7 @@ template <class T> struct Block {
                 continue;
             }
             if (offset == 0 || place == 0)
-                place = ((table[index] * shape.kv_heads + kv_head) * shape.page + offset) * shape.size + 1;
+                place = table[index] * shape.page_step + (kv_head * shape.page + offset) * shape.size + 1;
             else place += shape.size;
             keys[j] = k_pages + place - 1;
             values[j] = v_pages + place - 1;

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops import KVLayer, Sequences
-from .native import WIDEST_HEAD, Attention, at, native, number
+from .native import WIDEST_HEAD, Attention, at, native, number, page_step
 
 
 def paged_attention(
@@ -27,6 +27,7 @@ def paged_attention(
     q, table = q.contiguous(), sequences.page_table.contiguous()
     out = torch.empty_like(q)
     tensors = (q, cache.k, cache.v, out, sequences.query_starts, sequences.lengths, table, alibi)
-    shape = (len(sequences.lengths), table.shape[1], q.shape[1], kv_heads, size, page, window or 0, kind)
+    pages = (kv_heads, size, page, page_step(cache.k, cache.v))
+    shape = (len(sequences.lengths), table.shape[1], q.shape[1], *pages, window or 0, kind)
     found.run("tandem_attention", Attention(*map(at, tensors), *shape, scale, softcap or 0.0))
     return out

@@ -45,7 +45,7 @@ struct Rotary {
     const float *cos, *sin;
     const int64_t* slots;
     void *q, *k, *v;
-    long rows, heads, kv_heads, size, page, half, interleaved, type;
+    long rows, heads, kv_heads, size, page, page_step, half, interleaved, type;
     float eps;
 };
 
@@ -54,7 +54,7 @@ struct Attention {
     void* out;
     const int32_t *starts, *lengths, *table;
     const float* alibi;  // may be null
-    long sequences, table_width, heads, kv_heads, size, page, window, type;
+    long sequences, table_width, heads, kv_heads, size, page, page_step, window, type;
     float scale, softcap;
 };
 

@@ -100,7 +100,7 @@ template <class T> void rotary_of(const Rotary& a, int threads) {
             const long angles = a.positions[row] * a.half;
             rotary_and_write(qkv, (const T*)a.q_norm, (const T*)a.k_norm, a.eps, a.cos + angles, a.sin + angles, a.half,
                              a.interleaved != 0, a.slots[row], (T*)a.q + row * a.heads * a.size, (T*)a.k, (T*)a.v, a.heads,
-                             a.kv_heads, a.size, a.page);
+                             a.kv_heads, a.size, a.page, a.page_step);
         }
     });
 }
@@ -113,7 +113,7 @@ void run_rotary(const Rotary& a, int threads) {
 
 void run_attention(const Attention& a, int threads) {
     const Step step = {a.starts, a.lengths, a.table, a.sequences, a.table_width};
-    const Shape shape = {a.heads, a.kv_heads, a.size, a.page, a.scale, a.alibi, a.window, a.softcap};
+    const Shape shape = {a.heads, a.kv_heads, a.size, a.page, a.page_step, a.scale, a.alibi, a.window, a.softcap};
     long pairs = 0;
     for (long b = 0; b < a.sequences; ++b) pairs += (long)(a.starts[b + 1] - a.starts[b]) * a.lengths[b];
     if (pairs * a.heads * a.size < FEW_PRODUCTS) threads = 1;

@@ -39,12 +39,12 @@ Activate = _call(**_fields("x y", _POINTER), **_fields("rows outs activation typ
 Norm = _call(**_fields("x residual weight bias y", _POINTER), **_fields("rows size type", _LONG), eps=_FLOAT)
 Rotary = _call(
     **_fields("qkv q_norm k_norm positions cos sin slots q k v", _POINTER),
-    **_fields("rows heads kv_heads size page half interleaved type", _LONG),
+    **_fields("rows heads kv_heads size page page_step half interleaved type", _LONG),
     eps=_FLOAT,
 )
 Attention = _call(
     **_fields("q k v out starts lengths table alibi", _POINTER),
-    **_fields("sequences table_width heads kv_heads size page window type", _LONG),
+    **_fields("sequences table_width heads kv_heads size page page_step window type", _LONG),
     **_fields("scale softcap", _FLOAT),
 )
 
@@ -57,7 +57,8 @@ class Native:
     set: int
 
     def run(self, name: str, call: ctypes.Structure) -> None:
-        getattr(self.library, name)(self.set, torch.get_num_threads(), ctypes.byref(call))
+        threads = torch.get_num_threads()
+        getattr(self.library, name)(self.set, threads, ctypes.byref(call))
 
 
 @cache
@@ -80,6 +81,14 @@ def described() -> str:
 def number(dtype: torch.dtype) -> int | None:
     """Of a dtype in calls.h; None: not one that is computed there."""
     return {torch.float32: 0, torch.bfloat16: 1}.get(dtype)
+
+
+def page_step(k: Tensor, v: Tensor) -> int:
+    """Elements from one page of K, and of V, [P, K, S, H] to the next; the page itself is contiguous."""
+    page, size = k.shape[2:]
+    step, *within = k.stride()
+    assert k.stride() == v.stride() and within == [page * size, size, 1], "pages of other strides"
+    return step
 
 
 def at(tensor: Tensor | None) -> int | None:

@@ -82,13 +82,13 @@ void rotate(float* head, const float* cos, const float* sin, long half, bool int
     }
 }
 
-// A row of qkv [N + 2 K, size] -> q [N, size]; k and v into pages [P, K, page, size] at `slot`. `norms`: weights of an RMS norm
-// over each head of q, then of k; null without. `half` 0: nothing is rotated.
+// A row of qkv [N + 2 K, size] -> q [N, size]; k and v into pages [K, page, size], `page_step` elements from one to the next,
+// at `slot`. `norms`: weights of an RMS norm over each head of q, then of k; null without. `half` 0: nothing is rotated.
 template <class T>
 void rotary_and_write(const T* from, const T* q_norm, const T* k_norm, float eps, const float* cos, const float* sin,
                       long half, bool interleaved, long slot, T* q, T* k_pages, T* v_pages, long queries, long kv_heads,
-                      long size, long page) {
-    const long block = slot / page, offset = slot % page;
+                      long size, long page, long page_step) {
+    const long begin = slot / page * page_step, offset = slot % page;
     float head[WIDEST_HEAD];
     for (long h = 0; h < queries + kv_heads; ++h, from += size) {
         const T* norm = h < queries ? q_norm : k_norm;
@@ -105,12 +105,12 @@ void rotary_and_write(const T* from, const T* q_norm, const T* k_norm, float eps
         }
         if (half) rotate(head, cos, sin, half, interleaved);
         T* to = h < queries ? q + h * size
-                            : k_pages + ((block * kv_heads + h - queries) * page + offset) * size;
+                            : k_pages + begin + ((h - queries) * page + offset) * size;
         for (i = 0; i + 16 <= size; i += 16) store(to + i, load(head + i));
         for (; i < size; ++i) narrow(to + i, head[i]);
     }
     for (long h = 0; h < kv_heads; ++h, from += size)
-        memcpy(v_pages + ((block * kv_heads + h) * page + offset) * size, from, size * sizeof(T));
+        memcpy(v_pages + begin + (h * page + offset) * size, from, size * sizeof(T));
 }
 
 }  // namespace

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops import KVLayer
-from .native import WIDEST_HEAD, Norm, Rotary, at, native, number
+from .native import WIDEST_HEAD, Norm, Rotary, at, native, number, page_step
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
@@ -60,6 +60,7 @@ def qk_norm_rotary_and_write_kv(
     heads = qkv.shape[-1] // size - 2 * kv_heads
     q = torch.empty(qkv.shape[0], heads, size, dtype=qkv.dtype)
     tensors = (qkv, q_norm, k_norm, positions, cos, sin, slots, q, cache.k, cache.v)
-    shape = (qkv.shape[0], heads, kv_heads, size, page, cos.shape[-1], int(interleaved), kind)
+    pages = (kv_heads, size, page, page_step(cache.k, cache.v))
+    shape = (qkv.shape[0], heads, *pages, cos.shape[-1], int(interleaved), kind)
     found.run("tandem_rotary", Rotary(*map(at, tensors), *shape, eps))
     return q

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -67,7 +67,7 @@ def checked(received: Received, model: type[Body], known: Known, options: ApiOpt
 
 
 @contextmanager
-def within(field: str) -> Iterator[None]:
+def within(field: str) -> Generator[None]:
     """Refusals in it are about what is inside that field."""
     try:
         yield

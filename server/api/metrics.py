@@ -68,7 +68,12 @@ METRICS: tuple[Gauge | Labelled | Count | Spread, ...] = (
     Gauge(
         "num_requests_waiting", "Choices that wait for pages or a slot, preempted ones included.", lambda m: m.waiting
     ),
-    Gauge("kv_cache_usage_perc", "Used part of the KV cache's pages, 0 to 1.", lambda m: m.pages_used / m.pages),
+    Gauge(
+        "kv_cache_usage_perc",
+        "Used part of the KV cache's pages that the model has or could be lent, 0 to 1.",
+        lambda m: m.pages_used / (m.pages_used + m.pages_available),
+    ),
+    Gauge("kv_slabs", "Slabs of the arena that are lent to the model.", lambda m: m.slabs),
     Gauge("weight_version", "Of the weights in use.", lambda m: m.weight_version),
     Labelled(
         "num_requests_waiting_by_reason",

@@ -68,7 +68,7 @@ def requests_of(
                 id=service.client.next_id(),
                 model=card.name,
                 token_ids=ids,
-                sampling=replace(sampling, max_tokens=tokens),
+                sampling=replace(sampling, max_tokens=tokens, seed=seed_of(body)),
                 want=frozenset(want),
                 n=n,
                 prompt_logprobs=beside,
@@ -130,14 +130,14 @@ def _too_long(message: str, param: str) -> ApiError:
 def sampling_of(
     body: GenerationBody, card: ModelCard, text: Text, options: ApiOptions, logprobs: int | None
 ) -> Sampling:
-    """All of it but max_tokens, which depends on the prompt."""
+    """All of it but max_tokens and the seed, which each prompt has of its own."""
     allowed = body.allowed_token_ids or []
     check_ids(body.stop_token_ids, card, "stop_token_ids")
     check_ids(allowed, card, "allowed_token_ids")
     check_ids(list(body.logit_bias), card, "logit_bias")
     return Sampling(
         max_tokens=0,
-        seed=secrets.randbits(64) if body.seed is None else body.seed % 2**64,
+        seed=0,
         temperature=body.temperature,
         top_p=body.top_p,
         top_k=body.top_k if 0 < body.top_k < card.vocab_size else 0,
@@ -154,6 +154,11 @@ def sampling_of(
         logprobs=logprobs,
         logprobs_mode=body.logprobs_mode or options.logprobs_mode,
     )
+
+
+def seed_of(body: GenerationBody) -> int:
+    """Prompts that are sent together share a seed that was given; without one, each is drawn independently."""
+    return secrets.randbits(64) if body.seed is None else body.seed % 2**64
 
 
 def bad_words_of(words: Sequence[str], text: Text) -> tuple[tuple[int, ...], ...]:

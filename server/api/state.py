@@ -64,7 +64,17 @@ async def about(service: Service) -> dict[str, Any]:
 
 
 def load(stats: ModelStats) -> dict[str, int | bool]:
-    names = ("running", "waiting", "paused", "page_size", "pages", "pages_used", "pages_cached")
+    names = (
+        "running",
+        "waiting",
+        "paused",
+        "page_size",
+        "pages",
+        "pages_used",
+        "pages_cached",
+        "pages_available",
+        "slabs",
+    )
     return {name: getattr(stats, name) for name in names}
 
 

@@ -57,9 +57,8 @@ async def load_again(request: Request) -> JSONResponse:
 async def loaded(request: Request, replaces: bool) -> JSONResponse:
     body, _ = await bodies.read(request, LoadBody, LOAD, Service.of(request).options)
     replace = replaces if body.load_inplace is None else body.load_inplace
-    adapters = await carried_out(
-        request, LoadAdapter(trained(request).name, body.lora_name, body.lora_path, replace=replace)
-    )
+    command = LoadAdapter(trained(request).name, body.lora_name, body.lora_path, replace=replace)
+    adapters = await carried_out(request, command, "lora_path")
     return JSONResponse(answer(adapters.names, f"LoRA adapter {body.lora_name!r} added"))
 
 

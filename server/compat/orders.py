@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from fastapi import Request
 
+from ..api.errors import ApiError
 from ..api.service import Service
 from ..engine.commands import AbortAll, Command, Pause
 from ..engine.request import ModelCard
@@ -13,9 +14,15 @@ from ..engine.request import ModelCard
 Reply = TypeVar("Reply")
 
 
-async def carried_out(request: Request, command: Command[Reply]) -> Reply:
-    """The engine's answer, which may take long; other requests are served meanwhile. Raises ApiError."""
-    return await Service.of(request).command(command, request.state.request_id)
+async def carried_out(request: Request, command: Command[Reply], path: str = "path") -> Reply:
+    """The engine's answer, which may take long; other requests are served meanwhile. Raises ApiError. `path`: what
+    the dialect calls the command's path."""
+    try:
+        return await Service.of(request).command(command, request.state.request_id)
+    except ApiError as error:
+        if error.param == "path":
+            error.param = path
+        raise
 
 
 def trained(request: Request) -> ModelCard:

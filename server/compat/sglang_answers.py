@@ -112,9 +112,10 @@ def _logprobs(asked: Asked, part: Part, said: Said) -> dict[str, Any]:
         if start == 0:
             first = [_token(asked, None, ids.pop(0))]
         told["input_token_logprobs"] = first + _tokens(asked, ids, found)
+        if asked.top:
+            told["input_top_logprobs"] = [None] * len(first) + _tops(asked, found)
     if asked.top:
-        given = told["input_token_logprobs"] and found is not None
-        told["input_top_logprobs"] = [None] * len(first) + _tops(asked, found) if given else []
+        told.setdefault("input_top_logprobs", [])
         told["output_top_logprobs"] = _tops(asked, said.logprobs)
     return told
 

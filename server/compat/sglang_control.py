@@ -160,9 +160,8 @@ async def update_weights_from_disk(request: Request) -> JSONResponse:
     card = trained(request)
     in_flight = "abort" if body.abort_all_requests else "keep" if card.paused else "wait"
     label = body.weight_version
-    await carried_out(
-        request, UpdateWeights(card.name, "disk", body.model_path, in_flight=in_flight, label=label, alone=True)
-    )
+    command = UpdateWeights(card.name, "disk", body.model_path, in_flight=in_flight, label=label, alone=True)
+    await carried_out(request, command, "model_path")
     return JSONResponse(done("Succeeded to update model weights.") | {"num_paused_requests": 0})
 
 
@@ -228,9 +227,8 @@ async def areal_update_weights(request: Request) -> JSONResponse:
     body, _ = await bodies.read(request, DiskBody, DISK, Service.of(request).options)
     card = trained(request)
     label = body.weight_version
-    await carried_out(
-        request, UpdateWeights(card.name, "disk", body.model_path, in_flight="abort", label=label, alone=True)
-    )
+    command = UpdateWeights(card.name, "disk", body.model_path, in_flight="abort", label=label, alone=True)
+    await carried_out(request, command, "model_path")
     return JSONResponse(done("Weights updated"))
 
 

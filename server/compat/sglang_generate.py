@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -105,7 +105,7 @@ class GenerateBody(Common):
     top_logprobs_num: Tokens | list[Tokens] = 0
     return_text_in_logprobs: bool = False
     lora_path: str | list[str | None] | None = None
-    extra_key: str | list[str] | None = None
+    extra_key: str | list[str | None] | None = None
     rid: str | list[str] | None = None
     stream: bool = False
 
@@ -189,9 +189,10 @@ def at(value: Item | list[Item], index: int, count: int, field: str) -> Item:
     """What a field says of one prompt. Raises ApiError."""
     if not isinstance(value, list):
         return value
-    if len(value) != count:
-        raise invalid(f"{field} has {len(value)} entries; there must be {count}, as many as prompts", field)
-    return value[index]
+    each = cast("list[Item]", value)
+    if len(each) != count:
+        raise invalid(f"{field} has {len(each)} entries; there must be {count}, as many as prompts", field)
+    return each[index]
 
 
 async def _part(service: Service, body: GenerateBody, entry: Entry, index: int) -> Part:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from fastapi import Request
 from fastapi.responses import Response
@@ -76,8 +76,8 @@ def is_single(value: Mapping[str, Any]) -> bool:
     """Whether a body holds one text, or the ids of one, and not a list of them: so its answer is no list either."""
     if isinstance(value.get("text"), str):
         return True
-    ids = value.get("input_ids")
-    return isinstance(ids, list) and bool(ids) and not isinstance(ids[0], list)
+    ids: Any = value.get("input_ids")
+    return isinstance(ids, list) and not any(isinstance(one, list) for one in cast("list[Any]", ids)[:1])
 
 
 def texts_or_ids(text: list[Prompt] | None, ids: list[Prompt] | None) -> tuple[str, list[Prompt]]:

@@ -210,7 +210,7 @@ async def update_weights(request: Request) -> JSONResponse:
             partial=True,
             label=body.weight_version,
         )
-    await carried_out(request, command)
+    await carried_out(request, command, "weight_dir")
     return JSONResponse({"message": "Weights updated", "status": "ok"})
 
 

@@ -155,7 +155,7 @@ class TokensAnswer:
     def closing(self) -> str:
         if self._body.stream_options is None or not self._body.stream_options.include_usage:
             return ""
-        last = {"request_id": self._id, "choices": [], "usage": self._generation.usage()}
+        last: dict[str, Any] = {"request_id": self._id, "choices": [], "usage": self._generation.usage()}
         return f"data: {to_json(last)}\n\n"
 
     def _choice(self, choice: Choice) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import math
 import uuid
 from collections.abc import Sequence
 from operator import mul
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -44,7 +44,7 @@ RERANK: dict[str, fields.Field] = {**PAIRS, **honoured("query", "documents", "to
 
 
 def texts_of(value: object) -> list[str]:
-    texts: list[Any] = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+    texts = [value] if isinstance(value, str) else cast("list[Any]", value) if isinstance(value, list) else []
     if not 0 < len(texts) <= MAX_PROMPTS or not all(isinstance(text, str) for text in texts):
         refuse(f"it must be a string or a list of 1 to {MAX_PROMPTS} strings")
     return texts

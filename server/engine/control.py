@@ -106,6 +106,7 @@ class HostedModel:
     kv_pages: int
     kv_tokens: int
     kv_bytes: int
+    kv_most_tokens: int  # with the slabs that it may be lent
     digest: str
 
 

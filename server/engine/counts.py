@@ -94,7 +94,9 @@ class ModelStats:
     running: int
     paused: bool
     page_size: int
-    pages: int
+    pages: int  # that it has now
     pages_used: int
     pages_cached: int
+    pages_available: int  # that a request could get now, those of slabs that would be lent included
+    slabs: int  # of the arena, lent to it
     counts: Counts

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from ...kernels.attention import CHUNK
 from ...model.kv_cache import KVCache
@@ -22,6 +23,7 @@ from .device_runner import DeviceRunner
 from .guides import Guides, LoadGrammars
 from .null_runner import NullModel, NullRunner
 from .options import EngineOptions
+from .pages import Pages
 from .plan import Executor, Plan, Sampled, Ticket
 from .request import EngineError, Finish, Gives, Group, ModelCard, Output, Outputs, Request, Want
 from .runner import Runner
@@ -49,8 +51,8 @@ class Step:
 
 
 class Engine:
-    """`card.context` and `card.end_ids` hold; `pages` of the KV cache are taken at once. Without `grammars` no request
-    may have one.
+    """`card.context` and `card.end_ids` hold. `pages`: of its KV cache, how many or a pool; `memory` [bytes] holds them
+    and one more, nobody's, and is taken now where none is given. Without `grammars` no request may have one.
 
     `step` and everything else is called from one thread.
     """
@@ -60,12 +62,15 @@ class Engine:
         card: ModelCard,
         model: Model | NullModel,
         *,
-        pages: int,
+        pages: int | Pages,
         options: EngineOptions,
         grammars: LoadGrammars | None = None,
+        memory: Tensor | None = None,
     ) -> None:
-        self.kv_pages, self.kv_tokens = pages, pages * options.page_size
-        self.kv_bytes = pages * KVCache.bytes_per_page(model.config, options.page_size, model.dtype)
+        pool = pages if isinstance(pages, Pages) else Pages(pages, options.page_size)
+        self.kv_pages, self.kv_tokens = pool.count, pool.count * options.page_size
+        self.kv_bytes = pool.count * KVCache.bytes_per_page(model.config, options.page_size, model.dtype)
+        self.kv_most_tokens = pool.most * options.page_size
         self.model, self.weight_bytes, self.digest = model, model.weight_bytes, model.digest
         self._score_pooling = model.config.score.pooling
         self.card = replace(card, max_request_tokens=min(card.context, self.kv_tokens))
@@ -78,7 +83,7 @@ class Engine:
         follows = grammars is not None and self.card.gives == "text" and bool(card.end_ids)
         self._guides = Guides(grammars(card), card.vocab_size, card.end_ids) if grammars and follows else None
         self.scheduler = Scheduler(
-            pages=pages,
+            pages=pool,
             page_size=options.page_size,
             max_seqs=options.max_num_seqs,
             max_batched_tokens=options.max_num_batched_tokens,
@@ -92,18 +97,19 @@ class Engine:
             shared_tokens=CHUNK if options.groups_decodes else None,
             weight_version=card.weight_version,
         )
-        self.runner = self._make_runner(model, pages, options, loaded.slots)
+        self.runner = self._make_runner(model, memory, options, loaded.slots)
         self.adapters = Adapters(loaded, model, self.scheduler, self.runner)
         self.runner.prepare()
 
     def _make_runner(
-        self, model: Model | NullModel, pages: int, options: EngineOptions, adapters: Mapping[str, int]
+        self, model: Model | NullModel, memory: Tensor | None, options: EngineOptions, adapters: Mapping[str, int]
     ) -> Executor:
         ahead = options.runs_ahead
         if isinstance(model, NullModel):
             return NullRunner(model, options.max_num_seqs, ahead)
-        spare = 1 if ahead else 0  # a page for rows that are nobody's
-        cache = KVCache(model.config, pages + spare, options.page_size, model.dtype, options.device)
+        size = KVCache.bytes_per_page(model.config, options.page_size, model.dtype)
+        pages = self.kv_pages + 1 if memory is None else len(memory) // size  # the last one is nobody's
+        cache = KVCache(model.config, pages, options.page_size, model.dtype, options.device, memory)
         make = partial(DeviceRunner, own_stream=options.role_streams) if ahead else Runner
         return make(
             model,
@@ -147,9 +153,11 @@ class Engine:
             running=scheduler.running,
             paused=scheduler.paused,
             page_size=pages.page_size,
-            pages=pages.count,
+            pages=pages.held,
             pages_used=pages.used,
             pages_cached=pages.cached,
+            pages_available=pages.available,
+            slabs=len(pages.slabs),
             counts=deepcopy(scheduler.counts),
         )
 

@@ -8,7 +8,8 @@ pages, copies the last one if it is not full, and computes its own tokens.
 A pinned prompt is never preempted. It is given up, and computed again before the next member starts, when the weights
 change, when a step fails, and, where a group has no unfinished members, when somebody else needs the room: no client
 holds memory by being slow. An anchor starts only if all prompts that are kept then, and the longest member of any of
-these groups, fit into the pages together. So a member of a pinned group can run whatever else is pinned.
+these groups, fit into the pages together, and so many are promised (`Pages.promise`) while they are kept. So a member
+of a pinned group can run whatever else is pinned, and whatever other models need.
 """
 
 from __future__ import annotations
@@ -182,14 +183,13 @@ class Groups:
 
     def admits(self, opened: OpenGroup) -> bool:
         """Whether its anchor may start."""
-        size, kept = self._pages.page_size, [one.group for one in (*self._kept, opened)]
-        needed = sum(prompt_pages(group, size) for group in kept) + max(member_pages(group, size) for group in kept)
-        return bool(self._pins) and needed <= self._pages.count
+        return bool(self._pins) and self._pages.secure(self._needed([*self._kept, opened]))
 
     def keep(self, opened: OpenGroup) -> None:
         """Its anchor has started."""
         opened.pin = self._pins.pop()
         self._kept.append(opened)
+        self._pages.promise(self._needed(self._kept))
 
     def pin(self, opened: OpenGroup) -> None:
         """Its anchor is computed and has left its slot: members may start."""
@@ -214,11 +214,18 @@ class Groups:
         self._pages.release(anchor.table)
         anchor.table, anchor.chain, anchor.computed = [], None, 0
         opened.pinned = False
+        self._pages.promise(self._needed(self._kept))
 
     def forget(self, opened: OpenGroup) -> None:
         """Its anchor neither waits nor runs, and nothing of the prompt is kept."""
         self.give_up(opened)
         self._settle(opened)
+
+    def _needed(self, kept: list[OpenGroup]) -> int:
+        """Pages of all these prompts and of the longest member of any of them."""
+        size, groups = self._pages.page_size, [opened.group for opened in kept]
+        members = max((member_pages(group, size) for group in groups), default=0)
+        return sum(prompt_pages(group, size) for group in groups) + members
 
     def _settle(self, opened: OpenGroup) -> None:
         """Its anchor neither waits nor runs."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,17 @@ from ...kernels.cpu.native import described
 from ...model.errors import CheckpointError
 from ...model.kv_cache import KVCache
 from ...model.model import Model
+from .arena import Arena, Lender
+from .arena_layout import Layout
 from .device_memory import MIB, divide, kv_bytes, measure
 from .engine import Engine
 from .guides import LoadGrammars
 from .heap import keep_heap
 from .loading import Progress, load_models, role_of
-from .memory import available_memory, kv_cache_bytes, page_count, shares
+from .memory import available_memory, divide_arena, kv_cache_bytes, shares
 from .null_runner import NullModel
 from .options import EngineOptions, ModelSpec, OptionsError, owner_of
+from .pages import Pages
 from .request import ModelCard
 from .tokenizer_files import fingerprint, read_object, tokenizer_end_ids
 
@@ -46,7 +50,7 @@ def load_engines(
     for name in names:
         if names.count(name) > 1:
             raise OptionsError(f"two hosted models are called {name}: give each its own name")
-    parts = shares(specs)
+    shares(specs)  # what is wrong with them is said before anything is read
     models = load_models(specs, options, on_progress)
     for spec, model in zip(specs, models, strict=True):
         _check_attention(spec, model, options)
@@ -56,14 +60,53 @@ def load_engines(
     if options.max_loras and all(isinstance(model, NullModel) or model.adapters is None for model in models):
         raise OptionsError(f"max_loras is {options.max_loras}, but no hosted model is a policy that can have adapters")
     memory, terms = _memory(models, cards, options)
-    engines: list[Engine] = []
-    for spec, card, model, part in zip(specs, cards, models, parts, strict=True):
-        page = KVCache.bytes_per_page(model.config, options.page_size, model.dtype)
-        pages = page_count(spec.name, int(memory * part), page, options, card.context)
-        engines.append(Engine(card, model, pages=pages, options=options, grammars=grammars))
+    page_bytes = [KVCache.bytes_per_page(model.config, options.page_size, model.dtype) for model in models]
+    layout = divide_arena(specs, [card.context for card in cards], page_bytes, memory, options)
+    engines = _engines(models, cards, layout, options, grammars)
     _load_adapters(engines, names, options)
-    taken = sum(engine.kv_bytes for engine in engines)
-    return engines, f"KV caches take {taken / MIB:,.0f} of {memory / MIB:,.0f} MiB allowed; {terms}"
+    return engines, f"{_described(cards, layout, memory)}; {terms}"
+
+
+def _engines(
+    models: list[Model | NullModel],
+    cards: list[ModelCard],
+    layout: Layout,
+    options: EngineOptions,
+    grammars: LoadGrammars | None,
+) -> list[Engine]:
+    """Takes the arena's memory. Where models compute side by side, a slab goes over when the device is idle."""
+    buffer = None
+    if not all(isinstance(model, NullModel) for model in models):
+        buffer = torch.empty(layout.bytes, dtype=torch.uint8, device=options.device)
+    settle = partial(torch.cuda.synchronize, options.device) if options.role_streams else None
+    arena = Arena([place.slabs for place in layout.places], settle)
+    return [
+        Engine(
+            card,
+            model,
+            pages=Pages(place.own, options.page_size, Lender(arena, number)),
+            options=options,
+            grammars=grammars,
+            memory=None if buffer is None else buffer[place.begin : place.end],
+        )
+        for number, (card, model, place) in enumerate(zip(cards, models, layout.places, strict=True))
+    ]
+
+
+def _described(cards: list[ModelCard], layout: Layout, memory: int) -> str:
+    own = [place.own * place.page_bytes / MIB for place in layout.places]
+    taken = f"KV caches take {sum(own) + layout.shared / MIB:,.0f} of {memory / MIB:,.0f} MiB allowed"
+    if len(cards) == 1:
+        return taken
+    kept = ", ".join(f"{card.name} {size:,.1f}" for card, size in zip(cards, own, strict=True))
+    if not layout.slabs:
+        return f"{taken}, for good {kept}: nothing is left to be lent"
+    parts = [(card.name, f"{layout.usable(number):.1%}") for number, card in enumerate(cards)]
+    less = ", ".join(f"{name} can use {part} of a slab" for name, part in parts if part != "100.0%")
+    return (
+        f"{taken}: for good {kept}, and {layout.shared / MIB:,.1f} to be lent in {layout.slabs} slabs of "
+        f"{layout.slab_bytes / MIB:,.2f} MiB{less and f' ({less})'}"
+    )
 
 
 def _load_adapters(engines: list[Engine], taken: list[str], options: EngineOptions) -> None:

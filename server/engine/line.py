@@ -18,7 +18,7 @@ from .waiting import Waiting
 class Line:
     """`waiting` has ordinary sequences and the groups' anchors, `groups` the members.
 
-    Whoever frees a slot or pages says so: what did not fit is tried again only then.
+    Whoever frees a slot or pages says so: what did not fit is tried again only then, or when another model makes room.
     """
 
     def __init__(self, waiting: Waiting, groups: Groups, running: Running, meter: Meter) -> None:
@@ -53,6 +53,7 @@ class Line:
 
     def start_first(self, version: int, flight: Flight | None) -> Sequence | None:
         """Starts the first that waits, if it fits, or else a member that may pass it."""
+        self._listen()
         first = self._first()
         if first is None or self._start(first, version, flight):
             return first
@@ -67,6 +68,7 @@ class Line:
         The last running ones are preempted for it, unless even all of worse priority would not make enough room.
         """
         running = self._running
+        self._listen()
         while (first := self._first()) and (last := running.last()) and first.rank[0] < last.rank[0]:
             if self._start(first, version, flight):
                 continue
@@ -77,6 +79,12 @@ class Line:
             if running.needed(first) + len(running) - len(lower) > room:
                 return
             self.preempt(last)
+
+    def _listen(self) -> None:
+        pages = self._running.pages
+        if pages.relieved:
+            pages.relieved = False
+            self.freed()
 
     def preempt(self, sequence: Sequence) -> None:
         """Takes its slot and pages; it keeps its tokens and waits."""
@@ -139,4 +147,4 @@ class Line:
         if sequence.anchors and not self._groups.admits(sequence.anchors):
             return True
         pages = self._running.pages
-        return self._running.needed(sequence) > pages.count - self._groups.pinned_pages
+        return self._running.needed(sequence) > pages.staying - self._groups.pinned_pages

@@ -1,4 +1,4 @@
-"""How much memory the KV caches get, and how the hosted models divide it."""
+"""How much memory the KV caches get, and what of it each hosted model has for good."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from .arena_layout import Layout, lay_out
 from .options import EngineOptions, ModelSpec, OptionsError
 
 CPU_PART = 0.25  # of the memory that is free once the weights are loaded ...
@@ -61,15 +62,30 @@ def shares(specs: Sequence[ModelSpec]) -> list[float]:
     return [spec.kv_share if spec.kv_share is not None else rest / silent for spec in specs]
 
 
-def page_count(name: str, memory: int, bytes_per_page: int, options: EngineOptions, context: int) -> int:
-    """Pages that fit into `memory` bytes; on CPUs no more than `FULL_SEQUENCES` times what can be in use at once."""
-    useful = FULL_SEQUENCES * options.max_num_seqs * -(-context // options.page_size)
-    pages = memory // bytes_per_page
-    if options.device == "cpu":
-        pages = min(pages, useful)
-    if pages < 2:
-        raise OptionsError(
-            f"the KV cache of model {name} gets {memory:,} bytes, less than two pages of {bytes_per_page:,}: "
-            "raise kv_cache_memory_bytes or the model's kv share"
-        )
-    return pages
+def divide_arena(
+    specs: Sequence[ModelSpec], contexts: Sequence[int], page_bytes: Sequence[int], memory: int, options: EngineOptions
+) -> Layout:
+    """Every model gets its kv share for good; without one, what a request as long as its context needs, up to an equal
+    part. What is left they share. On CPUs no more is taken than can be useful.
+
+    Raises OptionsError for a model that gets less than two pages.
+    """
+    own: list[int] = []
+    useful = 0
+    for spec, part, context, size in zip(specs, shares(specs), contexts, page_bytes, strict=True):
+        longest = -(-context // options.page_size)  # pages of a sequence at full length
+        most = FULL_SEQUENCES * options.max_num_seqs * longest
+        useful += most * size
+        given = int(memory * part)
+        pages = given // size
+        if pages < 2:
+            raise OptionsError(
+                f"the KV cache of model {spec.name} gets {given:,} bytes, less than two pages of {size:,}: "
+                "raise kv_cache_memory_bytes or the model's kv share"
+            )
+        if options.device == "cpu":
+            pages = min(pages, most)
+        if spec.kv_share is None and len(specs) > 1:
+            pages = min(pages, max(2, longest))
+        own.append(pages)
+    return lay_out(min(memory, useful) if options.device == "cpu" else memory, page_bytes, own)

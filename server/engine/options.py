@@ -32,7 +32,7 @@ class ModelSpec:
     role: Role | None = None  # None: found from the checkpoint
     dtype: Dtype = "auto"
     aliases: tuple[str, ...] = ()
-    kv_share: float | None = None  # part of the KV cache's memory, 0..1; None: an equal part of what the others leave
+    kv_share: float | None = None  # part of the KV caches' memory for good, 0..1; None: `memory.divide_arena`
     weight: float = 1.0  # share of the device's time beside the other models while all are busy
     max_model_len: int | None = None  # None: the engine's
     chat_template: str | None = None  # file or built-in name; read by the workers, as are the next two

@@ -123,6 +123,7 @@ def hosted(hub: Hub) -> tuple[HostedModel, ...]:
             kv_pages=engine.kv_pages,
             kv_tokens=engine.kv_tokens,
             kv_bytes=engine.kv_bytes,
+            kv_most_tokens=engine.kv_most_tokens,
             digest=engine.digest,
         )
         for engine in hub.engines

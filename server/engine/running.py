@@ -81,8 +81,8 @@ class Running:
         anew = not job.announced and len(sequence.token_ids) == sequence.prompt
         table, chain = self._prefix(sequence, version, anew)
         missing = -(-len(sequence.token_ids) // pages.page_size) - len(table)
-        if missing + len(self) > pages.available:
-            pages.release(table)
+        if not pages.has_room(missing + len(self)):
+            pages.release(table, told=False)
             return False
         sequence.chain = chain
         sequence.computed = sequence.shared or len(table) * pages.page_size
@@ -115,7 +115,7 @@ class Running:
 
         It will soon need one page of its own; `reserved` of the available ones are spoken for.
         """
-        if not self._slots or self.pages.available <= reserved:
+        if not self._slots or not self.pages.has_room(reserved + 1):
             return None
         child = sequence.sibling(choice)
         child.table = self.pages.fork(sequence.table)
@@ -162,7 +162,7 @@ class Running:
                 return False
             table += fresh
         elif pages.shared(table[index]):
-            if not pages.available:
+            if not pages.has_room(1):
                 return False
             copy = pages.writable(table, index)
             assert copy is not None

@@ -40,7 +40,7 @@ class Scheduler:
 
     Either `plan`, run it, `commit` (or `fail`), and so on. Or one step ahead: `plan`, launch it, `resolve` the flight
     before it, `advance` the plan to a flight, and so on.
-    `pages` pages make up its KV cache; a slot is a place in the runner's buffers that a sequence keeps while it runs.
+    `pages`: of its KV cache, how many or a pool; a slot is a place in the runner's buffers that a sequence keeps.
     `ahead`: the runner runs ahead. `pools`: scores are made of all rows of a text. `shared_tokens`: plans name groups
     of decodes that share so many tokens or more.
     `paused` freezes everything: nothing is planned; requests are still taken, aborted and expired.
@@ -49,7 +49,7 @@ class Scheduler:
     def __init__(
         self,
         *,
-        pages: int,
+        pages: int | Pages,
         page_size: int,
         max_seqs: int,
         max_batched_tokens: int,
@@ -64,7 +64,7 @@ class Scheduler:
         weight_version: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.pages = Pages(pages, page_size)
+        self.pages = pages if isinstance(pages, Pages) else Pages(pages, page_size)
         self.paused = False
         self.meter = Meter(clock)
         self.counts = self.meter.counts

@@ -45,6 +45,12 @@ def test_choices_of_several_prompts_are_numbered_through(client: openai.OpenAI) 
     assert texts == [choice.text for choice in both.choices]
 
 
+def test_without_a_seed_prompts_of_one_request_are_drawn_independently(client: openai.OpenAI) -> None:
+    """A trainer may send a prompt several times and wants several answers."""
+    answer = client.completions.create(model="policy", prompt=["The cat"] * 4, max_tokens=12)
+    assert len({choice.text for choice in answer.choices}) == 4
+
+
 def test_logprobs(client: openai.OpenAI, text: Text) -> None:
     printing = [i for i in range(6, VOCAB) if text.token_bytes(i).isascii()]
     asked = {"model": "policy", "prompt": "The", "max_tokens": 30, "seed": 1, "logprobs": 2}

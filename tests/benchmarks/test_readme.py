@@ -31,6 +31,15 @@ def test_every_client_has_its_lines() -> None:
     assert figures == ["2 of 3", "2 of 2", "9 of 10", "10 of 10", "1.3e-05"]
 
 
+def test_a_run_of_ppo_has_its_line() -> None:
+    run = {"seed": 2, "seconds": 594, "gain": 1.25, "kl": 2.31, "met": True}
+    run |= {"reward_before": -0.5, "reward_after": 1.0, "accuracy_before": 0.85, "accuracy_after": 0.845}
+    (line,) = readme.ppo({"runs": [run]})
+    assert line[0].endswith("9.9 min, seed 2: held-out reward") and line[1] == "+1.25 SD"
+    assert line[2].startswith("-0.50 → 1.00; KL 2.3 nats, accuracy 0.850 → 0.845; bar") and "missed" not in line[2]
+    assert "missed" in next(readme.ppo({"runs": [run | {"met": False}]}))[2]
+
+
 def test_every_trainer_has_its_line() -> None:
     """Of a record as `trainers/matrix.py` prints it."""
     report = {

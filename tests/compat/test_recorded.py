@@ -47,8 +47,9 @@ TWO_SIDED = {
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     """The models that were recorded."""
+    options = ["--dtype", "float32", "--max-logprobs", 100, "--enable-lora", "--weights-root", ROOT]
     with (
-        Server(tmp_path_factory.mktemp("log"), "--dtype", "float32", "--max-logprobs", 100, "--enable-lora") as server,
+        Server(tmp_path_factory.mktemp("log"), *options) as server,
         httpx.Client(base_url=server.base_url, timeout=60) as client,
     ):
         server.wait_ready()

@@ -84,6 +84,7 @@ def test_what_cannot_be_loaded_leaves_the_old_weights(
     for path in (other, tmp_path / "nothing"):
         refused = trainee.post("/update_weights_from_disk", json={"model_path": str(path)})
         assert refused.status_code == 400 and refused.json()["error"]["message"], refused.text
+    assert refused.json()["error"]["param"] == "model_path"
     assert answer(trainee)[0] == expected[0]
 
 

@@ -80,7 +80,9 @@ def test_cards_and_the_division_of_memory(checkpoints: Path) -> None:
     assert hub.engine("gpt-4") is hub.engine("chat") is hub.engines[0] and hub.engine("gpt-5") is None
     page = 2 * 2 * 2 * 16 * 16 * 4  # K and V, layers, kv heads, tokens, head size, float32
     first, second = hub.engines
-    assert first.kv_pages == (3 << 20) // page and second.kv_pages == (1 << 20) // page
+    assert first.kv_pages == (3 << 20) // page and second.kv_pages == 512 // 16, (
+        "a share, and one request at full length"
+    )
     assert (first.kv_bytes, first.kv_tokens) == (first.kv_pages * page, first.kv_pages * 16)
     assert first.weight_bytes > 0 and first.digest != second.digest
     assert chat.max_request_tokens == 200 and judge.max_request_tokens == min(512, second.kv_tokens)

@@ -16,7 +16,7 @@ from tandem.server.engine import scheduler as scheduler_module
 def test_random_use_keeps_every_promise():
     run_state_machine_as_test(
         scheduler_machine(scheduler_module),
-        settings=settings(max_examples=2000, stateful_step_count=25, deadline=None, derandomize=True, database=None),
+        settings=settings(max_examples=1500, stateful_step_count=25, deadline=None, derandomize=True, database=None),
     )
 
 

@@ -7,7 +7,9 @@ import re
 
 import data
 import pytest
+import reward
 import sft
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
@@ -130,6 +132,22 @@ def test_targets_are_the_assistants_tokens() -> None:
     ids = tokenizer.encode(conversation.text()).ids
     targets = [ids[p + 1] for p in sft.Encoder(tokenizer).targets(ids)]
     assert tokenizer.decode(targets, skip_special_tokens=False) == "Hello!<|im_end|>3<|im_end|>"
+
+
+def test_only_well_formed_answers_are_anchored() -> None:
+    encoder = sft.Encoder(Tokenizer.from_file(str(sft.DEMO / "policy" / "tokenizer.json")))
+    batch, rng, stream = reward.Batch(), random.Random(3), data.rankings(3, "train")
+    wanted: list[str] = []
+    for _ in range(40):
+        ranking, (exercise, better, worse) = next(stream), data.close_pair(rng, "train")
+        batch.add_ranking(encoder, ranking)
+        batch.add_pair(encoder, exercise, better, worse)
+        wanted += [ranking.exercise.answer] * (ranking.grades[0] == 0) + [better] * (better == exercise.answer)
+    told = [encoder.tokenizer.decode(batch.sequences[i], skip_special_tokens=False) for i in batch.wanted]
+    assert [text.rpartition("assistant\n")[2] for text in told] == [f"{answer}<|im_end|>" for answer in wanted]
+    assert 40 < len(wanted) < 80
+    scores = torch.tensor([1.0, -2.0, 3.0])
+    assert reward.scale_loss(scores, [0, 2], anchor=0.5, shrink=0.1).item() == pytest.approx(2.5 + 1.4 / 3)
 
 
 @given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=25), groups=st.integers(1, 6))

@@ -133,7 +133,7 @@ def test_rotary(size: int, rotated: int, norms: bool, interleaved: bool, dtype: 
     q_norm, k_norm = torch.rand(2, size).to(dtype) if norms else (None, None)
     positions, slots = torch.randint(0, 50, (count,)), torch.randperm(4 * page)[:count]
     angles = torch.rand(50, rotated // 2) * 6
-    made = [KVLayer(*torch.full((2, 4, kv_heads, page, size), NAN, dtype=dtype)) for _ in range(2)]
+    made = [KVLayer(*torch.full((4, 2, kv_heads, page, size), NAN, dtype=dtype).unbind(1)) for _ in range(2)]
 
     def run(operation: Any, cache: KVLayer) -> Tensor:
         return operation(qkv, q_norm, k_norm, 1e-6, positions, angles.cos(), angles.sin(), interleaved, slots, cache)
@@ -164,7 +164,7 @@ def test_attention(
     width = -(-max(LENGTHS) // page)
     pages = len(LENGTHS) * width
     table = torch.randperm(pages, generator=generator).view(-1, width).int()
-    k, v = torch.randn(2, pages, kv_heads, page, size, generator=generator).to(dtype)
+    k, v = torch.randn(pages, 2, kv_heads, page, size, generator=generator).to(dtype).unbind(1)
     for row, length in enumerate(LENGTHS):
         for at in range(length, width * page):
             k[table[row, at // page], :, at % page] = v[table[row, at // page], :, at % page] = NAN

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from paged import apart
 from torch import Tensor
 
 from tandem.kernels import attention, ops
@@ -39,7 +40,7 @@ class Case:
                 part = dense[:, start : start + PAGE].transpose(1, 2)
                 k[page, :, : part.shape[2]], v[page, :, : part.shape[2]] = part
             self.dense.append((dense[0], dense[1]))
-        self.cache = KVLayer(k.to(dtype), v.to(dtype))
+        self.cache = KVLayer(*apart(k.to(dtype), v.to(dtype)))
         if dtype != torch.float32:
             self.dense = [(a.to(dtype).float(), b.to(dtype).float()) for a, b in self.dense]
         starts = torch.tensor([0, *counts]).cumsum(0).int()
@@ -119,7 +120,7 @@ def test_int8_pages() -> None:
     pages = case.cache.k.shape[0]
     scales = torch.full((pages, 2, PAGE), torch.nan, dtype=torch.float16)
     values = torch.zeros(case.cache.k.shape, dtype=torch.int8)
-    cache = KVLayer(values, values.clone(), scales, scales.clone())
+    cache = KVLayer(*apart(values, values), *apart(scales, scales))
     for index, (k, v) in enumerate(case.dense):
         position = torch.arange(len(k))
         slots = case.sequences.page_table[index, position // PAGE] * PAGE + position % PAGE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from paged import apart
 from torch import Tensor
 
 from tandem.kernels import ops
@@ -33,9 +34,10 @@ class Prompts:
         k, v = torch.randn(2, *shape, generator=generator)
         if int8:
             scales = torch.rand(2, *shape[:3], generator=generator).half() / 100
-            self.cache = KVLayer(k.mul(40).to(torch.int8), v.mul(40).to(torch.int8), scales[0], scales[1])
+            values = apart(k.mul(40).to(torch.int8), v.mul(40).to(torch.int8))
+            self.cache = KVLayer(*values, *apart(*scales))
         else:
-            self.cache = KVLayer(k.to(dtype), v.to(dtype))
+            self.cache = KVLayer(*apart(k.to(dtype), v.to(dtype)))
 
     def attend(self, pieces: list[Piece], options: dict[str, object], deterministic: bool = True) -> list[Tensor]:
         """One step that computes these rows, decodes first, and what it gives for each piece."""

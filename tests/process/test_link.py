@@ -462,7 +462,7 @@ async def test_an_engine_says_how_its_models_do(tmp_path: Path, server: EngineSe
     client = EngineClient(tmp_path, 3)
     client.engine_started(1)
     await until(lambda: client.state == "ready", server)
-    told = [ModelStats("m", "policy", 4, 1, 2, False, 16, 64, 8, 3, Counts(started=5, finished={"stop": 2}))]
+    told = [ModelStats("m", "policy", 4, 1, 2, False, 16, 64, 8, 3, 56, 2, Counts(started=5, finished={"stop": 2}))]
     told[0].counts.score.observe(-0.5)
     both = asyncio.gather(client.stats(5), client.stats(5))  # one question, whoever else wants to know
     asked: list[Ask] = []

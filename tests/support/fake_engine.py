@@ -17,8 +17,9 @@ def sampled(tokens: int, **more) -> Sampling:
 
 class FakeEngine:
     def __init__(
-        self, pages=64, page_size=4, max_seqs=8, max_batched_tokens=64, context=100, end_ids=(), **options
+        self, pages=64, page_size=4, max_seqs=8, max_batched_tokens=64, context=100, end_ids=(), highest=None, **options
     ) -> None:
+        """`highest`: page numbers are below it, where `pages` is a pool that borrows some."""
         self.now = 0.0
         self.scheduler = Scheduler(
             pages=pages,
@@ -30,7 +31,7 @@ class FakeEngine:
             clock=lambda: self.now,
             **options,
         )
-        self.runner = FakeRunner(pages, page_size, max_seqs, max_batched_tokens)
+        self.runner = FakeRunner(highest or pages, page_size, max_seqs, max_batched_tokens)
         self.outputs: list[Output] = []
         self.requests = 0
 

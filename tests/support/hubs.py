@@ -95,4 +95,4 @@ def assert_nothing_is_held(hub: Hub) -> None:
     for engine in hub.engines:
         pages = engine.scheduler.pages
         assert not engine.scheduler.running and not engine.scheduler.waiting
-        assert pages.used == 0 and pages.free + pages.cached == pages.count
+        assert pages.used == 0 and pages.free + pages.cached == pages.held

@@ -14,7 +14,7 @@ from tandem.server.engine import counts, meter, plan, request, scheduler
 
 # In order of import.
 MUTATED = (
-    *("pages", "prefixes", "sequence", "columns", "waiting", "running"),
+    *("arena", "pages", "prefixes", "sequence", "columns", "waiting", "running"),
     *("groups", "line", "jobs", "scheduler"),
 )
 # Types alone, and what only watches; the tests use the same ones.

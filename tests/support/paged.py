@@ -27,17 +27,18 @@ class Paged:
 
 
 def empty_cache(pages: int, kv_heads: int, size: int, width: int, dtype: torch.dtype) -> KVLayer:
-    """Pages [P, K, S, H] of poison: NaN, or 99 with scales of NaN."""
+    """Pages [P, K, S, H] of poison: NaN, or 99 with scales of NaN. K and V of a page lie side by side."""
+    shape = (pages, 2, kv_heads, size)
+    k, v = torch.full((*shape, width), poison(dtype), dtype=dtype, device=DEVICE).unbind(1)
+    if dtype != torch.int8:
+        return KVLayer(k, v)
+    return KVLayer(k, v, *torch.full(shape, torch.nan, dtype=torch.float16, device=DEVICE).unbind(1))
 
-    def values() -> Tensor:
-        return torch.full((pages, kv_heads, size, width), poison(dtype), dtype=dtype, device=DEVICE)
 
-    def scales() -> Tensor | None:
-        if dtype != torch.int8:
-            return None
-        return torch.full((pages, kv_heads, size), torch.nan, dtype=torch.float16, device=DEVICE)
-
-    return KVLayer(values(), values(), scales(), scales())
+def apart(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The same [P, ...] in memory where K and V of a page lie side by side, as in a `KVCache`."""
+    k, v = torch.stack((k, v), 1).unbind(1)
+    return k, v
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:

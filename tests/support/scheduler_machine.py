@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -10,6 +11,7 @@ from fake_runner import VOCABULARY, FakeRunner, answer, follow, state_of
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from tandem.server.engine.arena import Arena, Lender
 from tandem.server.engine.plan import Plan
 from tandem.server.engine.request import EngineError, Group, Output, Request, Sampling
 
@@ -141,8 +143,9 @@ class Ledger:
             self.open[number].discard(choice)
 
 
-def scheduler_machine(scheduler_module: ModuleType) -> type[RuleBasedStateMachine]:
-    """The machine for the module given, which may come with a mutant below `tandem.server.engine.scheduler`."""
+def scheduler_machine(scheduler_module: ModuleType, lending: bool = True) -> type[RuleBasedStateMachine]:
+    """The machine for the module given, which may come with a mutant below `tandem.server.engine.scheduler`. `lending`:
+    some of its pools share an arena with a rival's."""
 
     class SchedulerMachine(RuleBasedStateMachine):
         @initialize(
@@ -153,16 +156,31 @@ def scheduler_machine(scheduler_module: ModuleType) -> type[RuleBasedStateMachin
             caching=st.sampled_from([True, True, False]),
             ahead=st.booleans(),
             shared=st.sampled_from([None, 1, 4]),
+            slabs=st.sampled_from([0, 0, 1, 3] if lending else [0]),
         )
         def engine(
-            self, pages: int, size: int, seqs: int, budget: int, caching: bool, ahead: bool, shared: int | None = None
+            self,
+            pages: int,
+            size: int,
+            seqs: int,
+            budget: int,
+            caching: bool,
+            ahead: bool,
+            shared: int | None = None,
+            slabs: int = 0,
         ) -> None:
-            """`ahead`: results come in only after the next step was launched. `shared`: tokens that make a group."""
+            """`ahead`: results come in only after the next step was launched. `shared`: tokens that make a group.
+            `slabs`: of two pages, which a rival pool borrows as well."""
+            ranges = [range(pages + 2 * slab, pages + 2 * slab + 2) for slab in range(slabs)]
+            arena = Arena([ranges, ranges], self.wipe)
+            pool = scheduler_module.Pages(pages, size, Lender(arena, 0))
+            self.rival, self.taken = scheduler_module.Pages(pages, size, Lender(arena, 1)), list[list[int]]()
+            self.slabs = dict(enumerate(ranges))
             self.now = 0.0
             self.ahead, self.flight = ahead, None
             self.bound = 6
             self.scheduler = scheduler_module.Scheduler(
-                pages=pages,
+                pages=pool if slabs else pages,
                 page_size=size,
                 max_seqs=seqs,
                 max_batched_tokens=budget,
@@ -175,13 +193,42 @@ def scheduler_machine(scheduler_module: ModuleType) -> type[RuleBasedStateMachin
                 shared_tokens=shared,
                 clock=lambda: self.now,
             )
-            self.runner = FakeRunner(pages, size, seqs, budget, shared or 0, ahead)
+            self.runner = FakeRunner(pages + 2 * slabs, size, seqs, budget, shared or 0, ahead)
             self.ledger = Ledger(CONTEXT)
             self.capacity = pages * size
 
+        def wipe(self) -> None:
+            """A slab goes over: what it holds is somebody else's from now on."""
+            for slab, pages in self.slabs.items():
+                if slab not in self.scheduler.pages.slabs:
+                    for page in pages:
+                        self.runner.contents[page] = [None] * self.runner.size
+
+        @precondition(lambda self: self.slabs)
+        @rule(number=st.integers(1, 8))
+        def rival_borrows(self, number: int) -> None:
+            self.taken.append(self.rival.allocate(self.rival.free + number) or [])
+
+        @precondition(lambda self: any(self.taken))
+        @rule(which=st.integers(0, 3))
+        def rival_gives_back(self, which: int) -> None:
+            self.rival.release(self.taken.pop(which % len(self.taken)))
+
+        @rule(seed=st.integers(0, 1 << 20), groups=st.integers(1, 3))
+        def crowd(self, seed: int, groups: int) -> None:
+            """Groups with members, and between them a request that takes as many pages as one may."""
+            self.open_group(seed, 2)
+            self.add(seed, whole=True)
+            for number in range(1, groups):
+                self.open_group(seed + number, 2)
+
         @rule(seed=st.integers(0, 1 << 20))
-        def add(self, seed: int) -> None:
+        def add(self, seed: int, whole: bool = False) -> None:
             request = random_request(random.Random(seed), len(self.ledger.requests), self.now)
+            if whole:
+                sampling = request.sampling and replace(request.sampling, max_tokens=1)
+                tokens = (request.token_ids * CONTEXT)[: min(self.capacity, CONTEXT) - 1]
+                request = replace(request, token_ids=tokens, sampling=sampling, n=1)
             answer = request.sampling.max_tokens if request.sampling else 0
             error = self.scheduler.add(request)
             if error is None:
@@ -346,7 +393,7 @@ def scheduler_machine(scheduler_module: ModuleType) -> type[RuleBasedStateMachin
             assert self.runner.pinned[opened.pin] == (state, version)
 
         def teardown(self) -> None:
-            """Every request is answered though groups stay open, and nothing is left over."""
+            """Every request is answered though groups stay open and a rival keeps what it has; nothing is left over."""
             if not hasattr(self, "scheduler"):
                 return
             self.scheduler.paused = False

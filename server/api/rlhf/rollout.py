@@ -41,12 +41,10 @@ async def create(request: Request) -> Response:
     prompts = await in_thread_if(True, lambda: [reader.prompt(source) for source in sources])
     length = Length("sampling.max_tokens", drawn.max_tokens)
     grammar = await grammar_of(service, drawn)
-    requests = [
-        told(one)
-        for one in requests_of(
-            service, drawn, reader.card, reader.text, prompts, "prompts", length, logprobs=0, grammar=grammar
-        )
-    ]
+    plain = requests_of(
+        service, drawn, reader.card, reader.text, prompts, "prompts", length, logprobs=0, grammar=grammar
+    )
+    requests = [told(one, place) for place, one in enumerate(plain)]
     judged = [
         await evaluator.prompt(source, one.token_ids, longest_of(one))
         for source, one in zip(sources, requests, strict=True)
@@ -88,10 +86,15 @@ def longest_of(request: EngineRequest) -> int:
     return request.sampling.max_tokens if request.sampling else 0
 
 
-def told(request: EngineRequest) -> EngineRequest:
-    """The request that is also told what the policy says of each token, and the distribution it was drawn from."""
+def told(request: EngineRequest, place: int) -> EngineRequest:
+    """The request that is also told what the policy says of each token, and the distribution it was drawn from.
+
+    Drawn with the seed plus its place among the prompts: with one seed, prompts of a rollout would share their luck.
+    """
     assert request.sampling is not None
-    return replace(request, sampling=replace(request.sampling, logprobs_mode="processed", policy_logprobs=True))
+    seed = (request.sampling.seed + place) % 2**64
+    sampling = replace(request.sampling, seed=seed, logprobs_mode="processed", policy_logprobs=True)
+    return replace(request, sampling=sampling)
 
 
 class RolloutShape:

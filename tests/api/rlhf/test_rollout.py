@@ -131,6 +131,16 @@ def test_what_tokens_were_drawn_from_is_told_where_it_differs(ask: Ask, sampling
         assert all(a >= b - 1e-4 for a, b in zip(one["sampling_logprobs"], one["policy_logprobs"], strict=True))
 
 
+def test_a_prompt_is_drawn_with_the_seed_plus_its_place(ask: Ask) -> None:
+    def drawn(prompts: list[list[int]], seed: int) -> list[list[int]]:
+        sampling = {"max_tokens": 8, "seed": seed}
+        return [one["token_ids"] for one in ask(PATH, prompts=prompts, sampling=sampling)["sequences"]]
+
+    first, second = drawn([[1, 70], [1, 70]], 3)
+    assert first != second
+    assert [first] == drawn([[1, 70]], 3) and [second] == drawn([[1, 70]], 4)
+
+
 def test_a_sequence_that_cannot_be_judged_has_no_number(ask: Ask) -> None:
     """The critic's context is half as long as the policy's."""
     body = {
