@@ -128,6 +128,7 @@ class Worker:
         except TimeoutError:
             log.warning("%d requests did not finish within %.0f s", self._client.open_streams, seconds)
             self._client.fail(f"the server is shutting down and ended this request after {seconds:.0f} s")
+        self._client.abandon()
         self._server.should_exit = True
 
 

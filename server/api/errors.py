@@ -68,10 +68,10 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
     return ApiError(400, message, param=param, code=code)
 
 
-def no_such_model(name: str, catalog: Catalog) -> ApiError:
+def no_such_model(name: str, catalog: Catalog, param: str = "model") -> ApiError:
     known = ", ".join(sorted(card.name for card in catalog.listed))
     return ApiError(
-        404, f"the model {name[:200]!r} is not hosted here; there are: {known}", param="model", code="model_not_found"
+        404, f"the model {name[:200]!r} is not hosted here; there are: {known}", param=param, code="model_not_found"
     )
 
 

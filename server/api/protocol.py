@@ -115,6 +115,7 @@ def conversations_of(value: object) -> list[list[Message]]:
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Tokens = Annotated[int, Field(ge=0, lt=INT64)]
 Size = Annotated[int, Field(ge=0, lt=INT64)]
+Scale = Annotated[float, Field(ge=1e-5, le=100)]  # a temperature that logits are divided by; lower ones are greedy
 BadWord = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Ids = Annotated[list[int], BeforeValidator(ids_of)]
 

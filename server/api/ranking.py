@@ -63,7 +63,7 @@ class Judge:
         """
         service.traffic.scored(self.card, len(generation.choices))
         deadline = min(part.request.deadline or service.deadline(body) for part in generation.parts)
-        terms = Terms(service.client, request_id, deadline, body.priority, body.cache_salt)
+        terms = Terms(service.client, request_id, deadline, body.priority, body.cache_salt, goes_on=True)
         pairs = zip(generation.parts, sources, strict=True)
         await together(self._reward_part(part, source, terms) for part, source in pairs)
 

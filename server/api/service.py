@@ -63,12 +63,12 @@ class Service:
             raise invalid(f"the model {name!r} is {article} {card.role} model; what {kind} here: {others}", "model")
         return card
 
-    def hosted(self, name: str | None) -> ModelCard:
-        """The model of that name, whatever its kind, or the first."""
+    def hosted(self, name: str | None, param: str = "model") -> ModelCard:
+        """The model of that name, whatever its kind, or the first. `param`: the field that says the name."""
         catalog = self.catalog()
         card = catalog.models[0] if name is None else catalog.find(name)
         if card is None:
-            raise no_such_model(name or "", catalog)
+            raise no_such_model(name or "", catalog, param)
         return card
 
     async def command(self, command: Command[Reply], request_id: str) -> Reply:

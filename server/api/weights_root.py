@@ -22,17 +22,32 @@ def confined(command: AnyCommand, root: str | None) -> AnyCommand:
 
 
 def _resolved(path: str, root: str | None) -> str:
-    """With its links followed; a relative one begins at the root."""
+    """With its links followed; a relative one begins at the root. Of a directory, the files in it are weights."""
     if root is None:
         raise invalid(f"path is {path!r}; no path is read: start the server with --weights-root DIR", "path")
     top = Path(root).resolve()
     try:
         found = (top / path).resolve()
         inside, there = found.is_relative_to(top), found.exists()
+        files = sorted(found.iterdir()) if inside and found.is_dir() else [found]
     except (OSError, ValueError, RuntimeError) as error:
         raise invalid(f"path is {path!r}: {error}", "path") from None
     if not inside:
         raise invalid(f"path is {path!r}, outside --weights-root {top}", "path")
     if not there:
         raise invalid(f"path is {path!r}; there is nothing at {found}", "path")
+    for file in files:
+        _check_file(file, path, top)
     return str(found)
+
+
+def _check_file(file: Path, path: str, top: Path) -> None:
+    """A link in a directory of weights must not lead out, and what is read must have an end."""
+    try:
+        inside, special = file.resolve().is_relative_to(top), file.exists() and not (file.is_file() or file.is_dir())
+    except (OSError, RuntimeError) as error:
+        raise invalid(f"path is {path!r}: {error}", "path") from None
+    if not inside:
+        raise invalid(f"path is {path!r}; {file.name} in it is a link that leads outside --weights-root {top}", "path")
+    if special:
+        raise invalid(f"path is {path!r}; {file} is no regular file", "path")

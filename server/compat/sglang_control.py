@@ -159,7 +159,8 @@ async def update_weights_from_disk(request: Request) -> JSONResponse:
     body, _ = await bodies.read(request, DiskBody, DISK, Service.of(request).options)
     card = trained(request)
     in_flight = "abort" if body.abort_all_requests else "keep" if card.paused else "wait"
-    command = UpdateWeights(card.name, "disk", body.model_path, in_flight=in_flight, label=body.weight_version)
+    label = body.weight_version
+    command = UpdateWeights(card.name, "disk", body.model_path, in_flight=in_flight, label=label, alone=True)
     await carried_out(request, command, "model_path")
     return JSONResponse(done("Succeeded to update model weights.") | {"num_paused_requests": 0})
 
@@ -203,6 +204,7 @@ async def update_weights_from_distributed(request: Request) -> JSONResponse:
         partial=True,
         in_flight="abort" if body.abort_all_requests else "keep",
         label=body.weight_version,
+        alone=True,
     )
     await carried_out(request, command)
     return JSONResponse(done("Succeeded to update parameter online."))
@@ -224,7 +226,8 @@ async def areal_continue_generation(request: Request) -> JSONResponse:
 async def areal_update_weights(request: Request) -> JSONResponse:
     body, _ = await bodies.read(request, DiskBody, DISK, Service.of(request).options)
     card = trained(request)
-    command = UpdateWeights(card.name, "disk", body.model_path, in_flight="abort", label=body.weight_version)
+    label = body.weight_version
+    command = UpdateWeights(card.name, "disk", body.model_path, in_flight="abort", label=label, alone=True)
     await carried_out(request, command, "model_path")
     return JSONResponse(done("Weights updated"))
 

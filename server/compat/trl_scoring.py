@@ -18,7 +18,7 @@ from ..api.errors import bug, invalid
 from ..api.fields import honoured
 from ..api.generation import Generation, Part
 from ..api.logprobs import finite
-from ..api.protocol import INT64, MAX_PROMPTS, Common, Ids, refuse
+from ..api.protocol import INT64, MAX_PROMPTS, Common, Ids, Scale, refuse
 from ..api.scoring import check_lengths
 from ..api.service import Service, check_ids, in_thread_if
 from ..api.streaming import JsonAnswer, whole
@@ -43,7 +43,7 @@ class SequencesBody(Common):
     sequences: Annotated[list[Ids], BeforeValidator(sequences_of)]
     prompt_lengths: Annotated[Ids, Field(max_length=MAX_PROMPTS)]
     top_logprobs: Annotated[int, Field(ge=0, lt=INT64)] = 100
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Scale = 1.0
     response_format: Literal["json", "binary"] = "json"
 
 

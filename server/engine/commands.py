@@ -219,6 +219,7 @@ class StartUpdate:
 @dataclass(frozen=True, slots=True)
 class UpdateWeights:
     """New weights: staged while the old ones serve, then committed between two steps, unless an update is started.
+    `alone`: committed in any case; an update that somebody started and did not finish is given up.
 
     `disk`: `path` is a checkpoint directory or one safetensors file. `lora`: `path` is a LoRA adapter's directory, and
     that adapter becomes the model's own until other weights come: what names no adapter is for it, the base stays as it
@@ -245,6 +246,7 @@ class UpdateWeights:
     also: tuple[str, ...] = ()
     in_flight: InFlight = "keep"
     label: str = ""
+    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,6 +64,7 @@ class EngineClient:
         self._streams: dict[int, Stream] = {}
         self._heard = -math.inf
         self._draining = False
+        self._goes_on = False  # it drains, and takes what belongs to open answers
         self._changed = asyncio.Event()
         self._asked: asyncio.Future[list[ModelStats] | None] | None = None
         self._orders: dict[int, asyncio.Future[Answer | None]] = {}  # by number; None: the engine is gone
@@ -79,24 +80,25 @@ class EngineClient:
         """An id for a `Request`, unique among all workers."""
         return next(self._ids)
 
-    def submit(self, request: Request) -> Stream:
+    def submit(self, request: Request, goes_on: bool = False) -> Stream:
         """Hand a request to the engine. Refusals (full, too long, …) come as an `Output` with an error.
 
-        Raises EngineUnavailable, with the cause as its text, unless `state` is "ready".
+        Raises EngineUnavailable, with the cause as its text, unless `state` is "ready". `goes_on`: it belongs to an
+        answer that began before, so that a server that drains takes it, too.
         """
-        if self.state != "ready" or not self._send(Submit(self._epoch, request)):
+        if not self._takes(goes_on) or not self._send(Submit(self._epoch, request)):
             raise EngineUnavailable(
                 self.cause or ("the engine is starting" if self.state == "starting" else "no engine")
             )
         stream = self._streams[request.id] = Stream(request, self.abort)
         return stream
 
-    def open_group(self, group: Group) -> None:
+    def open_group(self, group: Group, goes_on: bool = False) -> None:
         """Begin a group; `close_group` in a `finally`. Why it cannot be (too long, …) is told to its members.
 
         Raises EngineUnavailable as `submit` does.
         """
-        if self.state != "ready" or not self._send(Open(self._epoch, group)):
+        if not self._takes(goes_on) or not self._send(Open(self._epoch, group)):
             raise EngineUnavailable(self.cause or "the engine is starting")
 
     def close_group(self, group_id: int) -> None:
@@ -202,23 +204,34 @@ class EngineClient:
         self.fail(cause)
 
     def drain(self, cause: str) -> None:
-        """Refuse new requests with `cause`, for good; open streams go on."""
+        """Refuse new requests with `cause`, for good; what is open goes on."""
+        self._goes_on = self.state == "ready"
         self._draining = True
         self._set_down(cause)
 
     def fail(self, cause: str) -> None:
         """End every open stream with an "unavailable" error and tell the engine, where there still is one."""
+        self._goes_on = False
         for request_id, stream in list(self._streams.items()):
             self._send(Abort(self._epoch, request_id, None))
             stream.push(Output(request_id, finish="error", error=EngineError("unavailable", cause)))
         self._streams.clear()
         self._notify()
 
+    def abandon(self) -> None:
+        """Wait for no command any longer; those who do are told why no request is taken."""
+        for waiting in self._orders.values():
+            if not waiting.done():
+                waiting.set_result(None)
+
     def close(self) -> None:
         self._disconnect()
         self._context.term()
 
     # -- inside
+
+    def _takes(self, goes_on: bool) -> bool:
+        return self.state == "ready" or (goes_on and self._goes_on)
 
     def _set_down(self, cause: str) -> None:
         self.state, self.cause = "down", cause
@@ -231,9 +244,7 @@ class EngineClient:
         self._heard = -math.inf
         if self._asked is not None and not self._asked.done():
             self._asked.set_result(None)
-        for waiting in self._orders.values():
-            if not waiting.done():
-                waiting.set_result(None)
+        self.abandon()
         if self._socket is not None:
             asyncio.get_running_loop().remove_reader(self._socket.fileno())
             self._socket.close(linger=0)

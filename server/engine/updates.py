@@ -70,6 +70,8 @@ class Updates:
     def update(self, command: UpdateWeights) -> Work[Updated]:
         engine = self._one(command.model)
         name, model = engine.card.name, _model(engine)
+        if command.alone and name in self._stagings and self._idle(name):
+            del self._stagings[name]
         staging = self._idle(name) if name in self._stagings else Staging(started=False)
         if command.source == "lora":
             if staging.started:
@@ -200,7 +202,8 @@ class Updates:
         listed = [self._one(name) for name in also]
         if left_out := [each.card.name for each in sharing if each not in listed]:
             what = f"the weights of model {engine.card.name} are shared with {', '.join(left_out)}"
-            raise Refused(EngineError("conflict", f"{what}: name all of them in `also`, and all get them", "also"))
+            how = "name all of them in `also`, and all get them; what must stay needs a checkpoint of its own"
+            raise Refused(EngineError("conflict", f"{what}: {how}", "also"))
         if alone := [each.card.name for each in listed if each not in sharing]:
             what = f"model {alone[0]} shares none of these weights with {engine.card.name}"
             raise Refused(EngineError("invalid", what, "also"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,26 @@ def test_others_are_refused(root: Path, path: str, words: str) -> None:
         with pytest.raises(ApiError) as caught:
             confined(command, str(root))
         assert (caught.value.status, caught.value.param) == (400, "path") and words in caught.value.message
+
+
+def test_links_and_pipes_in_a_directory(root: Path) -> None:
+    snapshot = root / "snapshot"
+    snapshot.mkdir()
+    (root / "blob").write_bytes(b"")
+    (snapshot / "model.safetensors").symlink_to("../blob")  # as in the hub's cache
+    assert confined(LoadAdapter("policy", "adapter", "snapshot"), str(root)).path == str(snapshot)
+    os.mkfifo(root / "pipe")
+    for name, target, words in (
+        ("out", root.parent / "outside" / "x", "leads outside"),
+        ("pipe", "../pipe", "regular"),
+    ):
+        (snapshot / name).symlink_to(target)
+        for command in commands("snapshot"):
+            with pytest.raises(ApiError, match=words):
+                confined(command, str(root))
+        (snapshot / name).unlink()
+    with pytest.raises(ApiError, match="no regular file"):
+        confined(UpdateWeights("policy", "disk", "pipe"), str(root))
 
 
 def test_without_a_root_no_path_is_read(root: Path) -> None:

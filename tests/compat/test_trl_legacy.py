@@ -79,6 +79,12 @@ def test_sequence_logprobs(http: httpx.Client, hf_logits: Logits) -> None:
             "--max-logprobs",
         ),
         ("/init_communicator/", {}, None, "TRL 1.11"),
+        (
+            "/get_sequence_logprobs/",
+            {"sequences": [[5, 6]], "prompt_lengths": [1], "temperature": 1e-6},
+            "temperature",
+            "least 1e-05",
+        ),
     ],
 )
 def test_refusals(http: httpx.Client, path: str, body: dict[str, Any], param: str | None, words: str) -> None:

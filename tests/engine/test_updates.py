@@ -257,7 +257,13 @@ def test_an_update_in_pieces_is_committed_as_one(checkpoints: Path, tmp_path: Pa
         send(hub, tmp_path / "2.safetensors")
     with pytest.raises(Refused, match="nothing is staged"):  # what was given is spoilt
         hub.execute(FinishUpdate("policy"))
-    assert hub.execute(LabelWeights("policy", "renamed")).version == 1
+    hub.execute(StartUpdate("policy"))
+    send(hub, tmp_path / "0.safetensors")
+    alone = send(hub, checkpoints / "odd", alone=True)  # whoever started is not waited for
+    assert (alone.committed, alone.version) == (True, 2)
+    with pytest.raises(Refused, match="nothing is staged"):
+        hub.execute(FinishUpdate("policy"))
+    assert hub.execute(LabelWeights("policy", "renamed")).version == 2
     assert hub.catalog.models[0].weight_label == "renamed"
 
 

@@ -38,6 +38,7 @@ from tandem.server.engine.messages import Order
 from tandem.server.engine.request import (
     Catalog,
     EngineError,
+    Group,
     Logprobs,
     ModelCard,
     Output,
@@ -385,6 +386,11 @@ async def test_draining_lets_streams_finish(client: EngineClient, server: Engine
         client.submit(request(client))
     with pytest.raises(EngineUnavailable):
         await client.wait_ready()
+    client.open_group(Group(client.next_id(), "m", [5], longest=2), goes_on=True)  # of an answer that has begun
+    later = client.submit(request(client), goes_on=True)
+    await until(lambda: len(server._open[later.request_id >> link.WORKER_SHIFT]) == 2, server)
+    server.send(Outputs([Output(later.request_id, token_ids=[1], finish="stop")]))
+    await read(later)
     idle = asyncio.create_task(client.wait_idle())
     server.send(Outputs([Output(stream.request_id, token_ids=[1], finish="stop")]))
     assert (await read(stream))[0].finish == "stop"
@@ -405,6 +411,19 @@ async def test_what_outlasts_the_drain_gets_an_error(client: EngineClient, serve
     assert written.token_ids == [1]
     assert ended.error == EngineError("unavailable", "time is up")
     assert await received(server) == Abort(1, stream.request_id, None)
+    client.drain("shutting down")
+    client.fail("time is up")
+    with pytest.raises(EngineUnavailable, match="shutting down"):
+        client.submit(request(client), goes_on=True)
+
+
+async def test_nobody_waits_for_a_command_when_the_server_ends(client: EngineClient, server: EngineServer) -> None:
+    waiting = asyncio.create_task(client.command(Pause()))
+    await received(server)
+    client.drain("shutting down")
+    client.abandon()
+    with pytest.raises(EngineUnavailable, match="shutting down"):
+        await waiting
 
 
 async def test_heartbeats_stop_with_the_loop(client: EngineClient, server: EngineServer) -> None:

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -22,6 +21,7 @@ from ..protocol import (
     Ids,
     Message,
     Prompt,
+    Scale,
     Size,
     conversations_of,
     message_of,
@@ -30,6 +30,10 @@ from ..protocol import (
 )
 from .arrays import Encoding
 from .evaluation import KlEstimator
+
+# With these, and log-probabilities of finite logits, token rewards are float32.
+MOST_KL_COEF = 1e3
+MOST_REWARD = 1e30
 
 Name = Annotated[str, Field(min_length=1)]
 Text = Annotated[str, Field(min_length=1)]
@@ -42,8 +46,8 @@ Want = Literal["policy_logprobs", "ref_logprobs", "values", "reward", "kl", "tok
 def clip_of(value: object) -> tuple[float, float]:
     """5 is [-5, 5]."""
     ends: list[Any] = [value] if not isinstance(value, list) else value
-    if len(ends) not in (1, 2) or not all(type(end) in (int, float) and abs(end) <= sys.float_info.max for end in ends):
-        refuse("it must be a number above 0, or a list of the lowest and the highest reward")
+    if len(ends) not in (1, 2) or not all(type(end) in (int, float) and abs(end) <= MOST_REWARD for end in ends):
+        refuse(f"it must be a number above 0, or a list of the lowest and the highest reward, up to {MOST_REWARD:g}")
     low, high = -float(ends[0]) if len(ends) == 1 else float(ends[0]), float(ends[-1])
     if not low < high:
         refuse(f"its lowest reward, {low:g}, must be below its highest, {high:g}")
@@ -85,10 +89,10 @@ class EvaluationBody(Common):
 
     models: Models = Models()
     want: list[Want] = []
-    kl_coef: float | None = None
+    kl_coef: Annotated[float, Field(ge=-MOST_KL_COEF, le=MOST_KL_COEF)] | None = None
     kl_estimator: KlEstimator = "k1"
     reward_clip: Annotated[tuple[float, float], BeforeValidator(clip_of)] | None = None
-    missing_eos_penalty: Annotated[float, Field(ge=0)] = 0.0
+    missing_eos_penalty: Annotated[float, Field(ge=0, le=MOST_REWARD)] = 0.0
     bootstrap_value: bool = True
     normalize: bool = False
     encoding: Encoding = "json"
@@ -113,7 +117,7 @@ class SequenceGroup(Body):
 
 class EvaluateBody(EvaluationBody):
     groups: Annotated[list[SequenceGroup], Field(min_length=1, max_length=MAX_PROMPTS)]
-    temperature: Annotated[float, Field(gt=0, le=100)] = 1.0
+    temperature: Scale = 1.0
 
 
 class RolloutBody(EvaluationBody):

@@ -31,6 +31,8 @@ READS: Mapping[Part, Wanted] = {
     "value": "values",
 }
 
+MEMBER_STEP = 256  # tokens; a group holds pages for its longest member, which is known to so many of them
+
 
 class Evaluator:
     """Of one HTTP request. Token ids are the policy's, or another model's where no policy takes part."""
@@ -169,16 +171,19 @@ class Translated:
     source: Source
     prompt: list[int]
     terms: Terms
-    groups: dict[int, PromptGroup] = field(default_factory=dict[int, PromptGroup])  # by the length of what is shared
+    # By the length of what is shared, and of the longest member.
+    groups: dict[tuple[int, int], PromptGroup] = field(default_factory=dict[tuple[int, int], PromptGroup])
 
     async def place(self, token_ids: list[int], ended: bool, where: str) -> tuple[PromptGroup, list[int]]:
         """The group, and the member of it that the completion is. Raises ApiError."""
         whole = await in_thread_if(True, lambda: self.translation.whole(self.source, token_ids, ended, where))
         card, cut = self.translation.reader.card, shared(self.prompt, [whole])
         length, (member,) = len(cut.prompt), cut.members
-        if length not in self.groups:
-            self.groups[length] = PromptGroup(self.terms, card, cut.prompt, limit_of(card) - length)
-        return self.groups[length], member
+        longest = min(limit_of(card) - length, -(-len(member) // MEMBER_STEP) * MEMBER_STEP)
+        group = self.groups.get((length, longest))
+        if group is None:
+            group = self.groups[length, longest] = PromptGroup(self.terms, card, cut.prompt, longest)
+        return group, member
 
 
 def needs_of(body: EvaluationBody, also: Part | None) -> list[Part]:

@@ -29,6 +29,7 @@ class Terms:
     deadline: float  # time.monotonic()
     priority: int = 0
     cache_salt: str = ""
+    goes_on: bool = False  # behind requests that the engine has answered: a server that drains takes them
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,8 @@ class PromptGroup:
                         cache_salt=terms.cache_salt,
                         temperature=temperature,
                         group=group,
-                    )
+                    ),
+                    terms.goes_on,
                 )
                 return self._found(token_ids, want, await _answer(stream, terms))
             finally:
@@ -98,7 +100,7 @@ class PromptGroup:
                 deadline=terms.deadline,
                 cache_salt=terms.cache_salt,
             )
-            client.open_group(group)
+            client.open_group(group, terms.goes_on)
             self._id = group.id
         self._running += 1
         return self._id

@@ -40,7 +40,7 @@ async def create(request: Request) -> Response:
             raise invalid(f"all {len(scores)} demonstrations score {mean:g}: nothing to scale by", "demonstrations")
     if body.persist:
         await service.command(Normalize(card.name, mean, std, body.mode), request_id)
-    answer = {"model": card.name, "mode": body.mode, "bias": -mean, "mean": mean, "std": std}
+    answer = {"model": card.name, "mode": body.mode, "bias": 0.0 - mean, "mean": mean, "std": std}
     return JsonAnswer({**answer, "n": len(body.demonstrations), "persisted": body.persist}, headers)
 
 
@@ -53,7 +53,7 @@ async def current(request: Request) -> Response:
 def shown(card: ModelCard) -> dict[str, Any]:
     """`mode`: bias, mean_std, checkpoint or none."""
     about = {"model": card.name, "mode": card.reward_normalization}
-    return {**about, "bias": -card.reward_mean, "mean": card.reward_mean, "std": card.reward_std}
+    return {**about, "bias": 0.0 - card.reward_mean, "mean": card.reward_mean, "std": card.reward_std}
 
 
 async def scores_of(service: Service, body: NormalizeBody, card: ModelCard, request_id: str) -> list[float]:

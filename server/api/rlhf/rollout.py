@@ -35,7 +35,7 @@ async def create(request: Request) -> Response:
     service, request_id = Service.of(request), request.state.request_id
     body, headers = await bodies.read(request, RolloutBody, fields.ROLLOUT, service.options)
     drawn = sampling_of(body, service.options)
-    terms = Terms(service.client, request_id, service.deadline(body), body.priority, body.cache_salt)
+    terms = Terms(service.client, request_id, service.deadline(body), body.priority, body.cache_salt, goes_on=True)
     evaluator = Evaluator(service, body, terms, drawn.temperature or 1.0, also="policy")
     reader, sources = evaluator.reader, sources_of(body)
     prompts = await in_thread_if(True, lambda: [reader.prompt(source) for source in sources])

@@ -92,9 +92,10 @@ def update_of(service: Service, body: WeightsBody, card: ModelCard) -> UpdateWei
         size=body.size or 0,
         handles=tuple(tensor_of(handle, f"handles[{i}]") for i, handle in enumerate(body.handles or ())),
         partial=body.partial,
-        also=tuple(service.hosted(name).name for name in body.also),
+        also=tuple(service.hosted(name, "also").name for name in body.also),
         in_flight=body.in_flight,
         label=body.version or "",
+        alone=True,
     )
 
 

@@ -165,7 +165,11 @@ ONE: dict[str, Any] = {"groups": GROUPS[:1], "want": ["reward"], "models": MODEL
         ({"reward_clip": [1, -1]}, "reward_clip", "below its highest"),
         ({"reward_clip": 0}, "reward_clip", "below its highest"),
         ({"reward_clip": 10**400}, "reward_clip", "a number above 0"),
-        ({"temperature": 0}, "temperature", "greater than 0"),
+        ({"reward_clip": [1e300, 1e301]}, "reward_clip", "up to 1e+30"),
+        ({"kl_coef": 1e308}, "kl_coef", "at most 1000"),
+        ({"missing_eos_penalty": 1e308}, "missing_eos_penalty", "at most 1e+30"),
+        ({"temperature": 0}, "temperature", "at least 1e-05"),
+        ({"temperature": 9e-6}, "temperature", "at least 1e-05"),
         ({"kl_estimator": "k4"}, "kl_estimator", "k1"),
         (
             {

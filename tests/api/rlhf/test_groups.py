@@ -28,18 +28,21 @@ class Notes:
         self.aborted: list[int] = []
         self.streams: dict[int, Stream] = {}
         self.requests: list[Request] = []
+        self.goes_on: list[bool] = []
 
     def next_id(self) -> int:
         return next(self.ids)
 
-    def open_group(self, group: Group) -> None:
+    def open_group(self, group: Group, goes_on: bool) -> None:
         self.opened.append(group)
+        self.goes_on.append(goes_on)
 
     def close_group(self, group_id: int) -> None:
         self.closed.append(group_id)
 
-    def submit(self, request: Request) -> Stream:
+    def submit(self, request: Request, goes_on: bool) -> Stream:
         self.requests.append(request)
+        self.goes_on.append(goes_on)
         stream = self.streams[request.id] = Stream(request, self.aborted.append)
         return stream
 
@@ -84,6 +87,16 @@ async def test_a_group_is_open_while_members_run(notes: Notes, group: Callable[.
     again.cancel()
     await asyncio.gather(again, return_exceptions=True)
     assert notes.closed[1] == notes.opened[1].id and notes.aborted[-1] == notes.requests[-1].id
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+async def test_what_belongs_to_an_open_answer_is_told(notes: Notes, goes_on: bool) -> None:
+    card = cast(ModelCard, SimpleNamespace(name="rm", pooling="last"))
+    terms = Terms(cast(Any, notes), "id", time.monotonic() + 60, goes_on=goes_on)
+    running = asyncio.create_task(PromptGroup(terms, card, [5], 9).run([7], "score"))
+    await asyncio.sleep(0)
+    notes.say(0, scores=[1.5])
+    assert (await running).score == 1.5 and notes.goes_on == [goes_on] * 2
 
 
 @pytest.mark.parametrize(("prompt", "pooling"), [([], "last"), ([5, 6], "mean")])
@@ -134,7 +147,7 @@ async def test_an_engine_that_hangs(
 async def test_an_engine_that_is_gone(
     notes: Notes, group: Callable[..., PromptGroup], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(_: object) -> None:
+    def refuse(*_: object) -> None:
         raise EngineUnavailable("the engine died")
 
     for name in ("open_group", "submit"):

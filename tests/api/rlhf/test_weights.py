@@ -115,4 +115,6 @@ def test_refusals(http: httpx.Client, body: dict[str, Any], param: str, words: s
 
 
 def test_an_unknown_model(http: httpx.Client) -> None:
+    also = {"model": "policy", "source": "disk", "path": "policy", "also": ["none"]}
+    refused(http, PATH, also, "also", "not hosted here", 404)
     refused(http, PATH, {"model": "none", "source": "disk", "path": "policy"}, "model", "not hosted here", 404)
