@@ -24,7 +24,9 @@ def test_heads_in_words() -> None:
 
 def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     def row(name: str, role: str, head: str, shares: str, weights: int) -> HostedModel:
-        return HostedModel(name, role, "LlamaForCausalLM", head, shares, "float32", 512, weights, 10, 160, 1 << 20, 160, "")
+        return HostedModel(
+            name, role, "LlamaForCausalLM", head, shares, "float32", 512, weights, 10, 160, 1 << 20, 160, ""
+        )
 
     models = (
         row("judge", "reward", "score, last", "", 40 << 20),
