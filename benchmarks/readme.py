@@ -88,6 +88,33 @@ def ppo(figures: Record) -> Iterator[Line]:
         yield name, f"{run['gain']:+.2f} SD", beside
 
 
+def rlhf(figures: Record) -> Iterator[Line]:
+    updates, shared, same = figures["updates"], figures["shared_prompt"], figures["agreement"]
+    yield (
+        f"{updates['updates']} weight updates under {updates['streams']} chat streams: "
+        "failed requests, wrong spans, stale answers",
+        f"{updates['failed']}, {updates['wrong_spans']}, {updates['stale_answers']}",
+        f"{updates['chats_of_several_versions']} of {updates['chats']} chats saw several versions; "
+        f"no step for {updates['commit_ms']['max']} ms at most",
+    )
+    yield (
+        f"{shared['k']} answers of {shared['answer_tokens']} tokens to a prompt of {shared['prompt_tokens']}, 125M: "
+        "scored as a group",
+        f"{shared['times_faster']} × as fast",
+        f"{shared['computed_together'][0]:,} tokens computed instead of {shared['computed_apart'][0]:,}; bar 2.5",
+    )
+    yield (
+        "log-probabilities of sampling and of `rollout` against `evaluate`, largest difference",
+        f"{max(same['sampling_to_evaluate'], same['rollout_to_evaluate']):.1e}",
+        "float32; bar 1e-3",
+    )
+    yield (
+        f"a score alone against the same in {same['batches']} batches, beside chats, largest difference",
+        f"{same['scores_alone_to_batch']:.1e}",
+        "of max(1, score); bar 1e-5",
+    )
+
+
 def trainers(figures: Record) -> Iterator[Line]:
     for name, report in figures["trainers"].items():
         calls = sum(report["routes"].values())
@@ -96,7 +123,15 @@ def trainers(figures: Record) -> Iterator[Line]:
 
 
 AREAS: Mapping[str, Callable[[Record], Iterator[Line]]] = MappingProxyType(
-    {"startup": startup, "demo": demo, "ppo": ppo, "clients": clients, "trainers": trainers, "peers": peers}
+    {
+        "startup": startup,
+        "demo": demo,
+        "rlhf": rlhf,
+        "ppo": ppo,
+        "clients": clients,
+        "trainers": trainers,
+        "peers": peers,
+    }
 )
 
 

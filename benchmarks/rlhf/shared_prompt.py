@@ -37,14 +37,15 @@ def computed_tokens(http: httpx.Client) -> int:
 class Load:
     """A new prompt and new answers each time."""
 
-    def __init__(self, http: httpx.Client, k: int, prompt: int, answer: int) -> None:
-        self._http, self._k, self._prompt, self._answer = http, k, prompt, answer
+    def __init__(self, http: httpx.Client, vocab_size: int, k: int, prompt: int, answer: int) -> None:
+        self._http, self._vocab_size = http, vocab_size
+        self._k, self._prompt, self._answer = k, prompt, answer
         self._draw = random.Random(7)
         self.computed: dict[str, list[int]] = {}
         self.differences: list[float] = []
 
     def _ids(self, count: int) -> list[int]:
-        return [self._draw.randrange(FIRST_WORD, SHAPES[MODEL].vocab_size) for _ in range(count)]
+        return [self._draw.randrange(FIRST_WORD, self._vocab_size) for _ in range(count)]
 
     def together(self, prompt: list[int], answers: list[list[int]]) -> list[float]:
         body = {"prompt_token_ids": prompt, "completions": [{"token_ids": ids} for ids in answers]}
@@ -72,12 +73,12 @@ class Load:
         return seconds
 
 
-def run(k: int, prompt: int, answer: int, rounds: int, threads: int) -> dict[str, Any]:
+def run(k: int, prompt: int, answer: int, rounds: int, threads: int, model: str = MODEL) -> dict[str, Any]:
     options = ("--threads", threads, "--dtype", "float32", "--no-enable-prefix-caching")
     with ExitStack() as stack:
-        server = stack.enter_context(tandem(f"reward={checkpoint(f'random:{MODEL}')}", *options))
+        server = stack.enter_context(tandem(f"reward={checkpoint(f'random:{model}')}", *options))
         http = stack.enter_context(httpx.Client(base_url=server.url, timeout=600))
-        load = Load(http, k, prompt, answer)
+        load = Load(http, SHAPES[model].vocab_size, k, prompt, answer)
         sides = {"together": lambda _: load.measure("together"), "apart": lambda _: load.measure("apart")}
         taken = interleaved(sides, rounds)
     faster = ratio(taken["apart"], taken["together"])
