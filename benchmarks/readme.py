@@ -113,13 +113,6 @@ def rlhf(figures: Record) -> Iterator[Line]:
         f"{same['scores_alone_to_batch']:.1e}",
         "of max(1, score); bar 1e-5",
     )
-    if beside := figures.get("beside"):
-        yield (
-            f"gap between the tokens of {beside['streams']} streams while texts of {beside['scored_tokens']} tokens "
-            "are scored, p99, beside that without",
-            f"{beside['times_later']} ×",
-            f"{beside['gap_p99_ms_alone']} ms alone, {beside['gap_p99_ms_beside']} ms beside; bar 2",
-        )
 
 
 def trainers(figures: Record) -> Iterator[Line]:

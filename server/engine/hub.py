@@ -28,7 +28,6 @@ Reply = TypeVar("Reply")
 
 WAIT_SECONDS = 0.001  # between two looks at a command that waits, where nothing else is to do
 NEWEST = 0.2  # weight of the newest step in a running mean
-PART = 0.8  # of a decode step, that a step of another model may take: the slowest gaps between tokens must not double
 
 
 class StepCost:
@@ -246,7 +245,7 @@ class Hub:
             known = [other.cost.decode_seconds for other in waiting if other.cost.decode_seconds is not None]
             if not known:
                 return None
-            seconds = PART * min(known)
+            seconds = min(known)
         tokens = place.cost.tokens_within(seconds)
         least = place.engine.decoding + place.engine.scheduler.pages.page_size
         return max(tokens or 0, least)  # nothing known yet: begin small
