@@ -90,6 +90,12 @@ class Ranking:
             (i, j) for i, j in itertools.combinations(range(len(self.grades)), 2) if self.grades[i] < self.grades[j]
         ]
 
+    def ties(self) -> list[tuple[int, int]]:
+        """Answers of one grade."""
+        return [
+            (i, j) for i, j in itertools.combinations(range(len(self.grades)), 2) if self.grades[i] == self.grades[j]
+        ]
+
 
 @functools.cache
 def _template() -> Any:

@@ -68,13 +68,14 @@ class Reward(nn.Module):
         return self.score(hidden[scored])[:, 0].float(), self.doubt(hidden[turned])[:, 0].float(), text_loss
 
 
-def scale_loss(scores: Tensor, wanted: list[int], anchor: float, shrink: float) -> Tensor:
-    """What rankings leave open: where a prompt's scores lie and how far apart.
+def scale_loss(scores: Tensor, batch: Batch, anchor: float, tie: float) -> Tensor:
+    """What pairs leave open: where a prompt's scores lie, and how far apart equals are.
 
-    Well-formed answers are drawn to 0 whatever the prompt, so that rewards of different prompts can be compared and
-    added up, and all scores a little, so that garbage is not ever farther away.
+    Well-formed answers are drawn to 0 whatever the prompt, so that rewards of different prompts can be compared, and
+    answers of one grade to each other, so that a reward's deviation is of quality and not of taste.
     """
-    return anchor * scores[wanted].square().mean() + shrink * scores.square().mean()
+    left, right = torch.tensor(batch.ties).T
+    return anchor * scores[batch.wanted].square().mean() + tie * (scores[left] - scores[right]).square().mean()
 
 
 def ranking_loss(scores: Tensor, pairs: list[list[tuple[int, int]]]) -> Tensor:
@@ -101,6 +102,7 @@ class Batch:
     turns: list[tuple[int, int]] = field(default_factory=list)  # (sequence, position): right, wrong, right, wrong …
     texts: list[tuple[int, int]] = field(default_factory=list)  # (sequence, position before a token of a best answer)
     wanted: list[int] = field(default_factory=list)  # sequences whose answer is the well-formed one
+    ties: list[tuple[int, int]] = field(default_factory=list)  # sequences that are about equally good
 
     def add_ranking(self, encoder: Encoder, ranking: data.Ranking) -> None:
         texts = [text_of(ranking.exercise, answer) for answer in ranking.answers]
@@ -113,6 +115,7 @@ class Batch:
             self.wanted.append(first)
         self.sequences += encoded
         self.pairs.append([(first + i, first + j) for i, j in ranking.pairs()])
+        self.ties += [(first + i, first + j) for i, j in ranking.ties()]
 
     def add_pair(self, encoder: Encoder, exercise: data.Exercise, better: str, worse: str) -> None:
         texts = [text_of(exercise, data.Answer(text)) for text in (better, worse)]
@@ -218,7 +221,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
             scores, doubts, text_loss = reward(batch)
         loss = ranking_loss(scores, batch.pairs)
         turn_loss = -F.logsigmoid(doubts[1::2] - doubts[0::2]).mean()
-        scale = scale_loss(scores, batch.wanted, options.anchor, options.shrink)
+        scale = scale_loss(scores, batch, options.anchor, options.tie)
         (loss + turn_loss + options.text_weight * text_loss + scale).backward()
         optimiser.step(schedule(spent / budget))
         step, tokens = step + 1, tokens + batch.tokens
@@ -258,7 +261,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--close-pairs", type=int, default=1, help="pairs that are hard to tell apart, per ranking")
     parser.add_argument("--text-weight", type=float, default=0.3, help="of the loss of the best answers as text")
     parser.add_argument("--anchor", type=float, default=0.1, help="of the squared scores of well-formed answers")
-    parser.add_argument("--shrink", type=float, default=0.01, help="of all squared scores")
+    parser.add_argument("--tie", type=float, default=0.1, help="of the squared difference of answers of one grade")
     parser.add_argument("--batch-tokens", type=int, default=2048)
     parser.add_argument("--muon-rate", type=float, default=0.015)
     parser.add_argument("--adam-rate", type=float, default=0.003)

@@ -134,7 +134,7 @@ def test_targets_are_the_assistants_tokens() -> None:
     assert tokenizer.decode(targets, skip_special_tokens=False) == "Hello!<|im_end|>3<|im_end|>"
 
 
-def test_only_well_formed_answers_are_anchored() -> None:
+def test_only_well_formed_answers_are_anchored_and_equals_are_tied() -> None:
     encoder = sft.Encoder(Tokenizer.from_file(str(sft.DEMO / "policy" / "tokenizer.json")))
     batch, rng, stream = reward.Batch(), random.Random(3), data.rankings(3, "train")
     wanted: list[str] = []
@@ -146,8 +146,11 @@ def test_only_well_formed_answers_are_anchored() -> None:
     told = [encoder.tokenizer.decode(batch.sequences[i], skip_special_tokens=False) for i in batch.wanted]
     assert [text.rpartition("assistant\n")[2] for text in told] == [f"{answer}<|im_end|>" for answer in wanted]
     assert 40 < len(wanted) < 80
+    compared = {pair for own in batch.pairs for pair in own}
+    assert batch.ties and not compared & set(batch.ties)
+    small = reward.Batch(wanted=[0, 2], ties=[(0, 1), (1, 2)])
     scores = torch.tensor([1.0, -2.0, 3.0])
-    assert reward.scale_loss(scores, [0, 2], anchor=0.5, shrink=0.1).item() == pytest.approx(2.5 + 1.4 / 3)
+    assert reward.scale_loss(scores, small, anchor=0.5, tie=0.1).item() == pytest.approx(2.5 + 0.1 * (9 + 25) / 2)
 
 
 @given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=25), groups=st.integers(1, 6))
