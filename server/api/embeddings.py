@@ -12,7 +12,6 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from ..engine.request import ModelCard
-from ..engine.request import Request as EngineRequest
 from . import body as bodies
 from . import fields
 from .errors import bug, invalid
@@ -81,21 +80,7 @@ async def embeddings(
     if size > card.embedding_size:
         raise invalid(f"dimensions is {size}; {card.name!r} gives 1 to {card.embedding_size}", "dimensions")
     deadline = service.deadline(body)
-    parts = [
-        Part(
-            EngineRequest(
-                id=service.client.next_id(),
-                model=card.name,
-                token_ids=ids,
-                want=frozenset({"embedding"}),
-                priority=body.priority,
-                deadline=deadline,
-                cache_salt=body.cache_salt,
-            ),
-            [],
-        )
-        for ids in prompts
-    ]
+    parts = [Part(service.request(card, ids, body, deadline, "embedding"), []) for ids in prompts]
     request_id = request.state.request_id
     generation = Generation(service.client, parts, request_id)
     await whole(request, generation)

@@ -10,7 +10,6 @@ from typing import Any
 from fastapi import Request
 
 from ..engine.request import ModelCard
-from ..engine.request import Request as EngineRequest
 from .errors import bug, invalid
 from .generation import Generation, Part
 from .protocol import Common
@@ -31,21 +30,7 @@ async def score(request: Request, card: ModelCard, prompts: Sequence[list[int]],
     service = Service.of(request)
     check_lengths(prompts, card, param)
     deadline = service.deadline(body)
-    parts = [
-        Part(
-            EngineRequest(
-                id=service.client.next_id(),
-                model=card.name,
-                token_ids=ids,
-                want=frozenset({"score"}),
-                priority=body.priority,
-                deadline=deadline,
-                cache_salt=body.cache_salt,
-            ),
-            [],
-        )
-        for ids in prompts
-    ]
+    parts = [Part(service.request(card, ids, body, deadline, "score"), []) for ids in prompts]
     service.traffic.scored(card, len(prompts))
     generation = Generation(service.client, parts, request.state.request_id)
     await whole(request, generation)

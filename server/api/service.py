@@ -12,7 +12,7 @@ from fastapi import Request as HttpRequest
 
 from ..engine.commands import Command, Refused
 from ..engine.link import EngineClient, EngineUnavailable
-from ..engine.request import Catalog, Gives, ModelCard
+from ..engine.request import Catalog, Gives, ModelCard, Request, Want
 from ..text.grammar import GrammarChecker
 from ..text.text import Text, TextError
 from .errors import invalid, no_such_model, of_engine, unavailable
@@ -84,6 +84,18 @@ class Service:
     def deadline(self, body: Common) -> float:
         seconds = self.options.max_request_seconds
         return time.monotonic() + (seconds if body.timeout is None else min(seconds, body.timeout))
+
+    def request(self, card: ModelCard, ids: list[int], body: Common, deadline: float, want: Want) -> Request:
+        """One that samples nothing: what the model makes of these tokens."""
+        return Request(
+            id=self.client.next_id(),
+            model=card.name,
+            token_ids=ids,
+            want=frozenset({want}),
+            priority=body.priority,
+            deadline=deadline,
+            cache_salt=body.cache_salt,
+        )
 
 
 async def encode(text: Text, prompts: Sequence[Prompt], special: bool, card: ModelCard, param: str) -> list[list[int]]:

@@ -6,6 +6,7 @@ import math
 from array import array
 from base64 import b64encode
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
@@ -23,7 +24,6 @@ from ..api.scoring import check_lengths
 from ..api.service import Service, check_ids, in_thread_if
 from ..api.streaming import JsonAnswer, whole
 from ..engine.request import Logprobs, ModelCard
-from ..engine.request import Request as EngineRequest
 
 router = APIRouter()
 
@@ -56,24 +56,12 @@ async def score(request: Request) -> Response:
     card = service.card(body.model, gives="text")
     check(body, card, service.options.max_logprobs)
     deadline = service.deadline(body)
-    parts = [
-        Part(
-            EngineRequest(
-                id=service.client.next_id(),
-                model=card.name,
-                token_ids=ids,
-                want=frozenset({"prompt_logprobs"}),
-                prompt_logprobs=body.top_logprobs,
-                first_needed_row=max(length - 1, 0),
-                temperature=body.temperature,
-                priority=body.priority,
-                deadline=deadline,
-                cache_salt=body.cache_salt,
-            ),
-            [],
-        )
-        for ids, length in zip(body.sequences, body.prompt_lengths, strict=True)
-    ]
+    parts: list[Part] = []
+    for ids, length in zip(body.sequences, body.prompt_lengths, strict=True):
+        asked = service.request(card, ids, body, deadline, "prompt_logprobs")
+        first, likely = max(length - 1, 0), body.top_logprobs
+        asked = replace(asked, prompt_logprobs=likely, first_needed_row=first, temperature=body.temperature)
+        parts.append(Part(asked, []))
     generation = Generation(service.client, parts, request.state.request_id)
     await whole(request, generation)
     columns = [columns_of(part, request.state.request_id) for part in parts]

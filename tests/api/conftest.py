@@ -11,6 +11,7 @@ import pytest
 import torch
 from checkpoints import make_model, write_checkpoint
 from lora import make_adapter
+from oracles import scorer
 from servers import Server
 from shapes import check_response
 
@@ -107,15 +108,7 @@ def greedy_text(policy: Path, text: Text) -> Callable[[list, int], tuple[str, in
 
 @pytest.fixture(scope="session")
 def hf_score(reward: Path) -> Callable[[list[int]], float]:
-    import transformers
-
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(reward, dtype=torch.float32).eval()
-
-    def score(ids: list[int]) -> float:
-        with torch.no_grad():
-            return model(torch.tensor([ids])).logits[0, 0].item()
-
-    return score
+    return scorer(reward)
 
 
 @pytest.fixture(scope="session")

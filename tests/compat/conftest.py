@@ -9,6 +9,7 @@ import httpx
 import pytest
 import torch
 from checkpoints import write_checkpoint
+from oracles import scorer
 from servers import Server
 
 from tandem.server.text.text import Text
@@ -47,15 +48,7 @@ def text(policy: Path) -> Text:
 
 @pytest.fixture(scope="session")
 def hf_score(reward: Path) -> Callable[[list[int]], float]:
-    import transformers
-
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(reward, dtype=torch.float32).eval()
-
-    def score(ids: list[int]) -> float:
-        with torch.no_grad():
-            return model(torch.tensor([ids])).logits[0, 0].item()
-
-    return score
+    return scorer(reward)
 
 
 @pytest.fixture(scope="session")
