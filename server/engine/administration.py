@@ -75,6 +75,10 @@ class Administration:
             task.move()
         self._tasks = [task for task in self._tasks if not task.done]
 
+    @property
+    def has_said(self) -> bool:
+        return bool(self._hosted.said)
+
     def take(self) -> list[Output]:
         """What requests are told because of commands."""
         said, self._hosted.said = self._hosted.said, []

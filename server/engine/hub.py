@@ -107,7 +107,8 @@ class Hub:
 
     @property
     def has_work(self) -> bool:
-        return any(engine.has_work for engine in self.engines)
+        """Whether `step` has something to compute, or something to say."""
+        return self._administration.has_said or any(engine.has_work for engine in self.engines)
 
     def engine(self, name: str) -> Engine | None:
         """The engine of a model, by its name or an alias."""

@@ -42,6 +42,18 @@ def until_idle(hub: Hub) -> list[Output]:
 
 
 @ahead
+def test_what_ended_during_a_command_is_still_told(checkpoints: Path, run_ahead: bool) -> None:
+    """Nothing is left to compute, but there is something to say."""
+    hub = policy(checkpoints, run_ahead)
+    assert hub.submit(generate(1, "policy", prompt(20), max_tokens=4, ignore_eos=True)) == []
+    outputs = steps(hub, 2)
+    hub.execute(Pause("policy", "wait"))  # takes the steps that are left
+    assert hub.has_work
+    outputs += until_idle(hub)
+    assert len(collect(outputs)[0].token_ids) == 4 and outputs[-1].finish == "length"
+
+
+@ahead
 def test_keep_freezes_what_runs_and_queues_what_comes(checkpoints: Path, run_ahead: bool) -> None:
     hub = policy(checkpoints, run_ahead)
     first, second = (generate(i, "policy", prompt(20, i), max_tokens=30, ignore_eos=True) for i in (1, 2))

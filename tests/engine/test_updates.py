@@ -71,7 +71,7 @@ def check_parity(output: Output) -> None:
 @ahead
 def test_every_token_tells_the_version_that_drew_it(checkpoints: Path, run_ahead: bool) -> None:
     hub = make_hub(checkpoints / "policy", run_ahead=run_ahead)
-    requests = [generate(i, "policy", prompt(20, i), max_tokens=150, ignore_eos=True, logprobs=0) for i in range(12)]
+    requests = [generate(i, "policy", prompt(20, i), max_tokens=480, ignore_eos=True, logprobs=0) for i in range(12)]
     for request in requests[:10]:
         assert hub.submit(request) == []
     outputs: list[Output] = []
@@ -88,11 +88,10 @@ def test_every_token_tells_the_version_that_drew_it(checkpoints: Path, run_ahead
         outputs += hub.step()
     for request in requests:
         mine = [output for output in outputs if output.request_id == request.id]
-        assert len(collect(mine)[0].token_ids) == 150
+        assert len(collect(mine)[0].token_ids) == 480
         for output in mine:
             check_parity(output)
-    versions = {output.weight_version for output in outputs if output.request_id == 0}
-    assert len(versions) > 2  # steps go on while weights are staged, so how many it sees is the machine's
+    assert len({output.weight_version for output in outputs if output.request_id == 0}) > 8
     counts = hub.engines[0].stats.counts
     assert counts.weight_updates == counts.weight_update_seconds.count == counts.weight_commit_seconds.count == 12
     assert_nothing_is_held(hub)
