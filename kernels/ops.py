@@ -105,6 +105,27 @@ def op(body: Callable[Args, Result]) -> Callable[Args, Result]:
     return call
 
 
+# Rows in int8 ---------------------------------------------------------------------------------------------------------
+
+
+class Int8(NamedTuple):
+    """Rows in int8: row r stands for values[r] · scale[r]. Of a matrix [O, D] a row is an output."""
+
+    values: Tensor  # [R, D] int8, -127 … 127
+    scale: Tensor  # [R] float32, positive
+
+
+@op
+def quantize_rows(x: Tensor) -> Int8:
+    """x [R, D] as int8 with scale = max|x| / 127 of each row, to nearest, ties to even. A row of zeros stays zero.
+
+    The sums of what is quantized are exact in whole numbers, so they have the same bits in any order.
+    """
+    wide = x.float()
+    scale = (wide.abs().amax(-1) / 127).clamp_(min=torch.finfo(torch.float32).tiny)
+    return Int8((wide / scale.unsqueeze(-1)).round_().clamp_(-127, 127).to(torch.int8), scale)
+
+
 # Normalisation ------------------------------------------------------------------------------------------------------
 
 
@@ -132,6 +153,18 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Te
     if residual is not None:
         x = residual.add_(x)
     return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+@op
+def rms_norm_int8(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Int8:
+    """`quantize_rows(rms_norm(…))`, x [T, D]."""
+    return quantize_rows(rms_norm(x, weight, eps, residual))
+
+
+@op
+def layer_norm_int8(x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None) -> Int8:
+    """`quantize_rows(layer_norm(…))`, x [T, D]."""
+    return quantize_rows(layer_norm(x, weight, bias, eps, residual))
 
 
 # Activations --------------------------------------------------------------------------------------------------------
@@ -232,6 +265,91 @@ def packed_linear(
 ) -> Tensor:
     """`linear` with a packed matrix. A row's bits depend on that row, weight and bias only."""
     return linear(x, weight.unpack().to(x.dtype), bias, activation, deterministic=True)
+
+
+@op
+def linear_int8(
+    x: Tensor,
+    weight: Int8,
+    bias: Tensor | None = None,
+    activation: Activation | None = None,
+    deterministic: bool = False,
+) -> Tensor:
+    """`linear` with an int8 matrix [O, D] and its outputs' scales: activation((x · valuesᵀ) · scale + bias).
+
+    Values are multiplied as x's dtype or float32, which hold them exactly; the scale multiplies the float32 sum.
+    """
+    values, scale = weight.values.float(), weight.scale
+
+    def product(rows: Tensor) -> Tensor:
+        sums = F.linear(rows.float(), values) * scale
+        return (sums if bias is None else sums + bias.float()).to(x.dtype)
+
+    return activate(in_blocks(product, x) if deterministic else product(x), activation, by_row=deterministic)
+
+
+@op
+def linear_w8a8(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Int8,
+    bias: Tensor | None,
+    activation: Activation | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """activation((x · valuesᵀ) · x_scale · scale + bias) in `dtype`; x [T, D] and x_scale [T] from `quantize_rows`.
+
+    Products and sums are whole numbers (int32): a row's bits depend on that row, weight and bias only.
+    """
+    sums = torch._int_mm(x, weight.values.T).float()  # pyright: ignore[reportPrivateUsage]
+    y = sums * x_scale.unsqueeze(-1) * weight.scale
+    return activate((y if bias is None else y + bias.float()).to(dtype), activation, by_row=True)
+
+
+class PackedInt8(NamedTuple):
+    """An int8 matrix [outs, ins] in the order of its device's products, with its outputs' scales.
+
+    `depth`: neighbouring columns of one output that lie side by side, 2 for products with floats and 4 for those with
+    int8. `data` is [panels, ins / depth, PANEL, depth] int8, and 0 beyond `outs` and `ins`. `totals`: Σ values of each
+    output, for products with int8.
+    """
+
+    data: Tensor
+    scale: Tensor  # [panels · PANEL] float32
+    totals: Tensor | None  # [panels · PANEL] int32
+    outs: int
+    ins: int
+
+    @property
+    def depth(self) -> int:
+        return self.data.shape[3]
+
+    def unpack(self) -> Int8:
+        """[outs, ins] and [outs]."""
+        panels = self.data.transpose(1, 2)  # [panels, PANEL, ins / depth, depth]
+        values = panels.reshape(len(panels) * PANEL, -1)[: self.outs, : self.ins]
+        return Int8(values, self.scale[: self.outs])
+
+
+@op
+def pack_int8(values: Tensor, scale: Tensor, depth: int, activation: Activation | None = None) -> PackedInt8 | None:
+    """values [O, D] int8 and scale [O] as `packed_linear_int8` takes them, if the backend has such an order.
+
+    `depth` 2: x stays as it is (`linear_int8`); 4: its rows are quantized (`linear_w8a8`). `activation`: what comes
+    behind it.
+    """
+    return None
+
+
+@op
+def packed_linear_int8(
+    x: Tensor, weight: PackedInt8, bias: Tensor | None = None, activation: Activation | None = None
+) -> Tensor:
+    """`linear_int8` or, with depth 4, `linear_w8a8`. A row's bits depend on that row, weight and bias only."""
+    plain = weight.unpack()
+    if weight.depth == 4:
+        return linear_w8a8(*quantize_rows(x), plain, bias, activation, x.dtype)
+    return linear_int8(x, plain, bias, activation, deterministic=True)
 
 
 @op
