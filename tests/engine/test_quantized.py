@@ -14,7 +14,6 @@ from tandem.model.kv_cache import KVCache
 from tandem.model.load import load_model
 from tandem.server.engine.hub import Hub
 from tandem.server.engine.options import EngineOptions, ModelSpec, OptionsError
-from tandem.server.engine.process import shown_dtype
 from tandem.server.engine.request import Request, Sampling
 
 NARROW: dict[str, Any] = {"quantization": "int8", "kv_dtype": "int8"}
@@ -121,11 +120,9 @@ def test_a_reference_has_pages_of_its_own_kind(checkpoints: Path) -> None:
     policy = spec(path, **NARROW)
     hub = hub_of(policy, ModelSpec("reference", "", base_of=policy.name), kv_cache_memory_bytes=16 << 20)
     cards = [engine.card for engine in hub.engines]
-    assert [shown_dtype(card) for card in cards] == ["float32, weights int8, KV int8", "float32, weights int8"]
-    plain = spec(path, quantization="w8a8", lm_head="fp16")
-    assert shown_dtype(hub_of(plain).engines[0].card) == "float32, weights w8a8, head not"
-    assert shown_dtype(hub_of(spec(path, lm_head="int8")).engines[0].card) == "float32, head int8"
-    assert shown_dtype(hub_of(spec(checkpoints / "llama-reward", **NARROW)).engines[0].card).endswith("int8, KV int8")
+    assert [(card.quantization, card.lm_head) for card in cards] == [("int8", "int8")] * 2
+    assert [card.kv_dtype for card in cards] == ["int8", "float32"]
+    assert [engine.weight_bytes > 0 for engine in hub.engines] == [True, False]
 
 
 def test_what_cannot_be_is_said(checkpoints: Path) -> None:
