@@ -23,6 +23,7 @@ from ...kernels import ops
 from ...model.config import ModelConfig, read_config
 from ...model.linear import Linear
 from ...model.load import choose_dtype
+from ...model.quantization import SCHEMES
 from ...model.slots import Place
 from ..gpu import attention
 from ..gpu import kernels as suite
@@ -70,6 +71,8 @@ def run(setup: Setup, shapes: Shapes) -> dict[str, Any]:
     device = torch.device(setup.device)
     if setup.options.threads is not None:
         torch.set_num_threads(setup.options.threads)
+    if setup.dtype in SCHEMES:
+        raise UsageError(f"--dtype {setup.dtype}: the operations are measured in floats alone")
     dtype = choose_dtype(setup.dtype, config, device)  # type: ignore[arg-type]
     measured = limits.measure(device, [dtype])
     setting = OfModel(device, Path(), own=dtype, measured=measured)
@@ -124,7 +127,7 @@ def of_rows(setting: OfModel, report: Report, config: ModelConfig, rows: int, la
     for name, (outs, ins) in matrices(config).items():
         linear = Linear(("w",), ins, (outs,), Place(setting.own, setting.device), split="none")
         weight = linear.weight.normal_(0, ins**-0.5)
-        linear.pack()
+        linear.finish()
         x = torch.randn(rows, ins, device=setting.device).to(setting.own)
         suite.compare(setting, report, f"{label}: linear {name}, {ins} → {outs}", linear, x, weight)
 

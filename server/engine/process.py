@@ -117,7 +117,7 @@ def hosted(hub: Hub) -> tuple[HostedModel, ...]:
             architecture=engine.card.architecture,
             head=shown_head(engine.card),
             shares=engine.card.shares,
-            dtype=engine.card.dtype,
+            dtype=engine.card.precision,
             context=engine.card.context,
             weight_bytes=engine.weight_bytes,
             kv_pages=engine.kv_pages,

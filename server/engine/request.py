@@ -242,6 +242,9 @@ class ModelCard:
     parent: str = ""  # the model that an adapter belongs to; empty for models
     weight_label: str = ""  # the trainer's name for the weights
     paused: bool = False
+    quantization: str = "none"  # the scheme of its matrices
+    lm_head: str = "none"  # that of a language model's head
+    kv_dtype: str = ""  # what K and V are kept in; empty: dtype
 
     @property
     def gives(self) -> Gives:
@@ -250,6 +253,17 @@ class ModelCard:
         if not self.labels:
             return "text"
         return "values" if self.role == "value" else "scores"
+
+    @property
+    def precision(self) -> str:
+        """What it computes in, and what is kept otherwise, in words."""
+        text = self.gives == "text"
+        if self.quantization == "none":
+            weights = ", head int8" if text and self.lm_head == "int8" else ""
+        else:
+            weights = f", weights {self.quantization}" + (", head not" if text and self.lm_head == "none" else "")
+        pages = "" if self.kv_dtype in ("", self.dtype) else f", KV {self.kv_dtype}"
+        return f"{self.dtype}{weights}{pages}"
 
     def adapted(self, adapter: AdapterCard) -> ModelCard:
         """The model with one of its adapters."""
