@@ -17,6 +17,24 @@ struct Linear {
     long rows, ins, outs, activation, type, w_type;
 };
 
+struct LinearInt8 {
+    const void* x;
+    const int8_t* w;
+    const float* scale;
+    const int32_t* totals;
+    const void* bias;  // may be null
+    void* y;
+    float* room;  // [rows, ins + 4]
+    long rows, ins, outs, activation, type, depth;
+};
+
+struct Quantize {
+    const void* x;
+    int8_t* values;
+    float* scale;
+    long rows, size, type;
+};
+
 struct Lora {
     const void *x, *a, *b;
     const int64_t *slots, *outs;
@@ -61,6 +79,8 @@ struct Attention {
 struct Kernels {
     void (*pack)(const Pack&, int threads);
     void (*linear)(const Linear&, int threads);
+    void (*linear_int8)(const LinearInt8&, int threads);
+    void (*quantize)(const Quantize&, int threads);
     void (*lora)(const Lora&, int threads);
     void (*activate)(const Activate&, int threads);
     void (*norm)(const Norm&, int threads);

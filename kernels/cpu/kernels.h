@@ -15,7 +15,18 @@ void run_pack(const Pack& a, int threads) {
 
 template <class X, class W, class T>
 void linear_of(const Linear& a, const X* x, T* y, int threads) {
-    linear(x, (const W*)a.w, (const T*)a.bias, y, a.rows, a.ins, a.outs, a.activation, threads);
+    linear(x, (const W*)a.w, Floats(), (const T*)a.bias, y, a.rows, a.ins, a.outs, a.activation, threads);
+}
+
+// bfloat16 x [rows, ins] as float32.
+void widen_rows(const bf16* x, float* to, long rows, long ins, int threads) {
+    each(rows, part_of(rows, threads), threads, [&](long first, long end) {
+        for (long i = first * ins; i < end * ins; i += 16) {
+            if (i + 16 <= end * ins) store(to + i, load(x + i));
+            else
+                for (long j = i; j < end * ins; ++j) to[j] = wide(x[j]);
+        }
+    });
 }
 
 void run_linear(const Linear& a, int threads) {
@@ -29,15 +40,59 @@ void run_linear(const Linear& a, int threads) {
 #if TANDEM_BF16_PRODUCTS
     linear_of<bf16, bf16>(a, x, (bf16*)a.y, threads);
 #else
-    each(a.rows, part_of(a.rows, threads), threads, [&](long first, long end) {
-        for (long i = first * a.ins; i < end * a.ins; i += 16) {
-            if (i + 16 <= end * a.ins) store(a.wide_x + i, load(x + i));
-            else
-                for (long j = i; j < end * a.ins; ++j) a.wide_x[j] = wide(x[j]);
-        }
-    });
+    widen_rows(x, a.wide_x, a.rows, a.ins, threads);
     linear_of<float, bf16>(a, (const float*)a.wide_x, (bf16*)a.y, threads);
 #endif
+}
+
+template <class X, class T, class Meant>
+void int8_linear_of(const LinearInt8& a, const X* x, long ins, const Meant& meant, T* y, int threads) {
+    linear(x, a.w, meant, (const T*)a.bias, y, a.rows, ins, a.outs, a.activation, threads);
+}
+
+template <class T> void whole_linear_of(const LinearInt8& a, int threads) {
+#if TANDEM_INT8_PRODUCTS
+    typedef uint8_t Operand;
+#else
+    typedef int16_t Operand;
+#endif
+    const long ins = (a.ins + 3) / 4 * 4;
+    Operand* x = (Operand*)(a.room + a.rows);
+    each(a.rows, part_of(a.rows, threads), a.rows * a.ins < FEW_ELEMENTS ? 1 : threads, [&](long first, long end) {
+        for (long row = first; row < end; ++row)
+            a.room[row] = quantize_row((const T*)a.x + row * a.ins, x + row * ins, a.ins, ins);
+    });
+    int8_linear_of(a, x, ins, ScaledBoth{a.scale, a.room, a.totals}, (T*)a.y, threads);
+}
+
+void run_linear_int8(const LinearInt8& a, int threads) {
+    if (a.rows * a.ins * a.outs < FEW_PRODUCTS) threads = 1;
+    if (a.depth == 4) {
+        if (a.type) whole_linear_of<bf16>(a, threads);
+        else whole_linear_of<float>(a, threads);
+        return;
+    }
+    const ScaledOutputs meant = {a.scale};
+    if (a.type == 0) return int8_linear_of(a, (const float*)a.x, a.ins, meant, (float*)a.y, threads);
+#if TANDEM_BF16_PRODUCTS
+    int8_linear_of(a, (const bf16*)a.x, a.ins, meant, (bf16*)a.y, threads);
+#else
+    widen_rows((const bf16*)a.x, a.room, a.rows, a.ins, threads);
+    int8_linear_of(a, (const float*)a.room, a.ins, meant, (bf16*)a.y, threads);
+#endif
+}
+
+template <class T> void quantize_of(const Quantize& a, int threads) {
+    each(a.rows, part_of(a.rows, threads), threads, [&](long first, long end) {
+        for (long row = first; row < end; ++row)
+            a.scale[row] = quantize_row((const T*)a.x + row * a.size, a.values + row * a.size, a.size, a.size);
+    });
+}
+
+void run_quantize(const Quantize& a, int threads) {
+    if (a.rows * a.size < FEW_ELEMENTS) threads = 1;
+    if (a.type) quantize_of<bf16>(a, threads);
+    else quantize_of<float>(a, threads);
 }
 
 template <class T> void lora_of(const Lora& a, long width, int threads) {

@@ -34,6 +34,10 @@ def _fields(names: str, kind: Any) -> dict[str, Any]:
 
 Pack = _call(**_fields("w into", _POINTER), **_fields("outs ins type", _LONG))
 Linear = _call(**_fields("x w bias y wide_x", _POINTER), **_fields("rows ins outs activation type w_type", _LONG))
+LinearInt8 = _call(
+    **_fields("x w scale totals bias y room", _POINTER), **_fields("rows ins outs activation type depth", _LONG)
+)
+Quantize = _call(**_fields("x values scale", _POINTER), **_fields("rows size type", _LONG))
 Lora = _call(**_fields("x a b slots outs y", _POINTER), **_fields("rows ins parts rank type", _LONG))
 Activate = _call(**_fields("x y", _POINTER), **_fields("rows outs activation type", _LONG))
 Norm = _call(**_fields("x residual weight bias y", _POINTER), **_fields("rows size type", _LONG), eps=_FLOAT)

@@ -7,7 +7,7 @@
 #pragma once
 
 #include "crew.h"
-#include "lanes.h"
+#include "quantize.h"
 
 namespace {
 
@@ -19,29 +19,64 @@ constexpr long TILE = 12;
 #else
 constexpr long TILE = 5;
 #endif
+constexpr long FUSED = TILE;  // rows up to which int8 is brought into floats anew for every tile
 
-INLINE const bf16* panel_of(const bf16* w, long panel, long depth) { return w + panel * depth * COLUMNS; }
-INLINE const float* panel_of(const float* w, long panel, long depth) { return w + panel * depth * COLUMNS; }
+
 
 // W's columns for k and k + 1.
-INLINE Lanes even(const bf16* w) { return firsts(w); }
-INLINE Lanes odd(const bf16* w) { return seconds(w); }
+template <class W> INLINE Lanes even(const W* w) { return firsts(w); }
+template <class W> INLINE Lanes odd(const W* w) { return seconds(w); }
 INLINE Lanes even(const float* w) { return load(w); }
 INLINE Lanes odd(const float* w) { return load(w + COLUMNS); }
 
+template <class X> constexpr long STEP = 2;  // of K per addition
+template <> constexpr long STEP<uint8_t> = 4;
+template <> constexpr long STEP<int16_t> = 4;
+
 // sums += x[k] · W[k] + x[k + 1] · W[k + 1], for one row.
-template <class W> INLINE Lanes add_pair(const float* x, const W* w, Lanes sums) {
+template <class W> INLINE Lanes add(const float* x, const W* w, Lanes sums) {
     return fma(all(x[1]), odd(w), fma(all(x[0]), even(w), sums));
 }
+INLINE int two_words(const void* at) {
+    int both;
+    memcpy(&both, at, 4);
+    return both;
+}
 #if TANDEM_BF16_PRODUCTS
-INLINE Lanes add_pair(const bf16* x, const bf16* w, Lanes sums) {
-    uint32_t both;
-    memcpy(&both, x, 4);
-    return {_mm512_dpbf16_ps(sums.v, (__m512bh)_mm512_set1_epi32((int)both), (__m512bh)_mm512_loadu_si512(w))};
+INLINE __m512bh as_pairs(const bf16* w) { return (__m512bh)_mm512_loadu_si512(w); }
+INLINE __m512bh as_pairs(const int8_t* w) { return (__m512bh)as_bf16(w); }
+template <class W> INLINE Lanes add(const bf16* x, const W* w, Lanes sums) {
+    return {_mm512_dpbf16_ps(sums.v, (__m512bh)_mm512_set1_epi32(two_words(x)), as_pairs(w))};
 }
 #endif
 
-// R rows of x (stride `x_step`) times P panels, over `depth` of K (even). c [P][.. `c_step` rows][16]: sums so far.
+// Whole sums of four products, x and W in the orders of lanes_int8.h. Nothing saturates: they stay below 2³¹ for
+// K < 66,000.
+#if TANDEM_INT8_PRODUCTS
+INLINE Lanes add(const uint8_t* x, const int8_t* w, Lanes sums) {
+    const __m512i four = _mm512_set1_epi32(two_words(x));
+    return {_mm512_castsi512_ps(_mm512_dpbusd_epi32(_mm512_castps_si512(sums.v), four, _mm512_loadu_si512(w)))};
+}
+#elif TANDEM_AVX512
+INLINE Lanes add(const int16_t* x, const int8_t* w, Lanes sums) {
+    const __m512i quads = _mm512_loadu_si512(w), first = _mm512_srai_epi16(_mm512_slli_epi16(quads, 8), 8);
+    const __m512i a = _mm512_madd_epi16(first, _mm512_set1_epi32(two_words(x)));
+    const __m512i b = _mm512_madd_epi16(_mm512_srai_epi16(quads, 8), _mm512_set1_epi32(two_words(x + 2)));
+    return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_add_epi32(_mm512_castps_si512(sums.v), a), b))};
+}
+#else
+INLINE __m256 add_half(__m256i x02, __m256i x13, const int8_t* w, __m256 sums) {
+    const __m256i quads = _mm256_loadu_si256((const __m256i*)w), first = _mm256_srai_epi16(_mm256_slli_epi16(quads, 8), 8);
+    const __m256i a = _mm256_madd_epi16(first, x02), b = _mm256_madd_epi16(_mm256_srai_epi16(quads, 8), x13);
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_add_epi32(_mm256_castps_si256(sums), a), b));
+}
+INLINE Lanes add(const int16_t* x, const int8_t* w, Lanes sums) {
+    const __m256i x02 = _mm256_set1_epi32(two_words(x)), x13 = _mm256_set1_epi32(two_words(x + 2));
+    return {add_half(x02, x13, w, sums.a), add_half(x02, x13, w + 32, sums.b)};
+}
+#endif
+
+// R rows of x (stride `x_step`) times P panels, over `depth` of K (a multiple of STEP). c [P][.. `c_step` rows][16]: sums so far.
 template <int R, int P, class X, class W>
 INLINE void tile(const X* x, long x_step, const W* const* panels, long depth, float* c, long c_step, bool fresh) {
     Lanes sums[P][R];
@@ -52,11 +87,11 @@ INLINE void tile(const X* x, long x_step, const W* const* panels, long depth, fl
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) sums[p][r] = fresh ? zeros() : load(c + (p * c_step + r) * COLUMNS);
     }
-    for (long k = 0; k < depth; k += 2) {
+    for (long k = 0; k < depth; k += STEP<X>) {
 #pragma GCC unroll 8
         for (int p = 0; p < P; ++p) {
 #pragma GCC unroll 16
-            for (int r = 0; r < R; ++r) sums[p][r] = add_pair(x + r * x_step + k, w[p] + k * COLUMNS, sums[p][r]);
+            for (int r = 0; r < R; ++r) sums[p][r] = add(x + r * x_step + k, w[p] + k * COLUMNS, sums[p][r]);
         }
     }
 #pragma GCC unroll 8
@@ -126,20 +161,65 @@ INLINE Lanes as_stored(bf16, Lanes x) {
     return load(part);
 }
 
+// What the sums of a panel, whose first output is `column`, and of row r of x stand for.
+struct Floats {
+    INLINE Lanes of(Lanes sums, long column, long row) const { return sums; }
+    Floats from(long row) const { return *this; }
+};
+
+// int8 outputs: `scale` [panels · 16].
+struct ScaledOutputs {
+    const float* scale;
+    INLINE Lanes of(Lanes sums, long column, long row) const { return sums * load(scale + column); }
+    ScaledOutputs from(long row) const { return *this; }
+};
+
+// int8 rows and outputs.
+struct ScaledBoth {
+    const float *scale, *x_scale;
+    const int32_t* totals;
+    INLINE Lanes of(Lanes sums, long column, long row) const {
+#if TANDEM_INT8_PRODUCTS
+        sums = whole_sums(sums, totals + column);  // x was 128 more than it should be
+#else
+        sums = whole_sums(sums);
+#endif
+        return sums * all(x_scale[row]) * load(scale + column);
+    }
+    ScaledBoth from(long row) const { return {scale, x_scale + row, totals}; }
+};
+
+// `multiply`, with int8 that is multiplied as floats brought into bfloat16 first where many rows meet it.
+template <class X, class W>
+INLINE void multiply_block(long rows, const X* x, long x_step, const W* const* w, long count, long depth, float* c, bool fresh) {
+    if constexpr (sizeof(W) == 1 && STEP<X> == 2) {
+        if (rows > FUSED) {
+            alignas(64) bf16 wider[4 * DEPTH * COLUMNS];
+            const bf16* starts[4];
+            for (long p = 0; p < count; ++p) {
+                widen(w[p], wider + p * DEPTH * COLUMNS, depth * COLUMNS);
+                starts[p] = wider + p * DEPTH * COLUMNS;
+            }
+            return multiply(rows, x, x_step, starts, count, depth, c, rows, fresh);
+        }
+    }
+    multiply(rows, x, x_step, w, count, depth, c, rows, fresh);
+}
+
 // y [rows, outs] = activation(x [rows, ins] · Wᵀ + bias), rounded to T before the activation as well. `x` holds the same
-// as rows of T where the processor multiplies T itself, else as float32. silu_and_mul: W holds gate above up, `outs` each.
-// Here its `count` panels of the result from `first` on; there are at most ROWS rows.
-template <class T, class X, class W>
-void some_panels(const X* x, const W* w, const T* bias, T* y, long rows, long ins, long outs, int activation, long first,
-                 long count) {
+// as rows of T where the processor multiplies T itself, else as float32, or int8. silu_and_mul: W holds gate above up,
+// `outs` each. Here its `count` panels of the result from `first` on; there are at most ROWS rows.
+template <class T, class X, class W, class Meant>
+void some_panels(const X* x, const W* w, const Meant& meant, const T* bias, T* y, long rows, long ins, long outs,
+                 int activation, long first, long count) {
     const bool gated = activation == SILU_AND_MUL;
     const long panels = (outs + COLUMNS - 1) / COLUMNS, all_panels = gated ? 2 * count : count;
     float c[4 * ROWS * COLUMNS];
     const W* starts[4];
     for (long k = 0; k < ins; k += DEPTH) {
         for (long p = 0; p < all_panels; ++p)
-            starts[p] = panel_of(w, p < count ? first + p : panels + first + p - count, ins) + k * COLUMNS;
-        multiply(rows, x + k, ins, starts, all_panels, ins - k < DEPTH ? ins - k : DEPTH, c, rows, k == 0);
+            starts[p] = w + ((p < count ? first + p : panels + first + p - count) * ins + k) * COLUMNS;
+        multiply_block(rows, x + k, ins, starts, all_panels, ins - k < DEPTH ? ins - k : DEPTH, c, k == 0);
     }
     for (long p = 0; p < count; ++p) {
         const long column = (first + p) * COLUMNS, width = outs - column < COLUMNS ? outs - column : COLUMNS;
@@ -150,9 +230,12 @@ void some_panels(const X* x, const W* w, const T* bias, T* y, long rows, long in
             if (gated) b_up = load(bias + outs + column);
         }
         for (long r = 0; r < rows; ++r) {
-            Lanes v = load(c + (p * rows + r) * COLUMNS) + b;
+            Lanes v = meant.of(load(c + (p * rows + r) * COLUMNS), column, r) + b;
             if (activation != NONE) v = as_stored(T(), v);
-            if (gated) v = silu(v) * as_stored(T(), load(c + ((count + p) * rows + r) * COLUMNS) + b_up);
+            if (gated) {
+                const Lanes up = load(c + ((count + p) * rows + r) * COLUMNS);
+                v = silu(v) * as_stored(T(), meant.of(up, outs + column, r) + b_up);
+            }
             if (activation == GELU_TANH) v = gelu_tanh(v);
             if (activation == GELU) v = gelu(v);
             T* to = y + r * outs + column;
@@ -163,16 +246,17 @@ void some_panels(const X* x, const W* w, const T* bias, T* y, long rows, long in
 }
 
 // All of it.
-template <class T, class X, class W>
-void linear(const X* x, const W* w, const T* bias, T* y, long rows, long ins, long outs, int activation, int threads) {
+template <class T, class X, class W, class Meant>
+void linear(const X* x, const W* w, const Meant& meant, const T* bias, T* y, long rows, long ins, long outs, int activation,
+            int threads) {
     const long panels = (outs + COLUMNS - 1) / COLUMNS;
     const long group = activation == SILU_AND_MUL ? 2 : 4;  // panels of the result that are computed together
     const long groups = (panels + group - 1) / group, blocks = (rows + ROWS - 1) / ROWS;
     each(blocks * groups, groups / 32 > 1 ? groups / 32 : 1, threads, [=](long begin, long end) {
         for (long item = begin; item < end; ++item) {
             const long top = item / groups * ROWS, first = item % groups * group;
-            some_panels(x + top * ins, w, bias, y + top * outs, rows - top < ROWS ? rows - top : ROWS, ins, outs, activation,
-                        first, panels - first < group ? panels - first : group);
+            some_panels(x + top * ins, w, meant.from(top), bias, y + top * outs, rows - top < ROWS ? rows - top : ROWS, ins, outs,
+                        activation, first, panels - first < group ? panels - first : group);
         }
     });
 }
