@@ -85,7 +85,9 @@ def test_products_with_floats(outs: int, ins: int, dtype: torch.dtype, activatio
         whole = int8.packed_linear_int8(x, packed, given, activation)
         close(whole, ops.packed_linear_int8.__wrapped__(x, packed, given, activation))
         for count in COUNTS:  # a row has the same bits in any company
-            assert torch.equal(int8.packed_linear_int8(x[3 : 3 + count], packed, given, activation), whole[3 : 3 + count])
+            assert torch.equal(
+                int8.packed_linear_int8(x[3 : 3 + count], packed, given, activation), whole[3 : 3 + count]
+            )
 
 
 @pytest.mark.parametrize("activation", product.ACTIVATIONS)
@@ -104,7 +106,9 @@ def test_products_with_int8(outs: int, ins: int, dtype: torch.dtype, activation:
             assert torch.equal(whole, expected)
         close(whole, expected)
         for count in COUNTS:
-            assert torch.equal(int8.packed_linear_int8(x[3 : 3 + count], packed, given, activation), whole[3 : 3 + count])
+            assert torch.equal(
+                int8.packed_linear_int8(x[3 : 3 + count], packed, given, activation), whole[3 : 3 + count]
+            )
 
 
 @pytest.mark.parametrize("sign", [1, -1])
