@@ -8,7 +8,7 @@ from .attention import paged_attention
 from .int8 import pack_int8, packed_linear_int8, quantize_rows
 from .low_rank import lora
 from .product import pack, packed_linear
-from .rows import layer_norm, qk_norm_rotary_and_write_kv, rms_norm
+from .rows import layer_norm, qk_norm_rotary_and_write_kv, rms_norm, write_kv
 
 __all__ = [
     "gelu",
@@ -24,4 +24,5 @@ __all__ = [
     "quantize_rows",
     "rms_norm",
     "silu_and_mul",
+    "write_kv",
 ]

@@ -4,6 +4,8 @@
 //   scores [R, BLOCK] = q · Kᵀ,  m' = max(m, max scores),  p = exp(scores - m'),  l = l · exp(m - m') + Σ p,
 //   sums [R, H] = sums · exp(m - m') + p · V,  and at the end sums / l.
 //
+// K and V in int8 become bfloat16 in their panels; K's scales multiply the scores, V's scales p where it meets V.
+//
 // The order of all of it depends on a row's own position only: its bits are the same in a prompt, in any chunk of it and
 // as a decode, alone and in any batch. A position that a row does not see adds exactly 0. Method: Milakov and Gimelshein,
 // "Online normalizer calculation for softmax", 2018. Traffic: K and V are read once per piece of work.
@@ -24,7 +26,8 @@ struct Step {  // of a step: see Sequences in ops.py
 };
 
 struct Shape {
-    long heads, kv_heads, size, page, page_step;  // elements of a head, positions of a page, elements between pages
+    long heads;
+    Pages pages;
     float scale;
     const float* alibi;  // [heads] or null
     long window;         // 0: none
@@ -110,28 +113,73 @@ void values_panels(const bf16* const* rows, long count, long size, bf16* to, lon
         }
 }
 
+template <class S> struct InPanels { typedef S Type; };  // of what is stored as S
+template <> struct InPanels<int8_t> { typedef bf16 Type; };
+
+void keys_panel(const int8_t* const* rows, long size, bf16* to) {
+    bf16 wider[COLUMNS][WIDEST_HEAD];
+    const bf16* all_rows[COLUMNS];
+    for (int j = 0; j < COLUMNS; ++j) {
+        widen(rows[j], wider[j], size);
+        all_rows[j] = wider[j];
+    }
+    keys_panel(all_rows, size, to);
+}
+void values_panels(const int8_t* const* rows, long count, long size, bf16* to, long step) {
+    bf16 wider[2][WIDEST_HEAD];
+    const bf16* pair[] = {wider[0], wider[1]};
+    for (long j = 0; j < count; j += 2) {
+        widen(rows[j], wider[0], size);
+        widen(rows[j + 1], wider[1], size);
+        values_panels(pair, 2, size, to + j * COLUMNS, step);
+    }
+}
+
+constexpr float16 NO_SCALE = {0};
+
+// Of 16 positions; of one page they lie side by side.
+INLINE Lanes scales_of(const float16* const* at) {
+    float16 gathered[COLUMNS];
+    for (int i = 0; i < COLUMNS; ++i) gathered[i] = *at[i];
+    return load(gathered);
+}
+
 // Where K and V of the positions of one block lie, for one kv head.
-template <class T> struct Block {
-    const T *keys[BLOCK], *values[BLOCK];
+template <class S> struct Block {
+    static constexpr bool SCALED = sizeof(S) == 1;
+    const S *keys[BLOCK], *values[BLOCK];
+    const float16 *key_scales[BLOCK], *value_scales[BLOCK];  // of int8
 
     // Positions base … base + count - 1; `blank` for those that were never written or whose page is gone: outside of
     // from … to - 1. What is found is on its way to the cache when this returns.
-    void find(const T* k_pages, const T* v_pages, const int32_t* table, const Shape& shape, long kv_head, long base,
-              long count, long from, long to, const T* blank) {
-        const long lines = shape.size * (long)sizeof(T);
-        long index = base / shape.page, offset = base % shape.page, place = 0;
+    void find(const int32_t* table, const Pages& pages, long kv_head, long base, long count, long from, long to,
+              const S* blank) {
+        const long lines = pages.size * (long)sizeof(S);
+        long index = base / pages.page, offset = base % pages.page;
+        bool known = false;  // where the position before lies
         for (long j = 0, at = base; j < count; ++j, ++at, ++offset) {
-            if (offset == shape.page) offset = 0, ++index;
+            if (offset == pages.page) offset = 0, ++index;
             if (at < from || at >= to) {
                 keys[j] = values[j] = blank;
-                place = 0;
+                key_scales[j] = value_scales[j] = &NO_SCALE;
+                known = false;
                 continue;
             }
-            if (offset == 0 || place == 0)
-                place = table[index] * shape.page_step + (kv_head * shape.page + offset) * shape.size + 1;
-            else place += shape.size;
-            keys[j] = k_pages + place - 1;
-            values[j] = v_pages + place - 1;
+            if (offset > 0 && known) {
+                keys[j] = keys[j - 1] + pages.size, values[j] = values[j - 1] + pages.size;
+                key_scales[j] = key_scales[j - 1] + 1, value_scales[j] = value_scales[j - 1] + 1;
+            } else {
+                const long page = table[index], line = kv_head * pages.page + offset;
+                const long place = page * pages.step + line * pages.size, scale_place = page * pages.scale_step + line;
+                keys[j] = (const S*)pages.k + place, values[j] = (const S*)pages.v + place;
+                key_scales[j] = (const float16*)pages.k_scale + scale_place;
+                value_scales[j] = (const float16*)pages.v_scale + scale_place;
+                if (SCALED) {
+                    __builtin_prefetch(key_scales[j]);
+                    __builtin_prefetch(value_scales[j]);
+                }
+                known = true;
+            }
             for (long line = 0; line < lines; line += 64) {
                 __builtin_prefetch((const char*)keys[j] + line);
                 __builtin_prefetch((const char*)values[j] + line);
@@ -141,18 +189,19 @@ template <class T> struct Block {
 };
 
 // Rows [first, first + count) of sequence `b`, which stand at positions from `position` on, for one kv head.
-template <class T>
-void attend(const T* q, const T* k_pages, const T* v_pages, T* out, const Step& step, const Shape& shape, long b,
-                   long first, long count, long position, long kv_head, const T* blank, Room& room) {
-    const long size = shape.size, group = shape.heads / shape.kv_heads, rows = count * group;
+template <class T, class S>
+void attend(const T* q, T* out, const Step& step, const Shape& shape, long b, long first, long count, long position,
+            long kv_head, const S* blank, Room& room) {
+    typedef typename InPanels<S>::Type Panel;
+    const long size = shape.pages.size, group = shape.heads / shape.pages.kv_heads, rows = count * group;
     const long outer = (size + COLUMNS - 1) / COLUMNS, length = step.lengths[b], last = position + count - 1;
     float* queries = room.of(rows * size + rows * (BLOCK * 2 + outer * COLUMNS + 2) + BLOCK * size + BLOCK * outer * COLUMNS);
     float* scores = queries + rows * size;             // [4][rows][16]
     float* weights = scores + rows * BLOCK;            // [rows][BLOCK]
     float* sums = weights + rows * BLOCK;              // [outer][rows][16]
     float *tops = sums + rows * outer * COLUMNS, *totals = tops + rows;
-    T* keys = (T*)(totals + rows);                     // 4 panels of size · 16
-    T* values = (T*)((float*)keys + BLOCK * size);     // `outer` panels of BLOCK · 16
+    Panel* keys = (Panel*)(totals + rows);             // 4 panels of size · 16
+    Panel* values = (Panel*)((float*)keys + BLOCK * size);  // `outer` panels of BLOCK · 16
 
     for (long r = 0; r < rows; ++r) {
         const T* from = q + ((first + r / group) * shape.heads + kv_head * group + r % group) * size;
@@ -167,22 +216,26 @@ void attend(const T* q, const T* k_pages, const T* v_pages, T* out, const Step& 
 
     const long seen = shape.window && position + 1 > shape.window ? position + 1 - shape.window : 0;
     const int32_t* table = step.table + b * step.table_width;
-    Block<T> blocks[2];
+    Block<S> blocks[2];
     const auto panels_at = [last](long base) {
         const long there = last + 1 - base < BLOCK ? last + 1 - base : BLOCK;
         return (there + COLUMNS - 1) / COLUMNS;
     };
     const auto find = [&](long base) {
-        blocks[base / BLOCK % 2].find(k_pages, v_pages, table, shape, kv_head, base, panels_at(base) * COLUMNS, seen, length,
-                                      blank);
+        blocks[base / BLOCK % 2].find(table, shape.pages, kv_head, base, panels_at(base) * COLUMNS, seen, length, blank);
     };
     find(seen / BLOCK * BLOCK);
     for (long base = seen / BLOCK * BLOCK; base <= last; base += BLOCK) {
         const long panels = panels_at(base);
-        const Block<T>& block = blocks[base / BLOCK % 2];
+        const Block<S>& block = blocks[base / BLOCK % 2];
         if (base + BLOCK <= last) find(base + BLOCK);
-        const T *key_panels[4], *value_panels[WIDEST_HEAD / COLUMNS];
+        const Panel *key_panels[4], *value_panels[WIDEST_HEAD / COLUMNS];
+        Lanes key_scales[4], value_scales[4];
         for (long p = 0; p < panels; ++p) {
+            if (block.SCALED) {
+                key_scales[p] = scales_of(block.key_scales + p * COLUMNS);
+                value_scales[p] = scales_of(block.value_scales + p * COLUMNS);
+            }
             key_panels[p] = keys + p * size * COLUMNS;
             keys_panel(block.keys + p * COLUMNS, size, keys + p * size * COLUMNS);
         }
@@ -200,6 +253,7 @@ void attend(const T* q, const T* k_pages, const T* v_pages, T* out, const Step& 
             for (long p = 0; p < panels; ++p) {
                 const Lanes column = lane + all((float)(p * COLUMNS));
                 s[p] = load(scores + (p * rows + r) * COLUMNS) * all(shape.scale);
+                if (block.SCALED) s[p] = s[p] * key_scales[p];
                 if (shape.softcap != 0)
                     s[p] = all(shape.softcap) * hyperbolic_tangent(s[p] / all(shape.softcap));
                 if (shape.alibi)
@@ -217,7 +271,7 @@ void attend(const T* q, const T* k_pages, const T* v_pages, T* out, const Step& 
             Lanes total = zeros();
             for (long p = 0; p < panels; ++p) {
                 const Lanes weight = exponential(s[p] - all(top));
-                store(to + p * COLUMNS, weight);
+                store(to + p * COLUMNS, block.SCALED ? weight * value_scales[p] : weight);
                 total = total + weight;
             }
             if (top != tops[r]) {
@@ -247,24 +301,23 @@ void attend(const T* q, const T* k_pages, const T* v_pages, T* out, const Step& 
 
 // Query positions of one piece of work.
 INLINE long positions_of(const Shape& shape) {
-    const long fit = WIDEST / (shape.heads / shape.kv_heads);
+    const long fit = WIDEST / (shape.heads / shape.pages.kv_heads);
     return fit > QUERIES ? QUERIES : fit > 0 ? fit : 1;
 }
 
 // A sequence's last positions take longest: the pieces are handed out from the last to the first.
-template <class T>
-void attention(const T* q, const T* k_pages, const T* v_pages, T* out, const Step& step, const Shape& shape, int threads) {
+template <class T, class S> void attention(const T* q, T* out, const Step& step, const Shape& shape, int threads) {
     static thread_local Room list;
-    const long piece = positions_of(shape);
+    const long piece = positions_of(shape), kv_heads = shape.pages.kv_heads;
     int32_t* ends = (int32_t*)list.of(step.sequences);  // pieces of the sequences up to each
     long total = 0;
     for (long b = 0; b < step.sequences; ++b)
         ends[b] = (int32_t)(total += (step.starts[b + 1] - step.starts[b] + piece - 1) / piece);
     const auto work = [=](long item) {
         static thread_local Room room;
-        T blank[WIDEST_HEAD];
-        memset(blank, 0, sizeof(T) * shape.size);
-        const long place = total - 1 - item / shape.kv_heads;
+        S blank[WIDEST_HEAD];
+        memset(blank, 0, sizeof(S) * shape.pages.size);
+        const long place = total - 1 - item / kv_heads;
         long b = 0;
         for (long step_down = step.sequences; step_down > 0;) {  // how many sequences end at or before this piece
             const long half = step_down / 2;
@@ -274,13 +327,13 @@ void attention(const T* q, const T* k_pages, const T* v_pages, T* out, const Ste
             } else step_down = half;
         }
         const long rows = step.starts[b + 1] - step.starts[b], first = (place - (b ? ends[b - 1] : 0)) * piece;
-        const long count = rows - first < piece ? rows - first : piece, size = shape.heads * shape.size;
+        const long count = rows - first < piece ? rows - first : piece, size = shape.heads * shape.pages.size;
         if (step.lengths[b] == 0) memset(out + (step.starts[b] + first) * size, 0, sizeof(T) * count * size);
         else
-            attend(q, k_pages, v_pages, out, step, shape, b, step.starts[b] + first, count, step.lengths[b] - rows + first,
-                   item % shape.kv_heads, blank, room);
+            attend(q, out, step, shape, b, step.starts[b] + first, count, step.lengths[b] - rows + first, item % kv_heads, blank,
+                   room);
     };
-    each(total * shape.kv_heads, 1, threads, [&](long first, long end) {
+    each(total * kv_heads, 1, threads, [&](long first, long end) {
         for (long item = first; item < end; ++item) work(item);
     });
 }

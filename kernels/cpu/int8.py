@@ -30,7 +30,7 @@ def pack_int8(values: Tensor, scale: Tensor, depth: int, activation: Activation 
     totals = values.sum(1, dtype=torch.int32)
     beyond = -outs % PANEL
     side_by_side = {2: torch.int16, 4: torch.int32}[depth]
-    whole = F.pad(values, (0, -ins % depth, 0, beyond)).view(side_by_side)  # [panels · PANEL, ins / depth]
+    whole = F.pad(values, (0, -ins % 4, 0, beyond)).view(side_by_side)  # [panels · PANEL, ins / depth]
     data = whole.unflatten(0, (-1, PANEL)).mT.contiguous().unsqueeze(-1).view(torch.int8)
     return PackedInt8(data, F.pad(scale, (0, beyond)), F.pad(totals, (0, beyond)) if depth == 4 else None, outs, ins)
 
@@ -42,7 +42,7 @@ def packed_linear_int8(
     found, kind, depth = native(), number(x.dtype), weight.depth
     if found is None or kind is None:
         return ops.packed_linear_int8.__wrapped__(x, weight, bias, activation)
-    x = F.pad(x, (0, 1)) if depth == 2 and weight.ins % 2 else x.contiguous()
+    x = F.pad(x, (0, -weight.ins % 4)) if depth == 2 and weight.ins % 4 else x.contiguous()
     (rows, ins), outs = x.shape, weight.outs // 2 if activation == "silu_and_mul" else weight.outs
     y = torch.empty(rows, outs, dtype=x.dtype)
     room = torch.empty(rows, ins + 4)

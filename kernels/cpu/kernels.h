@@ -149,31 +149,54 @@ void run_norm(const Norm& a, int threads) {
 }
 
 template <class T> void rotary_of(const Rotary& a, int threads) {
+    const long width = (a.heads + 2 * a.pages.kv_heads) * a.pages.size;
     each(a.rows, part_of(a.rows, threads), threads, [&](long first, long end) {
         for (long row = first; row < end; ++row) {
-            const T* qkv = (const T*)a.qkv + row * (a.heads + 2 * a.kv_heads) * a.size;
             const long angles = a.positions[row] * a.half;
-            rotary_and_write(qkv, (const T*)a.q_norm, (const T*)a.k_norm, a.eps, a.cos + angles, a.sin + angles, a.half,
-                             a.interleaved != 0, a.slots[row], (T*)a.q + row * a.heads * a.size, (T*)a.k, (T*)a.v, a.heads,
-                             a.kv_heads, a.size, a.page, a.page_step);
+            rotary_and_write((const T*)a.qkv + row * width, (const T*)a.q_norm, (const T*)a.k_norm, a.eps, a.cos + angles,
+                             a.sin + angles, a.half, a.interleaved != 0, a.slots[row],
+                             (T*)a.q + row * a.heads * a.pages.size, a.pages, a.heads);
         }
     });
 }
 
 void run_rotary(const Rotary& a, int threads) {
-    if (a.rows * (a.heads + 2 * a.kv_heads) * a.size < FEW_ELEMENTS) threads = 1;
+    if (a.rows * (a.heads + 2 * a.pages.kv_heads) * a.pages.size < FEW_ELEMENTS) threads = 1;
     if (a.type) rotary_of<bf16>(a, threads);
     else rotary_of<float>(a, threads);
 }
 
-void run_attention(const Attention& a, int threads) {
+template <class T> void write_of(const Write& a, int threads) {
+    const Pages& to = a.pages;
+    each(a.rows, part_of(a.rows, threads), threads, [&](long first, long end) {
+        for (long row = first; row < end; ++row)
+            for (long head = 0; head < to.kv_heads; ++head) {
+                const T *k = (const T*)a.k + row * a.k_step, *v = (const T*)a.v + row * a.v_step;
+                write_head(k + head * to.size, to.k, to.k_scale, to, a.slots[row], head);
+                write_head(v + head * to.size, to.v, to.v_scale, to, a.slots[row], head);
+            }
+    });
+}
+
+void run_write(const Write& a, int threads) {
+    if (2 * a.rows * a.pages.kv_heads * a.pages.size < FEW_ELEMENTS) threads = 1;
+    if (a.type) write_of<bf16>(a, threads);
+    else write_of<float>(a, threads);
+}
+
+template <class T> void attention_of(const Attention& a, int threads) {
     const Step step = {a.starts, a.lengths, a.table, a.sequences, a.table_width};
-    const Shape shape = {a.heads, a.kv_heads, a.size, a.page, a.page_step, a.scale, a.alibi, a.window, a.softcap};
+    const Shape shape = {a.heads, a.pages, a.scale, a.alibi, a.window, a.softcap};
+    if (a.pages.k_scale) attention<T, int8_t>((const T*)a.q, (T*)a.out, step, shape, threads);
+    else attention<T, T>((const T*)a.q, (T*)a.out, step, shape, threads);
+}
+
+void run_attention(const Attention& a, int threads) {
     long pairs = 0;
     for (long b = 0; b < a.sequences; ++b) pairs += (long)(a.starts[b + 1] - a.starts[b]) * a.lengths[b];
-    if (pairs * a.heads * a.size < FEW_PRODUCTS) threads = 1;
-    if (a.type) attention((const bf16*)a.q, (const bf16*)a.k, (const bf16*)a.v, (bf16*)a.out, step, shape, threads);
-    else attention((const float*)a.q, (const float*)a.k, (const float*)a.v, (float*)a.out, step, shape, threads);
+    if (pairs * a.heads * a.pages.size < FEW_PRODUCTS) threads = 1;
+    if (a.type) attention_of<bf16>(a, threads);
+    else attention_of<float>(a, threads);
 }
 
 }  // namespace

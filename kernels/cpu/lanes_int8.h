@@ -28,17 +28,44 @@ INLINE Lanes firsts(const int8_t* at) {
 }
 INLINE Lanes seconds(const int8_t* at) { return {_mm512_cvtepi32_ps(_mm512_srai_epi32(pair_words(at), 8))}; }
 
-// 32 numbers in bfloat16, which holds them exactly.
-INLINE __m512i as_bf16(const int8_t* at) {
-#if TANDEM_BF16_PRODUCTS
-    return (__m512i)_mm512_cvtne2ps_pbh(load(at + 16).v, load(at).v);
-#else
-    const __m256i low = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(load(at).v), 16));
-    const __m256i high = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(load(at + 16).v), 16));
-    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-#endif
+INLINE void widen_32(const int8_t* from, bf16* to) {
+    const __m256i low = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(load(from).v), 16));
+    const __m256i high = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(load(from + 16).v), 16));
+    _mm512_storeu_si512(to, _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
 }
-INLINE void widen_32(const int8_t* from, bf16* to) { _mm512_storeu_si512(to, as_bf16(from)); }
+
+#if TANDEM_BF16_PRODUCTS
+
+// 0 … 127 in bfloat16, upper and lower bytes.
+struct Magnitudes {
+    uint8_t low[128] = {0}, high[128] = {0};
+    constexpr Magnitudes() {
+        for (int x = 1, exponent = 0; x < 128; ++x) {
+            if (x >> (exponent + 1)) ++exponent;
+            const int bits = (127 + exponent) << 7 | (x << (7 - exponent) & 0x7f);
+            low[x] = bits & 0xff;
+            high[x] = bits >> 8;
+        }
+    }
+};
+alignas(64) constexpr Magnitudes MAGNITUDES;
+
+// 64 numbers in bfloat16, 32 and 32, by conversions, which leave the units of products free, or by the fewest operations.
+struct Widened { __m512i first, second; };
+INLINE __m512i converted(const int8_t* at) { return (__m512i)_mm512_cvtne2ps_pbh(load(at + 16).v, load(at).v); }
+template <bool FEWEST> INLINE Widened as_bf16(const int8_t* at) {
+    if (!FEWEST) return {converted(at), converted(at + 32)};
+    const __m512i halves = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);  // of a half in the lower halves of 128 bits
+    const __m512i x = _mm512_permutexvar_epi64(halves, _mm512_loadu_si512(at)), place = _mm512_abs_epi8(x);
+    const auto found = [=](const uint8_t* table) {
+        return _mm512_permutex2var_epi8(_mm512_load_si512(table), place, _mm512_load_si512(table + 64));
+    };
+    const __m512i low = found(MAGNITUDES.low), sign = _mm512_and_si512(x, _mm512_set1_epi8((char)0x80));
+    const __m512i high = _mm512_or_si512(found(MAGNITUDES.high), sign);
+    return {_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)};
+}
+
+#endif
 
 // |x|, and the larger of two that are not negative; NaN is larger than all.
 INLINE Lanes magnitude(Lanes x) { return {_mm512_abs_ps(x.v)}; }
@@ -118,6 +145,10 @@ INLINE void store(int16_t* at, Lanes x) {
 INLINE void widen(const int8_t* from, bf16* to, long count) {
     long i = 0;
     for (; i + 32 <= count; i += 32) widen_32(from + i, to + i);
+    if (i + 16 <= count) {
+        store(to + i, load(from + i));
+        i += 16;
+    }
     for (; i < count; ++i) narrow(to + i, (float)from[i]);
 }
 

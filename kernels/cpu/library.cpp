@@ -19,7 +19,8 @@ int tandem_best_set() {
     if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq") ||
         !__builtin_cpu_supports("avx512vl"))
         return 1;
-    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") ? 3 : 2;
+    const bool products = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+    return products && __builtin_cpu_supports("avx512vbmi") ? 3 : 2;
 }
 
 void tandem_pack(int set, int threads, const Pack* a) { SETS[set]->pack(*a, threads); }
@@ -30,5 +31,6 @@ void tandem_lora(int set, int threads, const Lora* a) { SETS[set]->lora(*a, thre
 void tandem_activate(int set, int threads, const Activate* a) { SETS[set]->activate(*a, threads); }
 void tandem_norm(int set, int threads, const Norm* a) { SETS[set]->norm(*a, threads); }
 void tandem_rotary(int set, int threads, const Rotary* a) { SETS[set]->rotary(*a, threads); }
+void tandem_write(int set, int threads, const Write* a) { SETS[set]->write(*a, threads); }
 void tandem_attention(int set, int threads, const Attention* a) { SETS[set]->attention(*a, threads); }
 }

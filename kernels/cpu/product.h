@@ -1,79 +1,24 @@
 // Products with a matrix in panels of 16 columns: y = x · Wᵀ, where W [N, K] is stored so that 16 outputs are computed side
-// by side, [N / 16][K / 2][16][2] in bfloat16 and [N / 16][K][16] in float32.
+// by side, [N / 16][K / 2][16][2] in bfloat16, [N / 16][K][16] in float32; int8 see additions.h.
 //
 // An output is one chain of fused multiply-adds over K in order. So a row has the same bits whatever rows are computed
 // with it. Memory: every panel is read once per ROWS rows of x.
 
 #pragma once
 
+#include "additions.h"
 #include "crew.h"
-#include "quantize.h"
 
 namespace {
 
-constexpr long COLUMNS = 16, ROWS = 64, DEPTH = 1024;  // of a panel; of x between two readings of W; of K per visit of a tile
+constexpr long ROWS = 64, DEPTH = 1024;  // of x between two readings of W; of K per visit of a tile
 
-// Rows that a tile holds: their sums, and two registers for W, must fit the registers.
+// Rows that a tile of one panel and, with AVX-512, of two holds, and one of four: their sums, and two registers for W, must
+// fit the registers.
 #if TANDEM_AVX512
-constexpr long TILE = 12;
+constexpr long TILE = 12, WIDE_TILE = 6;
 #else
-constexpr long TILE = 5;
-#endif
-constexpr long FUSED = TILE;  // rows up to which int8 is brought into floats anew for every tile
-
-
-
-// W's columns for k and k + 1.
-template <class W> INLINE Lanes even(const W* w) { return firsts(w); }
-template <class W> INLINE Lanes odd(const W* w) { return seconds(w); }
-INLINE Lanes even(const float* w) { return load(w); }
-INLINE Lanes odd(const float* w) { return load(w + COLUMNS); }
-
-template <class X> constexpr long STEP = 2;  // of K per addition
-template <> constexpr long STEP<uint8_t> = 4;
-template <> constexpr long STEP<int16_t> = 4;
-
-// sums += x[k] · W[k] + x[k + 1] · W[k + 1], for one row.
-template <class W> INLINE Lanes add(const float* x, const W* w, Lanes sums) {
-    return fma(all(x[1]), odd(w), fma(all(x[0]), even(w), sums));
-}
-INLINE int two_words(const void* at) {
-    int both;
-    memcpy(&both, at, 4);
-    return both;
-}
-#if TANDEM_BF16_PRODUCTS
-INLINE __m512bh as_pairs(const bf16* w) { return (__m512bh)_mm512_loadu_si512(w); }
-INLINE __m512bh as_pairs(const int8_t* w) { return (__m512bh)as_bf16(w); }
-template <class W> INLINE Lanes add(const bf16* x, const W* w, Lanes sums) {
-    return {_mm512_dpbf16_ps(sums.v, (__m512bh)_mm512_set1_epi32(two_words(x)), as_pairs(w))};
-}
-#endif
-
-// Whole sums of four products, x and W in the orders of lanes_int8.h. Nothing saturates: they stay below 2³¹ for
-// K < 66,000.
-#if TANDEM_INT8_PRODUCTS
-INLINE Lanes add(const uint8_t* x, const int8_t* w, Lanes sums) {
-    const __m512i four = _mm512_set1_epi32(two_words(x));
-    return {_mm512_castsi512_ps(_mm512_dpbusd_epi32(_mm512_castps_si512(sums.v), four, _mm512_loadu_si512(w)))};
-}
-#elif TANDEM_AVX512
-INLINE Lanes add(const int16_t* x, const int8_t* w, Lanes sums) {
-    const __m512i quads = _mm512_loadu_si512(w), first = _mm512_srai_epi16(_mm512_slli_epi16(quads, 8), 8);
-    const __m512i a = _mm512_madd_epi16(first, _mm512_set1_epi32(two_words(x)));
-    const __m512i b = _mm512_madd_epi16(_mm512_srai_epi16(quads, 8), _mm512_set1_epi32(two_words(x + 2)));
-    return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_add_epi32(_mm512_castps_si512(sums.v), a), b))};
-}
-#else
-INLINE __m256 add_half(__m256i x02, __m256i x13, const int8_t* w, __m256 sums) {
-    const __m256i quads = _mm256_loadu_si256((const __m256i*)w), first = _mm256_srai_epi16(_mm256_slli_epi16(quads, 8), 8);
-    const __m256i a = _mm256_madd_epi16(first, x02), b = _mm256_madd_epi16(_mm256_srai_epi16(quads, 8), x13);
-    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_add_epi32(_mm256_castps_si256(sums), a), b));
-}
-INLINE Lanes add(const int16_t* x, const int8_t* w, Lanes sums) {
-    const __m256i x02 = _mm256_set1_epi32(two_words(x)), x13 = _mm256_set1_epi32(two_words(x + 2));
-    return {add_half(x02, x13, w, sums.a), add_half(x02, x13, w + 32, sums.b)};
-}
+constexpr long TILE = 5, WIDE_TILE = 1;
 #endif
 
 // R rows of x (stride `x_step`) times P panels, over `depth` of K (a multiple of STEP). c [P][.. `c_step` rows][16]: sums so far.
@@ -87,11 +32,11 @@ INLINE void tile(const X* x, long x_step, const W* const* panels, long depth, fl
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) sums[p][r] = fresh ? zeros() : load(c + (p * c_step + r) * COLUMNS);
     }
-    for (long k = 0; k < depth; k += STEP<X>) {
-#pragma GCC unroll 8
-        for (int p = 0; p < P; ++p) {
-#pragma GCC unroll 16
-            for (int r = 0; r < R; ++r) sums[p][r] = add(x + r * x_step + k, w[p] + k * COLUMNS, sums[p][r]);
+    for (long k = 0; k < depth; k += STEP<X, W>) {
+#pragma GCC unroll 64
+        for (int i = 0; i < R * P; ++i) {
+            const int r = P < 4 ? i / P : i % R, p = P < 4 ? i % P : i / R;
+            sums[p][r] = add<R>(x + r * x_step + k, w[p] + k * COLUMNS, sums[p][r]);
         }
     }
 #pragma GCC unroll 8
@@ -121,9 +66,9 @@ void multiply(long rows, const X* x, long x_step, const W* const* w, long count,
         float* to = c + first * COLUMNS;
         long p = 0;
         // Few rows are few chains of additions: several panels at a time fill the pipelines.
-        if (here <= TILE / 4)
+        if (here <= WIDE_TILE)
             for (; p + 4 <= count; p += 4)
-                rows_of<TILE / 4, 4>(here, from, x_step, w + p, depth, to + p * c_step * COLUMNS, c_step, fresh);
+                rows_of<WIDE_TILE, 4>(here, from, x_step, w + p, depth, to + p * c_step * COLUMNS, c_step, fresh);
         if (here <= TILE / 2 || TANDEM_AVX512)
             for (; p + 2 <= count; p += 2)
                 rows_of<TANDEM_AVX512 ? TILE : TILE / 2, 2>(here, from, x_step, w + p, depth, to + p * c_step * COLUMNS,
@@ -189,23 +134,6 @@ struct ScaledBoth {
     ScaledBoth from(long row) const { return {scale, x_scale + row, totals}; }
 };
 
-// `multiply`, with int8 that is multiplied as floats brought into bfloat16 first where many rows meet it.
-template <class X, class W>
-INLINE void multiply_block(long rows, const X* x, long x_step, const W* const* w, long count, long depth, float* c, bool fresh) {
-    if constexpr (sizeof(W) == 1 && STEP<X> == 2) {
-        if (rows > FUSED) {
-            alignas(64) bf16 wider[4 * DEPTH * COLUMNS];
-            const bf16* starts[4];
-            for (long p = 0; p < count; ++p) {
-                widen(w[p], wider + p * DEPTH * COLUMNS, depth * COLUMNS);
-                starts[p] = wider + p * DEPTH * COLUMNS;
-            }
-            return multiply(rows, x, x_step, starts, count, depth, c, rows, fresh);
-        }
-    }
-    multiply(rows, x, x_step, w, count, depth, c, rows, fresh);
-}
-
 // y [rows, outs] = activation(x [rows, ins] · Wᵀ + bias), rounded to T before the activation as well. `x` holds the same
 // as rows of T where the processor multiplies T itself, else as float32, or int8. silu_and_mul: W holds gate above up,
 // `outs` each. Here its `count` panels of the result from `first` on; there are at most ROWS rows.
@@ -219,7 +147,7 @@ void some_panels(const X* x, const W* w, const Meant& meant, const T* bias, T* y
     for (long k = 0; k < ins; k += DEPTH) {
         for (long p = 0; p < all_panels; ++p)
             starts[p] = w + ((p < count ? first + p : panels + first + p - count) * ins + k) * COLUMNS;
-        multiply_block(rows, x + k, ins, starts, all_panels, ins - k < DEPTH ? ins - k : DEPTH, c, k == 0);
+        multiply(rows, x + k, ins, starts, all_panels, ins - k < DEPTH ? ins - k : DEPTH, c, rows, k == 0);
     }
     for (long p = 0; p < count; ++p) {
         const long column = (first + p) * COLUMNS, width = outs - column < COLUMNS ? outs - column : COLUMNS;

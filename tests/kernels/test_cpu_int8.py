@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from tandem.kernels import ops
-from tandem.kernels.cpu import int8, product
+from tandem.kernels.cpu import attention, int8, product, rows
 from tandem.kernels.cpu.native import SETS, native
-from tandem.kernels.ops import Activation, PackedInt8
+from tandem.kernels.ops import Activation, KVLayer, PackedInt8, Sequences
 
 NATIVE = native()
 pytestmark = pytest.mark.skipif(NATIVE is None, reason="the C++ kernels were not built, or this CPU lacks AVX2")
@@ -28,7 +29,8 @@ COUNTS = (1, 2, 3, 5, 6, 13, 64)
 def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert NATIVE is not None
     chosen = replace(NATIVE, set=SETS.index(request.param))
-    monkeypatch.setattr(int8, "native", lambda: chosen)
+    for module in (attention, int8, rows):
+        monkeypatch.setattr(module, "native", lambda: chosen)
     yield
 
 
@@ -144,3 +146,87 @@ def test_other_dtypes_are_the_definitions() -> None:
     found = int8.packed_linear_int8(x, packed)
     assert found.dtype == torch.float16 and torch.equal(found, ops.packed_linear_int8.__wrapped__(x, packed))
     assert torch.equal(int8.quantize_rows(x).values, ops.quantize_rows.__wrapped__(x).values)
+
+
+# K and V --------------------------------------------------------------------------------------------------------------
+
+
+def pages(count: int, kv_heads: int, page: int, size: int) -> KVLayer:
+    """Of a cache of two layers, the second's: pages are apart, and behind their values lie the scales, all NaN."""
+    values = torch.full((count, 2, 2, kv_heads, page, size), -128, dtype=torch.int8)
+    scales = torch.full((count, 2, 2, kv_heads, page), NAN, dtype=torch.float16)
+    return KVLayer(values[:, 1, 0], values[:, 1, 1], scales[:, 1, 0], scales[:, 1, 1])
+
+
+def same_pages(found: KVLayer, expected: KVLayer) -> None:
+    for a, b in zip(found, expected, strict=True):
+        assert a is not None and b is not None
+        assert torch.equal(a.nan_to_num(-1), b.nan_to_num(-1)) if a.is_floating_point() else torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [16, 40, 80, 128])
+def test_writes_have_the_definitions_bits(size: int, dtype: torch.dtype) -> None:
+    kv_heads, page, count = 2, 5, 11
+    qkv = noise(count, 3 * kv_heads * size).to(dtype)
+    qkv[1], qkv[2, ::7], qkv[3] = 0, 3000, qkv[3] * 1e-7
+    slots = torch.randperm(4 * page, generator=torch.Generator().manual_seed(1))[:count]
+    k, v = qkv.view(count, -1, size)[:, kv_heads:].split(kv_heads, 1)
+    made = [pages(4, kv_heads, page, size) for _ in range(2)]
+    rows.write_kv(k, v, slots, made[0])
+    ops.write_kv.__wrapped__(k, v, slots, made[1])
+    same_pages(*made)
+    positions, still = torch.zeros(count, dtype=torch.int64), torch.zeros(1, 4)  # an angle of 0 turns nothing
+    given = (None, None, 1e-6, positions, still + 1, still, False, slots)
+    queries = rows.qk_norm_rotary_and_write_kv(qkv, *given, made[1])
+    same_pages(*made)
+    assert torch.equal(queries, qkv.view(count, -1, size)[:, :kv_heads])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotated_keys_in_int8(interleaved: bool, dtype: torch.dtype) -> None:
+    """Within a step of what the definition stores: how sums are rounded differs before they are."""
+    count, kv_heads, page, size, half = 9, 2, 4, 40, 12
+    qkv, norm = noise(count, 7 * size).to(dtype), 1 + noise(size, seed=2).to(dtype) / 8
+    angles, slots = torch.rand(50, half, generator=torch.Generator().manual_seed(1)) * 6, torch.arange(count)
+    given = (qkv, norm, norm, 1e-6, slots * 3, angles.cos(), angles.sin(), interleaved, slots)
+    made = [pages(3, kv_heads, page, size) for _ in range(2)]
+    close(
+        rows.qk_norm_rotary_and_write_kv(*given, made[0]), ops.qk_norm_rotary_and_write_kv.__wrapped__(*given, made[1])
+    )
+    assert ((made[0].k.int() - made[1].k.int()).abs() <= 1).all() and torch.equal(made[0].v, made[1].v)
+    assert made[0].k_scale is not None and made[1].k_scale is not None
+    torch.testing.assert_close(made[0].k_scale, made[1].k_scale, rtol=1e-2, atol=0, equal_nan=True)
+
+
+LENGTHS = [1, 15, 16, 17, 63, 64, 65, 129, 0, 200, 40]
+ROWS = [1, 1, 1, 1, 1, 1, 1, 1, 1, 77, 40]  # of this step: nine decodes, one of them padding, and two prompts
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 20}, {"softcap": 2.0}, {"alibi": True, "window": 100}])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads, kv_heads, size, page", [(6, 2, 64, 16), (4, 4, 80, 24), (5, 1, 8, 7), (8, 2, 128, 32)])
+def test_attention(
+    heads: int, kv_heads: int, size: int, page: int, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    """With NaN for the scale of every slot that no row may read."""
+    generator = torch.Generator().manual_seed(size)
+    width = -(-max(LENGTHS) // page)
+    table = torch.randperm(len(LENGTHS) * width, generator=generator).view(-1, width).int()
+    cache = pages(table.numel(), kv_heads, page, size)
+    for row, length in enumerate(LENGTHS):
+        at = torch.arange(length)
+        slots = table[row, at // page] * page + at % page
+        k, v = torch.randn(2, length, kv_heads, size, generator=generator) * torch.rand(length, 1, 1) * 3
+        ops.write_kv.__wrapped__(k, v, slots.long(), cache)
+    starts = torch.tensor([0, *ROWS]).cumsum(0).int()
+    sequences = Sequences(starts, torch.tensor(LENGTHS).int(), table, 9, max(ROWS), max(LENGTHS), memo={})
+    q = torch.randn(sum(ROWS), heads, size, generator=generator).to(dtype)
+    if options.get("alibi"):
+        options = options | {"alibi": torch.rand(heads, generator=generator)}
+    found = attention.paged_attention(q, cache, sequences, size**-0.5, **options)
+    close(found, ops.paged_attention.__wrapped__(q, cache, sequences, size**-0.5, **options))
+    last = Sequences(torch.tensor([0, 1]).int(), torch.tensor([200]).int(), table[9:10], 1, 1, 200)
+    alone = attention.paged_attention(q[85:86], cache, last, size**-0.5, **options)
+    assert torch.equal(alone, found[85:86])  # the last row of the chunk, as a decode
