@@ -28,13 +28,9 @@ INLINE Lanes firsts(const int8_t* at) {
 }
 INLINE Lanes seconds(const int8_t* at) { return {_mm512_cvtepi32_ps(_mm512_srai_epi32(pair_words(at), 8))}; }
 
-INLINE void widen_32(const int8_t* from, bf16* to) {
-    const __m256i low = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(load(from).v), 16));
-    const __m256i high = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(load(from + 16).v), 16));
-    _mm512_storeu_si512(to, _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
-}
-
 #if TANDEM_BF16_PRODUCTS
+
+INLINE __m512i converted(const int8_t* at) { return (__m512i)_mm512_cvtne2ps_pbh(load(at + 16).v, load(at).v); }
 
 // 0 … 127 in bfloat16, upper and lower bytes.
 struct Magnitudes {
@@ -52,7 +48,6 @@ alignas(64) constexpr Magnitudes MAGNITUDES;
 
 // 64 numbers in bfloat16, 32 and 32, by conversions, which leave the units of products free, or by the fewest operations.
 struct Widened { __m512i first, second; };
-INLINE __m512i converted(const int8_t* at) { return (__m512i)_mm512_cvtne2ps_pbh(load(at + 16).v, load(at).v); }
 template <bool FEWEST> INLINE Widened as_bf16(const int8_t* at) {
     if (!FEWEST) return {converted(at), converted(at + 32)};
     const __m512i halves = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);  // of a half in the lower halves of 128 bits
@@ -65,7 +60,17 @@ template <bool FEWEST> INLINE Widened as_bf16(const int8_t* at) {
     return {_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)};
 }
 
+#else
+
+INLINE __m512i converted(const int8_t* at) {
+    const __m256i low = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(load(at).v), 16));
+    const __m256i high = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(load(at + 16).v), 16));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+
 #endif
+
+INLINE void widen_32(const int8_t* from, bf16* to) { _mm512_storeu_si512(to, converted(from)); }
 
 // |x|, and the larger of two that are not negative; NaN is larger than all.
 INLINE Lanes magnitude(Lanes x) { return {_mm512_abs_ps(x.v)}; }
