@@ -4,6 +4,8 @@
 //   scores [R, BLOCK] = q · Kᵀ,  m' = max(m, max scores),  p = exp(scores - m'),  l = l · exp(m - m') + Σ p,
 //   sums [R, H] = sums · exp(m - m') + p · V,  and at the end sums / l.
 //
+// K and V in int8 become bfloat16 in their panels; K's scales multiply the scores, V's scales p where it meets V.
+//
 // The order of all of it depends on a row's own position only: its bits are the same in a prompt, in any chunk of it and
 // as a decode, alone and in any batch. A position that a row does not see adds exactly 0. Method: Milakov and Gimelshein,
 // "Online normalizer calculation for softmax", 2018. Traffic: K and V are read once per piece of work.
@@ -12,11 +14,11 @@
 
 #include <stdlib.h>
 
-#include "rows.h"
+#include "kv_block.h"
 
 namespace {
 
-constexpr long BLOCK = 64, QUERIES = 16, WIDEST = 64;  // positions of K and V, and of queries; rows of a piece
+constexpr long QUERIES = 16, WIDEST = 64;  // positions, and rows, of a piece
 
 struct Step {  // of a step: see Sequences in ops.py
     const int32_t *starts, *lengths, *table;
@@ -24,7 +26,8 @@ struct Step {  // of a step: see Sequences in ops.py
 };
 
 struct Shape {
-    long heads, kv_heads, size, page, page_step;  // elements of a head, positions of a page, elements between pages
+    long heads;
+    Pages pages;
     float scale;
     const float* alibi;  // [heads] or null
     long window;         // 0: none
@@ -45,114 +48,55 @@ struct Room {
     }
 };
 
-INLINE void transpose_8x8(const uint32_t* const* rows, long from, uint32_t* to) {
-    __m256 r[8], t[8];
+// sums [size / 16][R][16] += weights [R][BLOCK] · V, whose `count` positions are rows, for P · 16 columns from `column` on: the
+// sums of `multiply` without its panels, which a single tile of rows does not repay.
+template <int R, int P, class S>
+INLINE void add_columns(const S* const* values, long count, long size, const float* weights, float* sums, long column) {
+    Lanes found[P][R];
+    float* at = sums + column * R;
+#pragma GCC unroll 64
+    for (int i = 0; i < R * P; ++i) found[i / R][i % R] = load(at + i * COLUMNS);
+    for (long j = 0; j < count; ++j) {
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps((const float*)(rows[i] + from));
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-        t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
-        t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
-    }
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i) {
-        r[4 * i] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
-        r[4 * i + 1] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0xee);
-        r[4 * i + 2] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
-        r[4 * i + 3] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xee);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-        _mm256_storeu_ps((float*)(to + i * COLUMNS), _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
-        _mm256_storeu_ps((float*)(to + (i + 4) * COLUMNS), _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
-    }
-}
-
-// One panel of K: 16 positions are its columns. An element of it is a float32 or a pair of bfloat16.
-template <class T> void keys_panel(const T* const* rows, long size, T* to) {
-    const uint32_t* from[COLUMNS];
-    for (int j = 0; j < COLUMNS; ++j) from[j] = (const uint32_t*)rows[j];
-    const long count = size * (long)sizeof(T) / 4;
-    uint32_t* into = (uint32_t*)to;
-    long i = 0;
-    for (; i + 8 <= count; i += 8) {
-        transpose_8x8(from, i, into + i * COLUMNS);
-        transpose_8x8(from + 8, i, into + i * COLUMNS + 8);
-    }
-    for (; i < count; ++i)
-        for (int j = 0; j < COLUMNS; ++j) into[i * COLUMNS + j] = from[j][i];
-}
-
-// The panels of V: positions are its depth. `step`: elements of a panel.
-void values_panels(const float* const* rows, long count, long size, float* to, long step) {
-    for (long j = 0; j < count; ++j)
-        for (long h = 0; h < size; h += COLUMNS) {
-            float* into = to + h / COLUMNS * step + j * COLUMNS;
-            store(into, size - h >= COLUMNS ? load(rows[j] + h) : load_some(rows[j] + h, size - h));
-        }
-}
-void values_panels(const bf16* const* rows, long count, long size, bf16* to, long step) {
-    for (long j = 0; j < count; j += 2)
-        for (long h = 0; h < size; h += COLUMNS) {
-            bf16* into = to + h / COLUMNS * step + j * COLUMNS;
-            if (size - h >= COLUMNS) {
-                __m256i a = _mm256_loadu_si256((const __m256i*)(rows[j] + h));
-                __m256i b = _mm256_loadu_si256((const __m256i*)(rows[j + 1] + h));
-                __m256i low = _mm256_unpacklo_epi16(a, b), high = _mm256_unpackhi_epi16(a, b);
-                _mm256_storeu_si256((__m256i*)into, _mm256_permute2x128_si256(low, high, 0x20));
-                _mm256_storeu_si256((__m256i*)(into + 16), _mm256_permute2x128_si256(low, high, 0x31));
-            } else {
-                for (long i = 0; i < COLUMNS; ++i) {
-                    into[2 * i] = h + i < size ? rows[j][h + i] : 0;
-                    into[2 * i + 1] = h + i < size ? rows[j + 1][h + i] : 0;
-                }
-            }
-        }
-}
-
-// Where K and V of the positions of one block lie, for one kv head.
-template <class T> struct Block {
-    const T *keys[BLOCK], *values[BLOCK];
-
-    // Positions base … base + count - 1; `blank` for those that were never written or whose page is gone: outside of
-    // from … to - 1. What is found is on its way to the cache when this returns.
-    void find(const T* k_pages, const T* v_pages, const int32_t* table, const Shape& shape, long kv_head, long base,
-              long count, long from, long to, const T* blank) {
-        const long lines = shape.size * (long)sizeof(T);
-        long index = base / shape.page, offset = base % shape.page, place = 0;
-        for (long j = 0, at = base; j < count; ++j, ++at, ++offset) {
-            if (offset == shape.page) offset = 0, ++index;
-            if (at < from || at >= to) {
-                keys[j] = values[j] = blank;
-                place = 0;
-                continue;
-            }
-            if (offset == 0 || place == 0)
-                place = table[index] * shape.page_step + (kv_head * shape.page + offset) * shape.size + 1;
-            else place += shape.size;
-            keys[j] = k_pages + place - 1;
-            values[j] = v_pages + place - 1;
-            for (long line = 0; line < lines; line += 64) {
-                __builtin_prefetch((const char*)keys[j] + line);
-                __builtin_prefetch((const char*)values[j] + line);
-            }
+        for (int p = 0; p < P; ++p) {
+            const long left = size - column - p * COLUMNS;
+            const S* from = values[j] + column + p * COLUMNS;
+            const Lanes v = P > 1 || left >= COLUMNS ? load(from) : load_some(from, left);
+#pragma GCC unroll 16
+            for (int r = 0; r < R; ++r) found[p][r] = fma(all(weights[r * BLOCK + j]), v, found[p][r]);
         }
     }
-};
+#pragma GCC unroll 64
+    for (int i = 0; i < R * P; ++i) store(at + i * COLUMNS, found[i / R][i % R]);
+}
+
+// The same for all columns of `rows` rows; `rows` is R or less.
+template <int R, class S>
+void add_values(long rows, const S* const* values, long count, long size, const float* weights, float* sums) {
+    if constexpr (R > 0) {
+        if (rows < R) return add_values<R - 1>(rows, values, count, size, weights, sums);
+        constexpr int P = R <= WIDE_TILE ? 4 : TANDEM_AVX512 ? 2 : 1;
+        long column = 0;
+        for (; column + P * COLUMNS <= size; column += P * COLUMNS)
+            add_columns<R, P>(values, count, size, weights, sums, column);
+        for (; column < size; column += COLUMNS) add_columns<R, 1>(values, count, size, weights, sums, column);
+    }
+}
 
 // Rows [first, first + count) of sequence `b`, which stand at positions from `position` on, for one kv head.
-template <class T>
-void attend(const T* q, const T* k_pages, const T* v_pages, T* out, const Step& step, const Shape& shape, long b,
-                   long first, long count, long position, long kv_head, const T* blank, Room& room) {
-    const long size = shape.size, group = shape.heads / shape.kv_heads, rows = count * group;
+template <class T, class S>
+void attend(const T* q, T* out, const Step& step, const Shape& shape, long b, long first, long count, long position,
+            long kv_head, const S* blank, Room& room) {
+    typedef typename InPanels<S>::Type Panel;
+    const long size = shape.pages.size, group = shape.heads / shape.pages.kv_heads, rows = count * group;
     const long outer = (size + COLUMNS - 1) / COLUMNS, length = step.lengths[b], last = position + count - 1;
     float* queries = room.of(rows * size + rows * (BLOCK * 2 + outer * COLUMNS + 2) + BLOCK * size + BLOCK * outer * COLUMNS);
     float* scores = queries + rows * size;             // [4][rows][16]
     float* weights = scores + rows * BLOCK;            // [rows][BLOCK]
     float* sums = weights + rows * BLOCK;              // [outer][rows][16]
     float *tops = sums + rows * outer * COLUMNS, *totals = tops + rows;
-    T* keys = (T*)(totals + rows);                     // 4 panels of size · 16
-    T* values = (T*)((float*)keys + BLOCK * size);     // `outer` panels of BLOCK · 16
+    Panel* keys = (Panel*)(totals + rows);             // 4 panels of size · 16
+    Panel* values = (Panel*)((float*)keys + BLOCK * size);  // `outer` panels of BLOCK · 16
 
     for (long r = 0; r < rows; ++r) {
         const T* from = q + ((first + r / group) * shape.heads + kv_head * group + r % group) * size;
@@ -167,27 +111,29 @@ void attend(const T* q, const T* k_pages, const T* v_pages, T* out, const Step& 
 
     const long seen = shape.window && position + 1 > shape.window ? position + 1 - shape.window : 0;
     const int32_t* table = step.table + b * step.table_width;
-    Block<T> blocks[2];
+    Block<S> blocks[2];
     const auto panels_at = [last](long base) {
         const long there = last + 1 - base < BLOCK ? last + 1 - base : BLOCK;
         return (there + COLUMNS - 1) / COLUMNS;
     };
     const auto find = [&](long base) {
-        blocks[base / BLOCK % 2].find(k_pages, v_pages, table, shape, kv_head, base, panels_at(base) * COLUMNS, seen, length,
-                                      blank);
+        blocks[base / BLOCK % 2].find(table, shape.pages, kv_head, base, panels_at(base) * COLUMNS, seen, length, blank);
     };
     find(seen / BLOCK * BLOCK);
     for (long base = seen / BLOCK * BLOCK; base <= last; base += BLOCK) {
         const long panels = panels_at(base);
-        const Block<T>& block = blocks[base / BLOCK % 2];
+        const Block<S>& block = blocks[base / BLOCK % 2];
         if (base + BLOCK <= last) find(base + BLOCK);
-        const T *key_panels[4], *value_panels[WIDEST_HEAD / COLUMNS];
+        const Panel* key_panels[BLOCK / COLUMNS];
+        Lanes key_scales[4], value_scales[4];
         for (long p = 0; p < panels; ++p) {
+            if (block.SCALED) {
+                key_scales[p] = block.scales(block.key_scales, p);
+                value_scales[p] = block.scales(block.value_scales, p);
+            }
             key_panels[p] = keys + p * size * COLUMNS;
             keys_panel(block.keys + p * COLUMNS, size, keys + p * size * COLUMNS);
         }
-        values_panels(block.values, panels * COLUMNS, size, values, BLOCK * COLUMNS);
-        for (long p = 0; p < outer; ++p) value_panels[p] = values + p * BLOCK * COLUMNS;
 
         multiply(rows, queries, size, key_panels, panels, size, scores, rows, true);
         for (long r = 0; r < rows; ++r) {
@@ -200,6 +146,7 @@ void attend(const T* q, const T* k_pages, const T* v_pages, T* out, const Step& 
             for (long p = 0; p < panels; ++p) {
                 const Lanes column = lane + all((float)(p * COLUMNS));
                 s[p] = load(scores + (p * rows + r) * COLUMNS) * all(shape.scale);
+                if (block.SCALED) s[p] = s[p] * key_scales[p];
                 if (shape.softcap != 0)
                     s[p] = all(shape.softcap) * hyperbolic_tangent(s[p] / all(shape.softcap));
                 if (shape.alibi)
@@ -217,7 +164,7 @@ void attend(const T* q, const T* k_pages, const T* v_pages, T* out, const Step& 
             Lanes total = zeros();
             for (long p = 0; p < panels; ++p) {
                 const Lanes weight = exponential(s[p] - all(top));
-                store(to + p * COLUMNS, weight);
+                store(to + p * COLUMNS, block.SCALED ? weight * value_scales[p] : weight);
                 total = total + weight;
             }
             if (top != tops[r]) {
@@ -232,6 +179,13 @@ void attend(const T* q, const T* k_pages, const T* v_pages, T* out, const Step& 
             }
             totals[r] += sum(total);
         }
+        if (rows <= TILE) {
+            add_values<TILE>(rows, block.values, panels * COLUMNS, size, weights, sums);
+            continue;
+        }
+        const Panel* value_panels[WIDEST_HEAD / COLUMNS];
+        for (long p = 0; p < outer; ++p) value_panels[p] = values + p * BLOCK * COLUMNS;
+        values_panels(block.values, panels * COLUMNS, size, values, BLOCK * COLUMNS);
         multiply(rows, weights, BLOCK, value_panels, outer, panels * COLUMNS, sums, rows, false);
     }
     for (long r = 0; r < rows; ++r) {
@@ -247,24 +201,23 @@ void attend(const T* q, const T* k_pages, const T* v_pages, T* out, const Step& 
 
 // Query positions of one piece of work.
 INLINE long positions_of(const Shape& shape) {
-    const long fit = WIDEST / (shape.heads / shape.kv_heads);
+    const long fit = WIDEST / (shape.heads / shape.pages.kv_heads);
     return fit > QUERIES ? QUERIES : fit > 0 ? fit : 1;
 }
 
 // A sequence's last positions take longest: the pieces are handed out from the last to the first.
-template <class T>
-void attention(const T* q, const T* k_pages, const T* v_pages, T* out, const Step& step, const Shape& shape, int threads) {
+template <class T, class S> void attention(const T* q, T* out, const Step& step, const Shape& shape, int threads) {
     static thread_local Room list;
-    const long piece = positions_of(shape);
+    const long piece = positions_of(shape), kv_heads = shape.pages.kv_heads;
     int32_t* ends = (int32_t*)list.of(step.sequences);  // pieces of the sequences up to each
     long total = 0;
     for (long b = 0; b < step.sequences; ++b)
         ends[b] = (int32_t)(total += (step.starts[b + 1] - step.starts[b] + piece - 1) / piece);
     const auto work = [=](long item) {
         static thread_local Room room;
-        T blank[WIDEST_HEAD];
-        memset(blank, 0, sizeof(T) * shape.size);
-        const long place = total - 1 - item / shape.kv_heads;
+        S blank[WIDEST_HEAD];
+        memset(blank, 0, sizeof(S) * shape.pages.size);
+        const long place = total - 1 - item / kv_heads;
         long b = 0;
         for (long step_down = step.sequences; step_down > 0;) {  // how many sequences end at or before this piece
             const long half = step_down / 2;
@@ -274,13 +227,13 @@ void attention(const T* q, const T* k_pages, const T* v_pages, T* out, const Ste
             } else step_down = half;
         }
         const long rows = step.starts[b + 1] - step.starts[b], first = (place - (b ? ends[b - 1] : 0)) * piece;
-        const long count = rows - first < piece ? rows - first : piece, size = shape.heads * shape.size;
+        const long count = rows - first < piece ? rows - first : piece, size = shape.heads * shape.pages.size;
         if (step.lengths[b] == 0) memset(out + (step.starts[b] + first) * size, 0, sizeof(T) * count * size);
         else
-            attend(q, k_pages, v_pages, out, step, shape, b, step.starts[b] + first, count, step.lengths[b] - rows + first,
-                   item % shape.kv_heads, blank, room);
+            attend(q, out, step, shape, b, step.starts[b] + first, count, step.lengths[b] - rows + first, item % kv_heads, blank,
+                   room);
     };
-    each(total * shape.kv_heads, 1, threads, [&](long first, long end) {
+    each(total * kv_heads, 1, threads, [&](long first, long end) {
         for (long item = first; item < end; ++item) work(item);
     });
 }

@@ -1,8 +1,9 @@
 #include "calls.h"
 
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx512vbmi")
 #define TANDEM_AVX512 1
 #define TANDEM_BF16_PRODUCTS 1
+#define TANDEM_INT8_PRODUCTS 1
 #include "kernels.h"
 
-extern const Kernels tandem_avx512_bf16 = {run_pack, run_linear, run_lora, run_activate, run_norm, run_rotary, run_attention};
+extern const Kernels tandem_avx512_bf16 = OF_THIS_SET;

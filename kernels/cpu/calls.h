@@ -4,6 +4,13 @@
 
 #include <stdint.h>
 
+// Of K and V, [kv_heads, page, size] each, `step` elements from one to the next. int8 ones have float16 scales, [kv_heads, page],
+// `scale_step` apart; the others have none.
+struct Pages {
+    void *k, *v, *k_scale, *v_scale;
+    long kv_heads, page, size, step, scale_step;
+};
+
 struct Pack {
     const void* w;
     void* into;
@@ -15,6 +22,24 @@ struct Linear {
     void* y;
     float* wide_x;  // room for x as float32, where x is bfloat16
     long rows, ins, outs, activation, type, w_type;
+};
+
+struct LinearInt8 {
+    const void* x;
+    const int8_t* w;
+    const float* scale;
+    const int32_t* totals;
+    const void* bias;  // may be null
+    void* y;
+    float* room;  // [rows, ins + 4]
+    long rows, ins, outs, activation, type, depth;
+};
+
+struct Quantize {
+    const void* x;
+    int8_t* values;
+    float* scale;
+    long rows, size, type;
 };
 
 struct Lora {
@@ -44,26 +69,38 @@ struct Rotary {
     const int64_t* positions;
     const float *cos, *sin;
     const int64_t* slots;
-    void *q, *k, *v;
-    long rows, heads, kv_heads, size, page, page_step, half, interleaved, type;
+    void* q;
+    Pages pages;
+    long rows, heads, half, interleaved, type;
     float eps;
 };
 
+struct Write {
+    const void *k, *v;
+    const int64_t* slots;
+    Pages pages;
+    long rows, k_step, v_step, type;  // elements from a row of k, and of v, to the next
+};
+
 struct Attention {
-    const void *q, *k, *v;
+    const void* q;
     void* out;
     const int32_t *starts, *lengths, *table;
     const float* alibi;  // may be null
-    long sequences, table_width, heads, kv_heads, size, page, page_step, window, type;
+    Pages pages;
+    long sequences, table_width, heads, window, type;
     float scale, softcap;
 };
 
 struct Kernels {
     void (*pack)(const Pack&, int threads);
     void (*linear)(const Linear&, int threads);
+    void (*linear_int8)(const LinearInt8&, int threads);
+    void (*quantize)(const Quantize&, int threads);
     void (*lora)(const Lora&, int threads);
     void (*activate)(const Activate&, int threads);
     void (*norm)(const Norm&, int threads);
     void (*rotary)(const Rotary&, int threads);
+    void (*write)(const Write&, int threads);
     void (*attention)(const Attention&, int threads);
 };

@@ -138,6 +138,7 @@ INLINE void split(Lanes x, __m256* low, __m256* high) {
 // One number.
 
 INLINE float wide(float x) { return x; }
+INLINE float wide(int8_t x) { return x; }
 INLINE float wide(bf16 x) {
     uint32_t bits = (uint32_t)x << 16;
     float value;

@@ -10,11 +10,14 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..ops import KVLayer
 
 SETS = ("none", "AVX2", "AVX-512", "AVX-512 with bfloat16 products")  # by number, see library.cpp
 WIDEST_HEAD = 1024
@@ -34,17 +37,25 @@ def _fields(names: str, kind: Any) -> dict[str, Any]:
 
 Pack = _call(**_fields("w into", _POINTER), **_fields("outs ins type", _LONG))
 Linear = _call(**_fields("x w bias y wide_x", _POINTER), **_fields("rows ins outs activation type w_type", _LONG))
+LinearInt8 = _call(
+    **_fields("x w scale totals bias y room", _POINTER), **_fields("rows ins outs activation type depth", _LONG)
+)
+Quantize = _call(**_fields("x values scale", _POINTER), **_fields("rows size type", _LONG))
 Lora = _call(**_fields("x a b slots outs y", _POINTER), **_fields("rows ins parts rank type", _LONG))
 Activate = _call(**_fields("x y", _POINTER), **_fields("rows outs activation type", _LONG))
 Norm = _call(**_fields("x residual weight bias y", _POINTER), **_fields("rows size type", _LONG), eps=_FLOAT)
+Pages = _call(**_fields("k v k_scale v_scale", _POINTER), **_fields("kv_heads page size step scale_step", _LONG))
 Rotary = _call(
-    **_fields("qkv q_norm k_norm positions cos sin slots q k v", _POINTER),
-    **_fields("rows heads kv_heads size page page_step half interleaved type", _LONG),
+    **_fields("qkv q_norm k_norm positions cos sin slots q", _POINTER),
+    pages=Pages,
+    **_fields("rows heads half interleaved type", _LONG),
     eps=_FLOAT,
 )
+Write = _call(**_fields("k v slots", _POINTER), pages=Pages, **_fields("rows k_step v_step type", _LONG))
 Attention = _call(
-    **_fields("q k v out starts lengths table alibi", _POINTER),
-    **_fields("sequences table_width heads kv_heads size page page_step window type", _LONG),
+    **_fields("q out starts lengths table alibi", _POINTER),
+    pages=Pages,
+    **_fields("sequences table_width heads window type", _LONG),
     **_fields("scale softcap", _FLOAT),
 )
 
@@ -83,11 +94,28 @@ def number(dtype: torch.dtype) -> int | None:
     return {torch.float32: 0, torch.bfloat16: 1}.get(dtype)
 
 
-def page_step(k: Tensor, v: Tensor) -> int:
-    """Elements from one page of K, and of V, [P, K, S, H] to the next; the page itself is contiguous."""
-    page, size = k.shape[2:]
+def pages_of(cache: KVLayer, dtype: torch.dtype) -> ctypes.Structure | None:
+    """The pages for kernels that compute in `dtype`; None: they hold something else than that or int8."""
+    kv_heads, page, size = cache.k.shape[1:]
+    if size > WIDEST_HEAD or cache.k.dtype not in (dtype, torch.int8):
+        return None
+    step = _step(cache.k, cache.v)
+    if cache.k_scale is None or cache.v_scale is None:
+        assert cache.k.dtype == dtype, "int8 pages have scales"
+        return Pages(at(cache.k), at(cache.v), None, None, kv_heads, page, size, step, 0)
+    if cache.k_scale.dtype != torch.float16:
+        return None
+    scale_step = _step(cache.k_scale, cache.v_scale)
+    scales = at(cache.k_scale), at(cache.v_scale)
+    return Pages(at(cache.k), at(cache.v), *scales, kv_heads, page, size, step, scale_step)
+
+
+def _step(k: Tensor, v: Tensor) -> int:
+    """Elements from one page of K, and of V, [P, K, S, …] to the next; the page itself is contiguous."""
     step, *within = k.stride()
-    assert k.stride() == v.stride() and within == [page * size, size, 1], "pages of other strides"
+    lengths = k.shape[2:]
+    contiguous = [prod(lengths[i:]) for i in range(len(lengths) + 1)]
+    assert k.stride() == v.stride() and within == contiguous, "pages of other strides"
     return step
 
 

@@ -1,47 +1,28 @@
 // Products with a matrix in panels of 16 columns: y = x · Wᵀ, where W [N, K] is stored so that 16 outputs are computed side
-// by side, [N / 16][K / 2][16][2] in bfloat16 and [N / 16][K][16] in float32.
+// by side, [N / 16][K / 2][16][2] in bfloat16, [N / 16][K][16] in float32; int8 see additions.h.
 //
 // An output is one chain of fused multiply-adds over K in order. So a row has the same bits whatever rows are computed
 // with it. Memory: every panel is read once per ROWS rows of x.
 
 #pragma once
 
+#include "additions.h"
 #include "crew.h"
-#include "lanes.h"
 
 namespace {
 
-constexpr long COLUMNS = 16, ROWS = 64, DEPTH = 1024;  // of a panel; of x between two readings of W; of K per visit of a tile
+constexpr long ROWS = 64, DEPTH = 1024;  // of x between two readings of W; of K per visit of a tile
 
-// Rows that a tile holds: their sums, and two registers for W, must fit the registers.
+// Rows that a tile of one panel (with AVX-512 also of two) holds, and one of four: their sums, and two registers for W, must
+// fit the registers.
 #if TANDEM_AVX512
-constexpr long TILE = 12;
+constexpr long TILE = 12, WIDE_TILE = 6;
 #else
-constexpr long TILE = 5;
+constexpr long TILE = 5, WIDE_TILE = 1;
 #endif
 
-INLINE const bf16* panel_of(const bf16* w, long panel, long depth) { return w + panel * depth * COLUMNS; }
-INLINE const float* panel_of(const float* w, long panel, long depth) { return w + panel * depth * COLUMNS; }
-
-// W's columns for k and k + 1.
-INLINE Lanes even(const bf16* w) { return firsts(w); }
-INLINE Lanes odd(const bf16* w) { return seconds(w); }
-INLINE Lanes even(const float* w) { return load(w); }
-INLINE Lanes odd(const float* w) { return load(w + COLUMNS); }
-
-// sums += x[k] · W[k] + x[k + 1] · W[k + 1], for one row.
-template <class W> INLINE Lanes add_pair(const float* x, const W* w, Lanes sums) {
-    return fma(all(x[1]), odd(w), fma(all(x[0]), even(w), sums));
-}
-#if TANDEM_BF16_PRODUCTS
-INLINE Lanes add_pair(const bf16* x, const bf16* w, Lanes sums) {
-    uint32_t both;
-    memcpy(&both, x, 4);
-    return {_mm512_dpbf16_ps(sums.v, (__m512bh)_mm512_set1_epi32((int)both), (__m512bh)_mm512_loadu_si512(w))};
-}
-#endif
-
-// R rows of x (stride `x_step`) times P panels, over `depth` of K (even). c [P][.. `c_step` rows][16]: sums so far.
+// R rows of x (stride `x_step`) times P panels, over `depth` of K (a multiple of STEP). c [P][.. `c_step` rows][16]: sums so
+// far. Few rows take W from memory panel by panel, more of them share registers.
 template <int R, int P, class X, class W>
 INLINE void tile(const X* x, long x_step, const W* const* panels, long depth, float* c, long c_step, bool fresh) {
     Lanes sums[P][R];
@@ -52,11 +33,11 @@ INLINE void tile(const X* x, long x_step, const W* const* panels, long depth, fl
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) sums[p][r] = fresh ? zeros() : load(c + (p * c_step + r) * COLUMNS);
     }
-    for (long k = 0; k < depth; k += 2) {
-#pragma GCC unroll 8
-        for (int p = 0; p < P; ++p) {
-#pragma GCC unroll 16
-            for (int r = 0; r < R; ++r) sums[p][r] = add_pair(x + r * x_step + k, w[p] + k * COLUMNS, sums[p][r]);
+    for (long k = 0; k < depth; k += STEP<X, W>) {
+#pragma GCC unroll 64
+        for (int i = 0; i < R * P; ++i) {
+            const int r = P < 4 ? i / P : i % R, p = P < 4 ? i % P : i / R;
+            sums[p][r] = add<R>(x + r * x_step + k, w[p] + k * COLUMNS, sums[p][r]);
         }
     }
 #pragma GCC unroll 8
@@ -86,9 +67,9 @@ void multiply(long rows, const X* x, long x_step, const W* const* w, long count,
         float* to = c + first * COLUMNS;
         long p = 0;
         // Few rows are few chains of additions: several panels at a time fill the pipelines.
-        if (here <= TILE / 4)
+        if (here <= WIDE_TILE)
             for (; p + 4 <= count; p += 4)
-                rows_of<TILE / 4, 4>(here, from, x_step, w + p, depth, to + p * c_step * COLUMNS, c_step, fresh);
+                rows_of<WIDE_TILE, 4>(here, from, x_step, w + p, depth, to + p * c_step * COLUMNS, c_step, fresh);
         if (here <= TILE / 2 || TANDEM_AVX512)
             for (; p + 2 <= count; p += 2)
                 rows_of<TANDEM_AVX512 ? TILE : TILE / 2, 2>(here, from, x_step, w + p, depth, to + p * c_step * COLUMNS,
@@ -126,19 +107,47 @@ INLINE Lanes as_stored(bf16, Lanes x) {
     return load(part);
 }
 
+// What the sums of a panel, whose first output is `column`, and of row r of x stand for.
+struct Floats {
+    INLINE Lanes of(Lanes sums, long column, long row) const { return sums; }
+    Floats from(long row) const { return *this; }
+};
+
+// int8 outputs: `scale` [panels · 16].
+struct ScaledOutputs {
+    const float* scale;
+    INLINE Lanes of(Lanes sums, long column, long row) const { return sums * load(scale + column); }
+    ScaledOutputs from(long row) const { return *this; }
+};
+
+// int8 rows and outputs.
+struct ScaledBoth {
+    const float *scale, *x_scale;
+    const int32_t* totals;
+    INLINE Lanes of(Lanes sums, long column, long row) const {
+#if TANDEM_INT8_PRODUCTS
+        sums = whole_sums(sums, totals + column);  // x was 128 more than it should be
+#else
+        sums = whole_sums(sums);
+#endif
+        return sums * all(x_scale[row]) * load(scale + column);
+    }
+    ScaledBoth from(long row) const { return {scale, x_scale + row, totals}; }
+};
+
 // y [rows, outs] = activation(x [rows, ins] · Wᵀ + bias), rounded to T before the activation as well. `x` holds the same
-// as rows of T where the processor multiplies T itself, else as float32. silu_and_mul: W holds gate above up, `outs` each.
-// Here its `count` panels of the result from `first` on; there are at most ROWS rows.
-template <class T, class X, class W>
-void some_panels(const X* x, const W* w, const T* bias, T* y, long rows, long ins, long outs, int activation, long first,
-                 long count) {
+// as rows of T where the processor multiplies T itself, else as float32, or int8. silu_and_mul: W holds gate above up,
+// `outs` each. Here its `count` panels of the result from `first` on; there are at most ROWS rows.
+template <class T, class X, class W, class Meant>
+void some_panels(const X* x, const W* w, const Meant& meant, const T* bias, T* y, long rows, long ins, long outs,
+                 int activation, long first, long count) {
     const bool gated = activation == SILU_AND_MUL;
     const long panels = (outs + COLUMNS - 1) / COLUMNS, all_panels = gated ? 2 * count : count;
     float c[4 * ROWS * COLUMNS];
     const W* starts[4];
     for (long k = 0; k < ins; k += DEPTH) {
         for (long p = 0; p < all_panels; ++p)
-            starts[p] = panel_of(w, p < count ? first + p : panels + first + p - count, ins) + k * COLUMNS;
+            starts[p] = w + ((p < count ? first + p : panels + first + p - count) * ins + k) * COLUMNS;
         multiply(rows, x + k, ins, starts, all_panels, ins - k < DEPTH ? ins - k : DEPTH, c, rows, k == 0);
     }
     for (long p = 0; p < count; ++p) {
@@ -150,9 +159,12 @@ void some_panels(const X* x, const W* w, const T* bias, T* y, long rows, long in
             if (gated) b_up = load(bias + outs + column);
         }
         for (long r = 0; r < rows; ++r) {
-            Lanes v = load(c + (p * rows + r) * COLUMNS) + b;
+            Lanes v = meant.of(load(c + (p * rows + r) * COLUMNS), column, r) + b;
             if (activation != NONE) v = as_stored(T(), v);
-            if (gated) v = silu(v) * as_stored(T(), load(c + ((count + p) * rows + r) * COLUMNS) + b_up);
+            if (gated) {
+                const Lanes up = load(c + ((count + p) * rows + r) * COLUMNS);
+                v = silu(v) * as_stored(T(), meant.of(up, outs + column, r) + b_up);
+            }
             if (activation == GELU_TANH) v = gelu_tanh(v);
             if (activation == GELU) v = gelu(v);
             T* to = y + r * outs + column;
@@ -163,16 +175,17 @@ void some_panels(const X* x, const W* w, const T* bias, T* y, long rows, long in
 }
 
 // All of it.
-template <class T, class X, class W>
-void linear(const X* x, const W* w, const T* bias, T* y, long rows, long ins, long outs, int activation, int threads) {
+template <class T, class X, class W, class Meant>
+void linear(const X* x, const W* w, const Meant& meant, const T* bias, T* y, long rows, long ins, long outs, int activation,
+            int threads) {
     const long panels = (outs + COLUMNS - 1) / COLUMNS;
     const long group = activation == SILU_AND_MUL ? 2 : 4;  // panels of the result that are computed together
     const long groups = (panels + group - 1) / group, blocks = (rows + ROWS - 1) / ROWS;
     each(blocks * groups, groups / 32 > 1 ? groups / 32 : 1, threads, [=](long begin, long end) {
         for (long item = begin; item < end; ++item) {
             const long top = item / groups * ROWS, first = item % groups * group;
-            some_panels(x + top * ins, w, bias, y + top * outs, rows - top < ROWS ? rows - top : ROWS, ins, outs, activation,
-                        first, panels - first < group ? panels - first : group);
+            some_panels(x + top * ins, w, meant.from(top), bias, y + top * outs, rows - top < ROWS ? rows - top : ROWS, ins, outs,
+                        activation, first, panels - first < group ? panels - first : group);
         }
     });
 }

@@ -1,8 +1,10 @@
-// What happens to one row at a time: norms, rotation, activations. A row is one thread's, its sums run over 16 lanes.
+// What happens to one row at a time: norms, rotation, the write of K and V. A row is one thread's, its sums run over 16 lanes.
 
 #pragma once
 
+#include "calls.h"
 #include "product.h"
+#include "quantize.h"
 
 namespace {
 
@@ -82,14 +84,28 @@ void rotate(float* head, const float* cos, const float* sin, long half, bool int
     }
 }
 
-// A row of qkv [N + 2 K, size] -> q [N, size]; k and v into pages [K, page, size], `page_step` elements from one to the next,
-// at `slot`. `norms`: weights of an RMS norm over each head of q, then of k; null without. `half` 0: nothing is rotated.
+// One head of a token, [size], to `values` and, where they are int8, its scale to `scales`, both of `pages`, at `slot`.
+template <class T> void write_head(const T* from, void* values, void* scales, const Pages& pages, long slot, long head) {
+    const long page = slot / pages.page, line = head * pages.page + slot % pages.page;
+    const long place = page * pages.step + line * pages.size;
+    if (!scales) {
+        memcpy((T*)values + place, from, pages.size * sizeof(T));
+        return;
+    }
+    float16* kept = (float16*)scales + page * pages.scale_step + line;
+    const float scale = greatest(from, pages.size) / 127, least = 6.10351562e-5f;  // float16's smallest normal number
+    narrow(kept, scale < least ? least : scale);
+    quantize(from, wide(*kept), (int8_t*)values + place, pages.size, pages.size);
+}
+
+// A row of qkv [N + 2 K, size] -> q [N, size]; k and v into pages at `slot`. `norms`: weights of an RMS norm over each head of
+// q, then of k; null without.
 template <class T>
 void rotary_and_write(const T* from, const T* q_norm, const T* k_norm, float eps, const float* cos, const float* sin,
-                      long half, bool interleaved, long slot, T* q, T* k_pages, T* v_pages, long queries, long kv_heads,
-                      long size, long page, long page_step) {
-    const long begin = slot / page * page_step, offset = slot % page;
+                      long half, bool interleaved, long slot, T* q, const Pages& pages, long queries) {
+    const long size = pages.size, kv_heads = pages.kv_heads;
     float head[WIDEST_HEAD];
+    T key[WIDEST_HEAD];
     for (long h = 0; h < queries + kv_heads; ++h, from += size) {
         const T* norm = h < queries ? q_norm : k_norm;
         long i = 0;
@@ -103,14 +119,13 @@ void rotary_and_write(const T* from, const T* q_norm, const T* k_norm, float eps
             const float scale = 1.0f / __builtin_sqrtf(total / (float)size + eps);
             for (i = 0; i < size; ++i) head[i] = head[i] * scale * wide(norm[i]);
         }
-        if (half) rotate(head, cos, sin, half, interleaved);
-        T* to = h < queries ? q + h * size
-                            : k_pages + begin + ((h - queries) * page + offset) * size;
+        rotate(head, cos, sin, half, interleaved);
+        T* to = h < queries ? q + h * size : key;
         for (i = 0; i + 16 <= size; i += 16) store(to + i, load(head + i));
         for (; i < size; ++i) narrow(to + i, head[i]);
+        if (h >= queries) write_head(key, pages.k, pages.k_scale, pages, slot, h - queries);
     }
-    for (long h = 0; h < kv_heads; ++h, from += size)
-        memcpy(v_pages + begin + (h * page + offset) * size, from, size * sizeof(T));
+    for (long h = 0; h < kv_heads; ++h, from += size) write_head(from, pages.v, pages.v_scale, pages, slot, h);
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 """Norms, rotation and the write of K and V on CPUs.
 
-Each takes float32 and bfloat16 throughout and leaves everything else to the definition.
+Each takes float32 and bfloat16 throughout, into pages of int8, too, and leaves everything else to the definition.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops import KVLayer
-from .native import WIDEST_HEAD, Norm, Rotary, at, native, number, page_step
+from .native import Norm, Rotary, Write, at, native, number, pages_of
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
@@ -48,19 +48,29 @@ def qk_norm_rotary_and_write_kv(
     slots: Tensor,
     cache: KVLayer,
 ) -> Tensor:
-    found, kind = native(), number(qkv.dtype)
-    kv_heads, page, size = cache.k.shape[1:]
+    found, kind, pages = native(), number(qkv.dtype), pages_of(cache, qkv.dtype)
     norms = all(norm is None or norm.dtype == qkv.dtype for norm in (q_norm, k_norm))
-    if found is None or kind is None or cache.k.dtype != qkv.dtype or not norms or size > WIDEST_HEAD:
+    if found is None or kind is None or pages is None or not norms:
         return ops.qk_norm_rotary_and_write_kv.__wrapped__(
             qkv, q_norm, k_norm, eps, positions, cos, sin, interleaved, slots, cache
         )
     assert (q_norm is None) == (k_norm is None), "both norms or none"
     assert qkv.is_contiguous() and positions.is_contiguous() and slots.is_contiguous()
+    kv_heads, size = cache.k.shape[1], cache.k.shape[3]
     heads = qkv.shape[-1] // size - 2 * kv_heads
     q = torch.empty(qkv.shape[0], heads, size, dtype=qkv.dtype)
-    tensors = (qkv, q_norm, k_norm, positions, cos, sin, slots, q, cache.k, cache.v)
-    pages = (kv_heads, size, page, page_step(cache.k, cache.v))
-    shape = (qkv.shape[0], heads, *pages, cos.shape[-1], int(interleaved), kind)
-    found.run("tandem_rotary", Rotary(*map(at, tensors), *shape, eps))
+    tensors = (qkv, q_norm, k_norm, positions, cos, sin, slots, q)
+    shape = (qkv.shape[0], heads, cos.shape[-1], int(interleaved), kind)
+    found.run("tandem_rotary", Rotary(*map(at, tensors), pages, *shape, eps))
     return q
+
+
+def write_kv(k: Tensor, v: Tensor, slots: Tensor, cache: KVLayer) -> None:
+    found, kind, pages = native(), number(k.dtype), pages_of(cache, k.dtype)
+    rows = all(part.dtype == k.dtype and part.stride()[1:] == (part.shape[2], 1) for part in (k, v))
+    if found is None or kind is None or pages is None or not rows:
+        ops.write_kv.__wrapped__(k, v, slots, cache)
+        return
+    assert slots.is_contiguous()
+    steps = k.stride(0), v.stride(0)
+    found.run("tandem_write", Write(at(k), at(v), at(slots), pages, len(k), *steps, kind))
