@@ -2,7 +2,8 @@
 
 They are staged as a checkpoint is loaded, into modules of the same config, so that fused and tied matrices, rows in
 another order, changed values and the device's own order of a matrix come out as they would at a start. What a start
-makes of a matrix once it is filled (`pack`; quantizing later) is made of it here, before anything that serves changes.
+makes of a matrix (`Slot.write` quantizes, `Linear.finish` packs) is made of it here, before anything that serves
+changes. What an update leaves out of a fused matrix is taken over as the model has it, not quantized once more.
 """
 
 # torch leaves the types of buffers and modules open.
@@ -44,9 +45,9 @@ class Update:
         Raises CheckpointError that names the tensors at fault; then the update cannot be used any more.
         """
         pairs = self._filling.match(tensors, complete)
-        self._filling.copy(pairs, lambda done, total: None, finite=True)
         self.tensors += len(pairs)
         self.bytes += sum(math.prod(stored.shape) * DTYPES[stored.dtype].itemsize for _, stored in pairs)
+        self._filling.copy(pairs, lambda done, total: None, finite=True)
 
     def complete(self, partial: bool) -> None:
         """No more comes. `partial`: what is missing stays what it is; else CheckpointError names it."""
@@ -60,11 +61,11 @@ class Update:
             if partial and not all(filled):
                 for slot, known, current in zip(slots, filled, slots_at(live, path), strict=True):
                     if not known:
-                        slot.into.copy_(current.into)
+                        slot.take(current)
             self._pairs.append((live, staged))
         for live, staged in self._pairs:
-            if isinstance(live, Linear) and isinstance(staged, Linear) and live.packed is not None:
-                staged.pack()
+            if isinstance(live, Linear) and isinstance(staged, Linear):
+                staged.finish(pack=live.packed is not None)
 
     def touches(self, other: Model) -> bool:
         """Whether `commit` changes that model, too."""
@@ -79,13 +80,13 @@ class Update:
             torch.cuda.synchronize(device)
         written: set[int] = set()
         for live, staged in self._pairs:
-            for name, tensor in staged.named_buffers(recurse=False):
+            for name, tensor in staged.named_buffers():
                 into = live.get_buffer(name)
                 if into.data_ptr() not in written:  # tied ones are written once
                     into.copy_(tensor, non_blocking=True)
                     written.add(into.data_ptr())
-            if isinstance(live, Linear) and isinstance(staged, Linear) and live.packed is not None:
-                live.packed = staged.packed
+            if isinstance(live, Linear) and isinstance(staged, Linear):
+                live.matrix.exchange(staged.matrix)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
