@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from ..kernels.cpu.native import native
 from .checkpoint import Checkpoint, read_checkpoint
 from .config import ModelConfig
+from .errors import CheckpointError
 from .heads import EmbedHead, LMHead, ScoreHead
 from .linear import Linear, linears
 from .model import AnyHead, Model
-from .quantization import WantedHead, WantedScheme, quantization_of
+from .quantization import PLAIN, Quantization, WantedHead, WantedScheme, quantization_of
 from .registry import ARCHITECTURES, Decoder
 from .slots import Place, Slot
 from .weights import Naming, Progress, Storage, digest, fill, slots_of, storage_of
@@ -48,7 +49,7 @@ def load_model(
     config, device = checkpoint.config, torch.device(device)
     if context is not None and config.rope is not None:
         config = replace(config, rope=config.rope.within(context))
-    kept = quantization_of(quantization, lm_head, config.kind == "lm")
+    kept = quantization_of(quantization, lm_head, config.kind == "lm", _stored(checkpoint))
     place = Place(choose_dtype(dtype, config, device), device, deterministic, quantization=kept)
     decoder, head = unfilled(config, place)
     fill(
@@ -105,11 +106,24 @@ def _drawn(slot: Slot, dtype: torch.dtype, generator: torch.Generator) -> Tensor
     return drawn.normal_(float(slot.name.endswith("weight")), 0.1, generator=generator)
 
 
-def naming_of(decoder: Decoder, config: ModelConfig, ignored: str = "") -> Naming:
+def naming_of(decoder: Decoder | type[Decoder], config: ModelConfig, ignored: str = "") -> Naming:
     """`ignored`: what else a checkpoint has that is not for this model."""
     prefixes = (decoder.PREFIX,) if isinstance(decoder.PREFIX, str) else decoder.PREFIX
     wrappers = WRAPPERS if config.labels else ()
     return Naming((*prefixes, *wrappers), "|".join(filter(None, (decoder.IGNORED, ignored))))
+
+
+def _stored(checkpoint: Checkpoint) -> Quantization:
+    """How a checkpoint has its matrices."""
+    config = checkpoint.config
+    if config.scheme == "none":
+        return PLAIN
+    family = ARCHITECTURES[config.architecture].family
+    naming = naming_of(family.decoder, config)
+    plain = {naming.short(name).removesuffix(".weight") for name, stored in checkpoint.tensors if stored.int8 is None}
+    heads = {"lm_head.weight", f"{family.older_head}.weight"}
+    quantized = any(stored.int8 is not None for name, stored in checkpoint.tensors if name in heads)
+    return Quantization(config.scheme, "int8" if quantized else "none", frozenset(plain))
 
 
 def unfilled(config: ModelConfig, place: Place) -> tuple[Decoder, AnyHead]:
@@ -117,7 +131,11 @@ def unfilled(config: ModelConfig, place: Place) -> tuple[Decoder, AnyHead]:
     entry = ARCHITECTURES[config.architecture]
     decoder = entry.family.decoder(config, place)
     for path, linear in linears(decoder):
-        if not place.quantization.plain.isdisjoint(linear.places(path)):
+        plain = [matrix in place.quantization.plain for matrix in linear.places(path)]
+        if len(set(plain)) > 1:
+            apart = ", ".join(linear.places(path))
+            raise CheckpointError(f"of {apart}, which are computed as one, some are quantized and some are not")
+        if plain[0]:
             linear.keep_plain(place)
     if config.kind == "embed":
         return decoder, EmbedHead()

@@ -19,7 +19,8 @@ from .errors import CheckpointError
 SchemeName = Literal["none", "int8", "w8a8"]  # none: in the model's own dtype
 WantedScheme = Literal["auto", "none", "int8", "w8a8"]  # auto: as the checkpoint has it
 WantedHead = Literal["auto", "int8", "fp16"]  # auto: as the other matrices; fp16: in the model's own dtype
-BLOCK = 1 << 20  # elements that are quantized at once: a definition's float32 copies of them are a few MiB
+ELEMENTS = 1 << 18  # that are quantized at once: what is made on the way takes 3 MiB at most
+DEVICE_ELEMENTS = 1 << 24  # the same on a CUDA device, where a step of it takes longer to begin
 
 
 class Scheme(Protocol):
@@ -108,7 +109,7 @@ def quantization_of(
 
 def quantize_into(matrix: Tensor, into: Int8) -> None:
     """`ops.quantize_rows` of a matrix [O, D], wherever it is, some rows at a time on the device of `into`."""
-    rows = max(1, BLOCK // matrix.shape[1])
+    rows = max(1, (ELEMENTS if into.values.device.type == "cpu" else DEVICE_ELEMENTS) // matrix.shape[1])
     blocks = zip(matrix.split(rows), into.values.split(rows), into.scale.split(rows), strict=True)
     for block, values, scale in blocks:
         found = ops.quantize_rows(block.to(values.device, non_blocking=True))

@@ -49,9 +49,10 @@ class Slot(NamedTuple):
     change: Callable[[Tensor], Tensor] | None = None
     scale: Tensor | None = None
 
-    def kept(self, stored: Tensor) -> Tensor:
-        """What `into` holds of the checkpoint's tensor, in the tensor's dtype or a wider one."""
-        stored = stored.T if self.transposed else stored
+    def kept(self, stored: Tensor, upright: bool = False) -> Tensor:
+        """What `into` holds of the checkpoint's tensor, in the tensor's dtype or a wider one. `upright`: it is not
+        transposed after all."""
+        stored = stored.T if self.transposed and not upright else stored
         return stored if self.change is None else self.change(stored)
 
     def write(self, kept: Tensor) -> None:
@@ -68,10 +69,15 @@ class Slot(NamedTuple):
             assert other.scale is not None, self.name
             self.scale.copy_(other.scale)
 
-    @property
-    def shape(self) -> tuple[int, ...]:
+    def write_int8(self, values: Tensor, scale: Tensor, upright: bool) -> None:
+        """Fills `into` with a matrix that the checkpoint has in int8, and a scale for each output."""
+        assert self.scale is not None, self.name
+        self.into.copy_(self.kept(values, upright))
+        self.scale.copy_(scale if self.change is None else self.change(scale))
+
+    def shape_of(self, upright: bool = False) -> tuple[int, ...]:
         """The shape the checkpoint's tensor must have."""
-        return tuple(reversed(self.into.shape)) if self.transposed else tuple(self.into.shape)
+        return tuple(reversed(self.into.shape)) if self.transposed and not upright else tuple(self.into.shape)
 
 
 @runtime_checkable

@@ -11,16 +11,16 @@ changes. What an update leaves out of a fused matrix is taken over as the model 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
 
+from .compressed_tensors import joined
 from .linear import Linear
 from .load import unfilled
 from .model import Model
-from .weights import DTYPES, Filling, Stored, slots_at
+from .weights import Filling, Stored, slots_at
 
 
 class Update:
@@ -40,13 +40,14 @@ class Update:
         self.tensors = self.bytes = 0
 
     def stage(self, tensors: Iterable[tuple[str, Stored]], complete: bool = False) -> None:
-        """Reads, checks and converts. `complete`: no tensor of the model may be missing afterwards.
+        """Reads, checks and converts; a matrix may come in int8, with its scale in the same round, where the model has
+        it so. `complete`: no tensor of the model may be missing afterwards.
 
         Raises CheckpointError that names the tensors at fault; then the update cannot be used any more.
         """
-        pairs = self._filling.match(tensors, complete)
+        pairs = self._filling.match(joined(tensors), complete)
         self.tensors += len(pairs)
-        self.bytes += sum(math.prod(stored.shape) * DTYPES[stored.dtype].itemsize for _, stored in pairs)
+        self.bytes += sum(stored.nbytes for _, stored in pairs)
         self._filling.copy(pairs, lambda done, total: None, finite=True)
 
     def complete(self, partial: bool) -> None:

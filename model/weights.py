@@ -10,6 +10,7 @@ headers tell (missing, unused, wrong shape or dtype) is checked before the first
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import re
 import zipfile
@@ -37,7 +38,18 @@ LAYOUTS = (
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # by safetensors' names
+INTEGERS = {"I8": torch.int8, "I32": torch.int32, "I64": torch.int64}  # what quantized matrices are made of
 NAMED = 8  # so many tensors of a kind are listed in a message
+
+
+class Int8Rows(NamedTuple):
+    """What makes a tensor of int8 values a matrix: `scales(outs)` reads a float32 scale for each of its outputs.
+
+    `as_outputs`: rows are outputs also where the checkpoint has its other matrices transposed.
+    """
+
+    scales: Callable[[int], Tensor]
+    as_outputs: bool
 
 
 class Stored(NamedTuple):
@@ -49,6 +61,11 @@ class Stored(NamedTuple):
     dtype: str
     read: Callable[[], Tensor]
     mapped: bool = False
+    int8: Int8Rows | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * (DTYPES | INTEGERS)[self.dtype].itemsize
 
 
 def find_files(directory: Path) -> list[Path]:
@@ -131,6 +148,10 @@ class Naming(NamedTuple):
     prefixes: tuple[str, ...]
     ignored: str
 
+    def short(self, name: str) -> str:
+        """A tensor's name without the prefix."""
+        return name[len(next((prefix for prefix in self.prefixes if name.startswith(prefix)), "")) :]
+
 
 class Filling:
     """Copies tensors into the slots of a decoder and its head, by name, in any number of rounds.
@@ -141,7 +162,7 @@ class Filling:
     def __init__(self, decoder: nn.Module, head: nn.Module, naming: Naming, where: object) -> None:
         self._inside = {slot.name: slot for slot in slots_of(decoder)}
         self._outside = {slot.name: slot for slot in slots_of(head)}
-        self._prefixes, self._skip, self._where = naming.prefixes, re.compile(naming.ignored), where
+        self._naming, self._skip, self._where = naming, re.compile(naming.ignored), where
         self._found: set[str] = set()  # names of the slots for which a tensor came
         self._filled: dict[Storage, str] = {}
 
@@ -153,7 +174,7 @@ class Filling:
         pairs: dict[str, tuple[Slot, Stored]] = {}
         problems: dict[str, list[str]] = {}
         for name, stored in tensors:
-            short = name[len(next((prefix for prefix in self._prefixes if name.startswith(prefix)), "")) :]
+            short = self._naming.short(name)
             slot = self._inside.get(short) or self._outside.get(name)
             if slot is None:
                 if not self._skip.fullmatch(short):
@@ -161,10 +182,10 @@ class Filling:
                 continue
             if slot.name in self._found:
                 problems.setdefault("given twice", []).append(name)
-            elif stored.shape != slot.shape:
-                wrong = f"{name} is {list(stored.shape)}, must be {list(slot.shape)}"
+            elif stored.shape != (shape := slot.shape_of(upright=stored.int8 is not None and stored.int8.as_outputs)):
+                wrong = f"{name} is {list(stored.shape)}, must be {list(shape)}"
                 problems.setdefault("of the wrong shape", []).append(wrong)
-            elif stored.dtype not in DTYPES:
+            elif stored.dtype not in DTYPES and not (stored.int8 is not None and slot.scale is not None):
                 wrong = f"{name} is {stored.dtype}"
                 problems.setdefault(f"of a dtype other than {', '.join(DTYPES)}", []).append(wrong)
             else:
@@ -245,6 +266,9 @@ def fill(
 
 
 def _write(slot: Slot, stored: Stored, tensor: Tensor, finite: bool) -> None:
+    if stored.int8 is not None:
+        slot.write_int8(tensor, stored.int8.scales(len(slot.into)), upright=stored.int8.as_outputs)
+        return
     kept, into = slot.kept(tensor), slot.into
     if slot.scale is not None and not all_finite(kept):  # one such number would make its whole row useless
         raise CheckpointError(f"{stored.file}: {slot.name} has values that are not finite")
