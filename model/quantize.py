@@ -1,15 +1,10 @@
-"""Writing a checkpoint again with its decoder's matrices in int8, tensor by tensor, as compressed-tensors lays it out.
+"""Writing a checkpoint with its decoder's matrices in int8, tensor by tensor, as `compressed_tensors.py` reads it.
+
+`w8a8` becomes `int-quantized` and `int8` `pack-quantized`, which vLLM reads, too. A matrix that a checkpoint keeps as
+[D, O] (GPT-2) stays so in the former and is [O, D / 4] packed: what vLLM expects of either. The numbers are those of
+`ops.quantize_rows`, so that a checkpoint serves, bit by bit, as one that is quantized while it is loaded.
 
 Letters: O outputs of a matrix, D inputs.
-
-| scheme | format           | what stands in the place of `weight`                                             |
-|--------|------------------|----------------------------------------------------------------------------------|
-| w8a8   | `int-quantized`  | `weight` [O, D] int8, `weight_scale` [O, 1] float32                               |
-| int8   | `pack-quantized` | `weight_packed` [O, D / 4] int32, `weight_scale`, `weight_shape` [2] int64: O, D  |
-
-An int32 holds four neighbours of a row, each 128 larger, the first in the lowest bits. A matrix that a checkpoint
-keeps as [D, O] (GPT-2) stays so in `int-quantized` and is [O, D / 4] packed: what vLLM expects of either.
-The numbers are those of `ops.quantize_rows`, as where a model is quantized while it is loaded.
 """
 
 # torch leaves the types of named_modules open.
@@ -30,6 +25,7 @@ from torch import Tensor
 
 from ..kernels.ops import Int8, quantize_rows
 from .checkpoint import head_files, open_files
+from .compressed_tensors import PACKED, SCALE, SHAPE
 from .config import checkpoint_file, read_config
 from .errors import CheckpointError
 from .fields import Fields
@@ -40,11 +36,11 @@ from .shards import Header, Piece, header_dtype, write_shards
 from .slots import Place
 from .weights import Progress, Stored, all_finite, find_files, listed
 
-Scheme = Literal["int8", "w8a8"]
+WrittenScheme = Literal["int8", "w8a8"]
 Change = Callable[[Tensor], Tensor]
 
 SHARD_BYTES = 5 * 10**9
-FORMATS: Mapping[Scheme, str] = {"int8": "pack-quantized", "w8a8": "int-quantized"}
+FORMATS: Mapping[WrittenScheme, str] = {"int8": "pack-quantized", "w8a8": "int-quantized"}
 INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
 # Weights in any format, and what tells where they are: none of it is copied.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
@@ -105,7 +101,7 @@ class Source:
 def quantize(
     source: Source,
     target: Path,
-    scheme: Scheme,
+    scheme: WrittenScheme,
     *,
     changes: Mapping[str, Change] | None = None,
     most: int = SHARD_BYTES,
@@ -136,7 +132,7 @@ def quantize(
     return Written([target / file.name for file in files], len(source.transposed), source.nbytes, after)
 
 
-def quantization_config(scheme: Scheme, ignored: list[str]) -> dict[str, Any]:
+def quantization_config(scheme: WrittenScheme, ignored: list[str]) -> dict[str, Any]:
     """What config.json says of it."""
     group = {
         "targets": ["Linear"],
@@ -164,7 +160,7 @@ def _short(name: str, prefixes: tuple[str, ...]) -> str:
     return name[len(next((prefix for prefix in prefixes if name.startswith(prefix)), "")) :]
 
 
-def _piece(source: Source, name: str, scheme: Scheme, change: Change | None) -> Piece:
+def _piece(source: Source, name: str, scheme: WrittenScheme, change: Change | None) -> Piece:
     stored = source.tensors[name]
     dtype = header_dtype(stored.dtype)
     read = partial(_read, name, stored, change)
@@ -172,20 +168,20 @@ def _piece(source: Source, name: str, scheme: Scheme, change: Change | None) -> 
         return Piece({name: Header(dtype, stored.shape)}, lambda: {name: read().to(dtype)})
     transposed, path = source.transposed[name], name.removesuffix(".weight")
     outs, ins = reversed(stored.shape) if transposed else stored.shape
-    headers = {f"{path}.weight_scale": Header(torch.float32, (outs, 1))}
+    headers = {path + SCALE: Header(torch.float32, (outs, 1))}
     if scheme == "w8a8":
         headers[name] = Header(torch.int8, stored.shape)
     else:
-        headers[f"{path}.weight_packed"] = Header(torch.int32, (outs, -(-ins // 4)))
-        headers[f"{path}.weight_shape"] = Header(torch.int64, (2,))
+        headers[path + PACKED] = Header(torch.int32, (outs, -(-ins // 4)))
+        headers[path + SHAPE] = Header(torch.int64, (2,))
 
     def make() -> dict[str, Tensor]:
         rows: Int8 = quantize_rows(read().T.contiguous() if transposed else read())
-        made = {f"{path}.weight_scale": rows.scale.unsqueeze(1)}
+        made = {path + SCALE: rows.scale.unsqueeze(1)}
         if scheme == "w8a8":
             return made | {name: rows.values.T if transposed else rows.values}
         shape = torch.tensor([outs, ins])
-        return made | {f"{path}.weight_packed": packed(rows.values), f"{path}.weight_shape": shape}
+        return made | {path + PACKED: packed(rows.values), path + SHAPE: shape}
 
     return Piece(headers, make)
 

@@ -63,10 +63,10 @@ def quantize(
         writing = {"--scheme": scheme, "--smooth-quant": smooth_quant}
         evaluating = {"--url": url, "--api-key": api_key, "--json": json_file, "--plot": plot}
         if evaluate:
-            _only(evaluating | {"--text": text}, writing, "--evaluate compares models and writes none")
+            _only(writing, "writing a checkpoint, which --evaluate does not")
             _evaluate(model, out, text, url, api_key, top, json_file, plot, _device(device))
         else:
-            _only(writing, evaluating, "is for --evaluate")
+            _only(evaluating, "--evaluate")
             if scheme not in SCHEMES:
                 raise UsageError(f"--scheme {scheme or 'is missing'}: one of {', '.join(SCHEMES)}")
             _write(
@@ -80,9 +80,9 @@ def quantize(
             )
 
 
-def _only(allowed: dict[str, Any], others: dict[str, Any], why: str) -> None:
+def _only(others: dict[str, Any], what: str) -> None:
     if given := [flag for flag, value in others.items() if value is not None]:
-        raise UsageError(f"{given[0]} {why}; there are {', '.join(allowed)}")
+        raise UsageError(f"{given[0]} is for {what}")
 
 
 def _device(wanted: str) -> str:
@@ -159,9 +159,9 @@ def _evaluate(
         else:
             from . import served
 
-            server = served.Server(url, key)
-            models = served.ServedModel(server, reference, top), served.ServedModel(server, candidate, top)
-            found = served.compare(*models, examples, lambda done: show(done, ""))
+            with served.Server(url, key) as server:
+                models = served.ServedModel(server, reference, top), served.ServedModel(server, candidate, top)
+                found = served.compare(*models, examples, lambda done: show(done, ""))
     exact = not isinstance(found, LanguageQuality) or found.exact
     result = {"reference": reference, "candidate": candidate, "exact": exact, "figures": found.figures()}
     result |= {} if exact else {"top": top}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ class LocalModel:
         self.context = min(spec.max_model_len or self.config.context, self.config.context)
         self.kv_dtype: torch.dtype = model.dtype if spec.kv_dtype == "auto" else getattr(torch, spec.kv_dtype)
         self.text = Text.load(spec.text_path, spec.chat_template)
-        self.tokenizer = fingerprint(spec.text_path)
+        self.tokenizer = fingerprint(Path(spec.text_path))
 
     def encode(self, text: str) -> list[int]:
         return self.text.encode(text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import httpx
 
@@ -15,12 +15,18 @@ Tick = Callable[[int], None]  # texts compared so far
 
 
 class Server:
-    """A Tandem server. Raises UsageError with what it says where it refuses."""
+    """A Tandem server, to be used in a `with`. Raises UsageError with what it says where it refuses."""
 
     def __init__(self, url: str, key: str | None) -> None:
         headers = {} if key is None else {"authorization": f"Bearer {key}"}
         self.url = url.rstrip("/").removesuffix("/v1")
         self._http = httpx.Client(base_url=self.url, headers=headers, timeout=600.0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.close()
 
     def get(self, path: str) -> Any:
         return self._asked(lambda: self._http.get(path))

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from tandem.kernels.ops import quantize_rows
 from tandem.model.errors import CheckpointError
-from tandem.model.quantize import Scheme, Source, quantize
+from tandem.model.load import load_model
+from tandem.model.quantize import Source, WrittenScheme, quantize
+from tandem.model.reading import read_texts
 
 
-def written(source: Path, target: Path, scheme: Scheme, **given: Any) -> dict[str, Tensor]:
+def written(source: Path, target: Path, scheme: WrittenScheme, **given: Any) -> dict[str, Tensor]:
     """The tensors of all files."""
     files = quantize(Source(source), target, scheme, **given).files
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
@@ -38,7 +40,9 @@ def values_of(tensors: dict[str, Tensor], name: str) -> Tensor:
     ("variant", "count"),
     [("gpt2", 8), ("llama-bias", 14), ("neox", 8), ("opt-post", 8), ("gemma3-images", 21), ("phi3", 8)],
 )
-def test_every_matrix_is_quantized_and_nothing_else(tmp_path: Path, variant: str, count: int, scheme: Scheme) -> None:
+def test_every_matrix_is_quantized_and_nothing_else(
+    tmp_path: Path, variant: str, count: int, scheme: WrittenScheme
+) -> None:
     source = write_checkpoint(tmp_path / "source", variant, tokenizer=False)
     before, after = load_file(source / "model.safetensors"), written(source, tmp_path / "out", scheme)
     quantized = [name for name in before if f"{name}_scale" in after]
@@ -54,6 +58,21 @@ def test_every_matrix_is_quantized_and_nothing_else(tmp_path: Path, variant: str
         assert torch.equal(after[f"{name}_scale"], expected.scale.unsqueeze(1)), name
 
 
+@pytest.mark.parametrize("scheme", ["int8", "w8a8"])
+@pytest.mark.parametrize(
+    "variant", ["gpt2", "llama-tied", "neox", "opt-post", "gemma3", "falcon-new", "phi3", "gptj-reward"]
+)
+def test_it_serves_as_what_is_quantized_while_it_is_loaded(tmp_path: Path, variant: str, scheme: WrittenScheme) -> None:
+    source = write_checkpoint(tmp_path / "source", variant, tokenizer=False)
+    quantize(Source(source), tmp_path / "out", scheme)
+    models = [load_model(source, quantization=scheme), load_model(tmp_path / "out")]
+    found = [read_texts(model, [list(range(3, 30))])[0] for model in models]
+    assert torch.equal(*found)
+    if variant != "gptj-reward":
+        models[1] = load_model(tmp_path / "out", lm_head="int8")  # the file has it in high precision
+        assert torch.equal(*(model.logits(hidden) for model, hidden in zip(models, found, strict=True)))
+
+
 def test_rows_that_do_not_fill_an_integer_are_padded(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "source", "llama", tokenizer=False, intermediate_size=35)
     name = "model.layers.0.mlp.down_proj.weight"
@@ -64,7 +83,7 @@ def test_rows_that_do_not_fill_an_integer_are_padded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("scheme", "layout"), [("int8", "pack-quantized"), ("w8a8", "int-quantized")])
-def test_config_says_what_was_done(tmp_path: Path, scheme: Scheme, layout: str) -> None:
+def test_config_says_what_was_done(tmp_path: Path, scheme: WrittenScheme, layout: str) -> None:
     source = write_checkpoint(tmp_path / "source", "neox")
     quantize(Source(source), tmp_path / "out", scheme)
     before, after = (json.loads((path / "config.json").read_text()) for path in (source, tmp_path / "out"))
