@@ -129,7 +129,7 @@ def _smoothed(source: Any, spec: ModelSpec, alpha: float, text: Path | None, dev
 
     examples = read_examples(text)
     model = LocalModel(spec.path, EngineOptions(device=device))
-    texts = [passage.token_ids for passage in passages(examples, model, model.context)][:CALIBRATION]
+    texts = [passage.token_ids for passage in passages(examples, model.tokens, model.context)][:CALIBRATION]
     with progress("SmoothQuant, texts", len(texts)) as show:
         return smooth(model.model, source, texts, alpha, lambda done, total: show(done, ""))
 

@@ -18,7 +18,7 @@ from ...server.options import parse_model
 from ...server.text.text import Text
 from ..bench.models import UsageError
 from .quality import LanguageQuality, RewardQuality
-from .texts import Example, Message, Passage, passages, rankings
+from .texts import Example, LocalTokens, Passage, passages, rankings
 
 STEP = 2048  # tokens that are computed at once, or one text
 Tick = Callable[[int], None]  # texts compared so far
@@ -38,14 +38,8 @@ class LocalModel:
         self.model, self.config = model, model.config
         self.context = min(spec.max_model_len or self.config.context, self.config.context)
         self.kv_dtype: torch.dtype = model.dtype if spec.kv_dtype == "auto" else getattr(torch, spec.kv_dtype)
-        self.text = Text.load(spec.text_path, spec.chat_template)
+        self.tokens = LocalTokens(Text.load(spec.text_path, spec.chat_template))
         self.tokenizer = fingerprint(Path(spec.text_path))
-
-    def encode(self, text: str) -> list[int]:
-        return self.text.encode(text)
-
-    def render(self, messages: Sequence[Message], tools: Sequence[Message], opens: bool) -> list[int]:
-        return self.text.render(messages, tools or None, add_generation_prompt=opens)
 
     def hidden(self, texts: Sequence[list[int]]) -> list[Tensor]:
         """[length, D] of each text."""
@@ -68,9 +62,9 @@ def compare(
     _check(reference, candidate)
     context = min(reference.context, candidate.context)
     if reference.config.generates:
-        return _language(reference, candidate, list(passages(examples, reference, context)), tick)
+        return _language(reference, candidate, list(passages(examples, reference.tokens, context)), tick)
     found = RewardQuality()
-    for number, group in enumerate(rankings(examples, reference, context), 1):
+    for number, group in enumerate(rankings(examples, reference.tokens, context), 1):
         scores = [
             [
                 side.score(ids, rows)

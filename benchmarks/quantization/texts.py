@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ...server.engine.options import DEMO
+from ...server.text.text import Text
 from ..bench.models import UsageError
 
 BUNDLED = DEMO / "held_out.jsonl"  # made by examples/rlhf/held_out.py
@@ -45,6 +46,19 @@ class Tokens(Protocol):
     def render(self, messages: Sequence[Message], tools: Sequence[Message], opens: bool) -> list[int]:
         """A conversation by the chat template; `opens`: ready for the next answer."""
         ...
+
+
+class LocalTokens:
+    """By the tokenizer files of a checkpoint."""
+
+    def __init__(self, text: Text) -> None:
+        self._text = text
+
+    def encode(self, text: str) -> list[int]:
+        return self._text.encode(text)
+
+    def render(self, messages: Sequence[Message], tools: Sequence[Message], opens: bool) -> list[int]:
+        return self._text.render(messages, tools or None, add_generation_prompt=opens)
 
 
 def read_examples(path: Path | None) -> list[Example]:
