@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.ops import Int8, quantize_rows
+from ..kernels.ops import Int8
 from .checkpoint import head_files, open_files
 from .compressed_tensors import PACKED, SCALE, SHAPE
 from .config import checkpoint_file, read_config
@@ -31,6 +31,7 @@ from .errors import CheckpointError
 from .fields import Fields
 from .linear import Embedding, linears
 from .load import WRAPPERS
+from .quantization import quantize_into
 from .registry import ARCHITECTURES, Decoder
 from .shards import Header, Piece, header_dtype, write_shards
 from .slots import Place
@@ -176,7 +177,8 @@ def _piece(source: Source, name: str, scheme: WrittenScheme, change: Change | No
         headers[path + SHAPE] = Header(torch.int64, (2,))
 
     def make() -> dict[str, Tensor]:
-        rows: Int8 = quantize_rows(read().T.contiguous() if transposed else read())
+        rows = Int8(torch.empty(outs, ins, dtype=torch.int8), torch.empty(outs))
+        quantize_into(read().T if transposed else read(), rows)
         made = {path + SCALE: rows.scale.unsqueeze(1)}
         if scheme == "w8a8":
             return made | {name: rows.values.T if transposed else rows.values}
