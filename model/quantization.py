@@ -4,6 +4,9 @@ Every scheme keeps a matrix [O, D] in int8 with a float32 scale for each of its 
 they differ in what is multiplied by it. Embeddings, norms, biases and heads for scores and values stay as they are.
 """
 
+# torch leaves the type of Tensor.split partly open.
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -102,9 +105,9 @@ def quantization_of(
     if stored.head != "none" and head == "fp16":
         raise CheckpointError("lm_head is fp16, but the checkpoint has its head in int8: leave that out")
     matrices = stored.matrices if wanted == "auto" else wanted
-    silent: SchemeName = stored.head if stored.any else "none" if matrices == "none" else "int8"
-    chosen: SchemeName = {"auto": silent, "int8": "int8", "fp16": "none"}[head]
-    return Quantization(matrices, chosen if has_head else "none", stored.plain)
+    as_matrices = stored.head == "int8" if stored.any else matrices != "none"
+    narrow = has_head and (head == "int8" or (head == "auto" and as_matrices))
+    return Quantization(matrices, "int8" if narrow else "none", stored.plain)
 
 
 def quantize_into(matrix: Tensor, into: Int8) -> None:
