@@ -113,8 +113,7 @@ def quantize(
     `changes`: what is done to tensors first, by name. `most`: bytes of a file. `on_progress(done, total)` is called
     with bytes. Raises CheckpointError, for a tensor with values that are not finite with its name, and OSError.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise CheckpointError(f"{target} exists and is not an empty directory: give another place")
+    check_target(target)
     part = target.with_name(f".{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -131,6 +130,12 @@ def quantize(
         raise
     after = sum(piece.nbytes for piece in pieces)
     return Written([target / file.name for file in files], len(source.transposed), source.nbytes, after)
+
+
+def check_target(target: Path) -> None:
+    """Raises CheckpointError where something is there already."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"{target} exists and is not an empty directory: give another place")
 
 
 def quantization_config(scheme: WrittenScheme, ignored: list[str]) -> dict[str, Any]:

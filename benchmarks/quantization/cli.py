@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +17,9 @@ from ...server.text.errors import TextError
 from ..bench.models import UsageError
 from ..bench.progress import progress
 from .texts import passages, read_examples
+
+if TYPE_CHECKING:
+    from ...model.quantize import Change, Source
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 CALIBRATION = 256  # texts that SmoothQuant's factors are found on
@@ -64,20 +67,13 @@ def quantize(
         evaluating = {"--url": url, "--api-key": api_key, "--json": json_file, "--plot": plot}
         if evaluate:
             _only(writing, "writing a checkpoint, which --evaluate does not")
-            _evaluate(model, out, text, url, api_key, top, json_file, plot, _device(device))
+            _evaluate(model, out, text, url, api_key, top, json_file, plot, _options(device))
         else:
             _only(evaluating, "--evaluate")
             if scheme not in SCHEMES:
                 raise UsageError(f"--scheme {scheme or 'is missing'}: one of {', '.join(SCHEMES)}")
-            _write(
-                model,
-                Path(out),
-                scheme,
-                smooth_quant,
-                text,
-                parse_quantity(shard_size, "--shard-size"),
-                _device(device),
-            )
+            most = parse_quantity(shard_size, "--shard-size")
+            _write(model, Path(out), scheme, smooth_quant, text, most, _options(device))
 
 
 def _only(others: dict[str, Any], what: str) -> None:
@@ -85,15 +81,16 @@ def _only(others: dict[str, Any], what: str) -> None:
         raise UsageError(f"{given[0]} is for {what}")
 
 
-def _device(wanted: str) -> str:
-    import torch
+def _options(device: str) -> EngineOptions:
+    from ...server.engine.hosting import device_of
 
-    options = EngineOptions(device=wanted)  # says what is wrong with it
-    return options.device if wanted != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    return EngineOptions(device=device_of(EngineOptions(device=device).device))
 
 
-def _write(word: str, out: Path, scheme: Any, alpha: float | None, text: Path | None, most: int, device: str) -> None:
-    from ...model.quantize import Source, quantize
+def _write(
+    word: str, out: Path, scheme: Any, alpha: float | None, text: Path | None, most: int, options: EngineOptions
+) -> None:
+    from ...model.quantize import Source, check_target, quantize
 
     spec = parse_model(word)
     if spec != ModelSpec(spec.name, spec.path) or spec.is_null:
@@ -102,8 +99,9 @@ def _write(word: str, out: Path, scheme: Any, alpha: float | None, text: Path | 
         raise UsageError("--text is for --smooth-quant and --evaluate")
     if alpha is not None and (scheme != "w8a8" or not 0 <= alpha <= 1):
         raise UsageError(f"--smooth-quant {alpha}: a number from 0 to 1, with --scheme w8a8")
+    check_target(out)
     source, began = Source(Path(spec.path)), time.monotonic()
-    changes = {} if alpha is None else _smoothed(source, spec, alpha, text, device)
+    changes = {} if alpha is None else _smoothed(source, spec, alpha, text, options)
     with progress(f"{spec.name} in {scheme}, MiB", _mib(source.nbytes)) as show:
         written = quantize(
             source,
@@ -122,13 +120,15 @@ def _mib(count: int) -> int:
     return -(-count // 2**20)
 
 
-def _smoothed(source: Any, spec: ModelSpec, alpha: float, text: Path | None, device: str) -> dict[str, Any]:
+def _smoothed(
+    source: Source, spec: ModelSpec, alpha: float, text: Path | None, options: EngineOptions
+) -> dict[str, Change]:
     """The model is in memory whole while texts are read through it, and gone when the checkpoint is written."""
     from ...model.smoothing import smooth
     from .local import LocalModel
 
     examples = read_examples(text)
-    model = LocalModel(spec.path, EngineOptions(device=device))
+    model = LocalModel(spec.path, options)
     texts = [passage.token_ids for passage in passages(examples, model.tokens, model.context)][:CALIBRATION]
     with progress("SmoothQuant, texts", len(texts)) as show:
         return smooth(model.model, source, texts, alpha, lambda done, total: show(done, ""))
@@ -143,7 +143,7 @@ def _evaluate(
     top: int,
     json_file: Path | None,
     plot: Path | None,
-    device: str,
+    options: EngineOptions,
 ) -> None:
     from . import report
     from .quality import LanguageQuality
@@ -153,7 +153,6 @@ def _evaluate(
         if url is None:
             from . import local
 
-            options = EngineOptions(device=device)
             sides = local.LocalModel(reference, options), local.LocalModel(candidate, options)
             found = local.compare(*sides, examples, lambda done: show(done, ""))
         else:
@@ -169,7 +168,7 @@ def _evaluate(
     if json_file is not None:
         from ..bench.result import describe, save
 
-        save(json_file, {"benchmark": "quality", **describe(device), "text": str(text or "bundled"), **result})
+        save(json_file, {"benchmark": "quality", **describe(options.device), "text": str(text or "bundled"), **result})
     if plot is not None:
         try:
             report.draw(found, f"{candidate} beside {reference}", plot)

@@ -62,7 +62,7 @@ def compare(
     _check(reference, candidate)
     context = min(reference.context, candidate.context)
     if reference.config.generates:
-        return _language(reference, candidate, list(passages(examples, reference.tokens, context)), tick)
+        return _language(reference, candidate, passages(examples, reference.tokens, context), tick)
     found = RewardQuality()
     for number, group in enumerate(rankings(examples, reference.tokens, context), 1):
         scores = [

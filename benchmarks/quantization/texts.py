@@ -78,8 +78,16 @@ def read_examples(path: Path | None) -> list[Example]:
     return found
 
 
-def passages(examples: Sequence[Example], tokens: Tokens, context: int) -> Iterator[Passage]:
-    """For language models: the best answer behind its prompt, plain text in windows. Raises UsageError."""
+def passages(examples: Sequence[Example], tokens: Tokens, context: int) -> list[Passage]:
+    """For language models: the best answer behind its prompt, plain text in windows. Raises UsageError where none is
+    left within `context` tokens."""
+    found = list(_passages(examples, tokens, context))
+    if not found:
+        raise UsageError(f"--text: it has no two tokens in a row to measure within a context of {context}")
+    return found
+
+
+def _passages(examples: Sequence[Example], tokens: Tokens, context: int) -> Iterator[Passage]:
     for example in examples:
         if example.messages:
             prompt = tokens.render(example.messages, example.tools, True)

@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import tempfile
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -92,5 +91,5 @@ def check(scheme: WrittenScheme, source: Path, prompts: list[list[int]]) -> dict
 def run(source: Path = DEMO / "policy") -> dict[str, Any]:
     """Both schemes, with the first of the bundled held-out conversations."""
     tokens = LocalTokens(Text.load(source))
-    prompts = [one.token_ids for one in islice(passages(read_examples(None), tokens, 512), PROMPTS)]
+    prompts = [one.token_ids for one in passages(read_examples(None), tokens, 512)[:PROMPTS]]
     return {scheme: check(scheme, source, prompts) for scheme in FORMATS}

@@ -137,6 +137,7 @@ def test_what_cannot_be_quantized_or_compared_is_said(tmp_path: Path, llama: Pat
     for words, said in (
         ((llama, tmp_path / "out", "--scheme", "int8"), "exists and is not an empty directory"),
         ((tmp_path / "out", tmp_path / "more", "--scheme", "int8"), "is quantized already"),
+        (("--evaluate", llama, llama, "--device", "cuda:7"), "finds"),
         ((f"{llama},dtype=float32", tmp_path / "more", "--scheme", "int8"), "a directory or a hub id alone is needed"),
         ((tmp_path / "no", tmp_path / "more", "--scheme", "int8"), "there is no directory"),
         (("--evaluate", llama, reward), "cannot be compared: a language model of 320 tokens and a reward model"),

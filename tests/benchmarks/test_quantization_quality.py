@@ -127,12 +127,13 @@ def test_the_best_answer_is_measured_behind_its_prompt(tmp_path: Path) -> None:
     assert [bytes(ids) for ids in rankings(examples, Bytes(), 100)[0]] == [
         b"<u>two?<a>" + end for end in (b"2", b"3", b"4")
     ]
-    assert not list(passages(examples, Bytes(), 10))  # the answer is beyond the context
+    with pytest.raises(UsageError, match="no two tokens in a row to measure within a context of 10"):
+        passages(examples, Bytes(), 10)  # the answer lies behind that
 
 
 def test_every_token_of_plain_text_but_the_first_is_measured_once(tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text("abcdefghijklmno")
-    found = list(passages(read_examples(tmp_path / "book.txt"), Bytes(), 6))
+    found = passages(read_examples(tmp_path / "book.txt"), Bytes(), 6)
     assert b"".join(bytes(one.token_ids[one.first :]) for one in found) == b"bcdefghijklmno"
     assert max(len(one.token_ids) for one in found) == 6
 
