@@ -49,6 +49,10 @@ AREAS = {
         ("server", "model", "kernels", "benchmarks/trainers"),
     ),
     "rlhf": Area(("-m", "tandem.benchmarks.rlhf.proof"), ("server", "model", "kernels", "benchmarks/rlhf")),
+    "quantization": Area(
+        ("-m", "tandem.benchmarks.quantization.proof"),
+        ("server", "model", "kernels", "benchmarks/quantization", "examples/rlhf/evaluate.py"),
+    ),
     "demo": Area(("examples/rlhf/evaluate.py", "--count", "150"), ("model", "examples/rlhf")),
     "ppo": Area(
         ("examples/rlhf/ppo.py", "--seed", "1", "2", "3", "--threads", "1", "--plot", "docs/ppo.png"),

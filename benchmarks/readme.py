@@ -115,6 +115,35 @@ def rlhf(figures: Record) -> Iterator[Line]:
     )
 
 
+def quantization(figures: Record) -> Iterator[Line]:
+    """Beside bfloat16."""
+    bars = {"int8": "bar 1 %, 99 %", "w8a8": "bar 3 %, 97 %"}
+    accuracies = figures["accuracy"]
+    for model, one in figures["quality"].items():
+        name, _, settings = model.partition(",")
+        words = settings.replace("quantization=", "").replace(",kv_dtype=int8", " with int8 KV")
+        if name == "policy":
+            figure = f"{one['perplexity_change']:+.2%}, {one['top1_agreement']:.2%}"
+            plain, found = accuracies["bfloat16"], accuracies[settings]
+            most = max(abs(found[kind] - plain[kind]) for kind in plain)
+            beside = f"{bars[words[:4]]}; accuracy per kind within {100 * most:.1f} points, bar 1"
+            yield f"bundled policy in {words}: perplexity, same most likely token", figure, beside
+        else:
+            yield (
+                f"bundled reward model in {words}: pairs in the same order",
+                f"{one['ranking_agreement']:.2%}",
+                "bar 99 %",
+            )
+    logits = ", ".join(f"{name} {error:.2%}" for name, error in figures["logits"].items())
+    yield "random 125M, relative error of the logits", logits, "of float32"
+    for scheme, one in figures["vllm"].items():
+        figure = f"{one['mean']:.1e} mean, {one['largest']:.1e} at most"
+        beside = f"{one['greedy_same']} of {one['greedy_tokens']} greedy tokens are the same; bar {one['bar']}"
+        yield f"vLLM on the same {scheme} checkpoint, difference of a log-probability", figure, beside
+    for missed in figures["missed"]:
+        yield missed, "**missed**", ""
+
+
 def trainers(figures: Record) -> Iterator[Line]:
     for name, report in figures["trainers"].items():
         calls = sum(report["routes"].values())
@@ -128,6 +157,7 @@ AREAS: Mapping[str, Callable[[Record], Iterator[Line]]] = MappingProxyType(
         "demo": demo,
         "rlhf": rlhf,
         "ppo": ppo,
+        "quantization": quantization,
         "clients": clients,
         "trainers": trainers,
         "peers": peers,

@@ -416,5 +416,13 @@ def bench(context: typer.Context) -> None:
     measure(context.args, prog_name="tandem bench")
 
 
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def quantize(context: typer.Context) -> None:
+    """Write a checkpoint with int8 matrices, or compare two models' quality."""
+    from ..benchmarks.quantization.cli import app as work
+
+    work(context.args, prog_name="tandem quantize")
+
+
 def main() -> None:
     app(prog_name="tandem")

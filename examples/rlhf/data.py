@@ -907,7 +907,7 @@ def tool_calls(rng: random.Random, split: Split, language: Language, step: int |
         keys = rng.choice((("a", "b"), ("a", "b"), ("x", "y"), ("first", "second"), ("left", "right")))
         kind = rng.choice(("integer", "integer", "number"))
         name = ""
-        for operator in {op, *rng.sample(sorted(_OPERATORS), rng.choice((0, 1, 2, 3)))}:
+        for operator in dict.fromkeys((op, *rng.sample(sorted(_OPERATORS), rng.choice((0, 1, 2, 3))))):
             names, uses = _OPERATORS[operator]
             chosen = rng.choice(names)
             others.append(_schema(rng, chosen, rng.choice(uses), dict.fromkeys(keys, kind)))

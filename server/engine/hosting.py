@@ -41,7 +41,7 @@ def load_engines(
 
     Raises CheckpointError and OptionsError, naming the model or the option.
     """
-    options = replace(options, device=_device(options.device))
+    options = replace(options, device=device_of(options.device))
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     if options.device == "cpu":
@@ -148,7 +148,7 @@ def _memory(models: list[Model | NullModel], cards: list[ModelCard], options: En
     return kv_cache_bytes(options, available), terms
 
 
-def _device(wanted: str) -> str:
+def device_of(wanted: str) -> str:
     """Where the models shall live. Raises OptionsError for a GPU that is not there."""
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"

@@ -19,7 +19,7 @@ DEMO = sft.DEMO
 def test_size_of_the_demo() -> None:
     files = [path for path in DEMO.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 12_000_000
-    assert {path.suffix for path in files} <= {".json", ".safetensors", ".jinja"}
+    assert {path.suffix for path in files} <= {".json", ".jsonl", ".safetensors", ".jinja"}
 
 
 def test_checkpoint_gives_the_trained_models_logits() -> None:
@@ -63,6 +63,12 @@ def test_policy_answers_held_out_questions(accuracy: dict[str, float], cell: str
 def test_reward_prefers_the_better_of_two() -> None:
     report = evaluate.evaluate_reward(DEMO / "reward", count=60)
     assert report["pairs"] >= 0.9, report
+
+
+def test_what_is_served_is_as_good() -> None:
+    found = evaluate.served(DEMO, ",dtype=float32", 1, 1)
+    assert found["policy"] == evaluate.evaluate_policy(DEMO / "policy", 1, 1)
+    assert found["reward"] == evaluate.evaluate_reward(DEMO / "reward", 3, 1)
 
 
 @pytest.mark.parametrize("script", ["sft", "reward"])

@@ -1,0 +1,1 @@
+"""`tandem quantize`: checkpoints in int8, and what quantizing costs in quality."""
