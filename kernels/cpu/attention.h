@@ -48,8 +48,8 @@ struct Room {
     }
 };
 
-// sums [size / 16][R][16] += weights [R][BLOCK] · V, whose `count` positions are rows; P panels from `column` on. In the order of
-// `multiply`, whose panels a single tile of rows would not repay.
+// sums [size / 16][R][16] += weights [R][BLOCK] · V, whose `count` positions are rows, for P · 16 columns from `column` on: the
+// sums of `multiply` without its panels, which a single tile of rows does not repay.
 template <int R, int P, class S>
 INLINE void add_columns(const S* const* values, long count, long size, const float* weights, float* sums, long column) {
     Lanes found[P][R];

@@ -6,5 +6,4 @@
 #define TANDEM_INT8_PRODUCTS 0
 #include "kernels.h"
 
-extern const Kernels tandem_avx512 = {run_pack, run_linear, run_linear_int8, run_quantize, run_lora, run_activate, run_norm, run_rotary, run_write,
-    run_attention};
+extern const Kernels tandem_avx512 = OF_THIS_SET;

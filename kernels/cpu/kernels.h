@@ -199,4 +199,7 @@ void run_attention(const Attention& a, int threads) {
     else attention_of<float>(a, threads);
 }
 
+constexpr Kernels OF_THIS_SET = {run_pack, run_linear, run_linear_int8, run_quantize, run_lora, run_activate,
+                                 run_norm, run_rotary, run_write, run_attention};
+
 }  // namespace

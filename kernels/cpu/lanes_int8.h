@@ -8,7 +8,8 @@ namespace {
 
 struct float16 { uint16_t bits; };
 
-// `load` and `store` of int8; what is stored is rounded to the nearest, ties to even, and lies in -127 … 127. NaN becomes 0.
+// `load` and `store` of int8; what is stored is rounded to the nearest, ties to even, and lies in -127 … 127. NaN becomes 0. What is
+// read may be -128, too.
 // The other two are for products with int8: uint8 is x + 128; int16 has the second and the third of every four exchanged.
 
 #if TANDEM_AVX512
@@ -55,8 +56,9 @@ template <bool FEWEST> INLINE Widened as_bf16(const int8_t* at) {
     const auto found = [=](const uint8_t* table) {
         return _mm512_permutex2var_epi8(_mm512_load_si512(table), place, _mm512_load_si512(table + 64));
     };
-    const __m512i low = found(MAGNITUDES.low), sign = _mm512_and_si512(x, _mm512_set1_epi8((char)0x80));
-    const __m512i high = _mm512_or_si512(found(MAGNITUDES.high), sign);
+    const __m512i low = found(MAGNITUDES.low), sign = _mm512_set1_epi8((char)0x80);
+    const __m512i signed_high = _mm512_ternarylogic_epi32(found(MAGNITUDES.high), x, sign, 0xf8);  // a | (b & c)
+    const __m512i high = _mm512_mask_mov_epi8(signed_high, _mm512_movepi8_mask(place), _mm512_set1_epi8((char)0xc3));  // -128
     return {_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)};
 }
 
@@ -94,7 +96,8 @@ INLINE Lanes load(const int8_t* at) { return {floats_of_8(at), floats_of_8(at + 
 
 INLINE __m256i words_of(Lanes x) {
     const __m256i low_byte = _mm256_set1_epi32(0xff);  // NaN's is 0
-    const __m256i a = _mm256_and_si256(_mm256_cvtps_epi32(x.a), low_byte), b = _mm256_and_si256(_mm256_cvtps_epi32(x.b), low_byte);
+    const __m256i a = _mm256_and_si256(_mm256_cvtps_epi32(x.a), low_byte);
+    const __m256i b = _mm256_and_si256(_mm256_cvtps_epi32(x.b), low_byte);
     const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), 0xd8);
     return _mm256_srai_epi16(_mm256_slli_epi16(words, 8), 8);
 }

@@ -13,7 +13,7 @@ namespace {
 
 constexpr long ROWS = 64, DEPTH = 1024;  // of x between two readings of W; of K per visit of a tile
 
-// Rows that a tile of one panel and, with AVX-512, of two holds, and one of four: their sums, and two registers for W, must
+// Rows that a tile of one panel (with AVX-512 also of two) holds, and one of four: their sums, and two registers for W, must
 // fit the registers.
 #if TANDEM_AVX512
 constexpr long TILE = 12, WIDE_TILE = 6;
@@ -21,7 +21,8 @@ constexpr long TILE = 12, WIDE_TILE = 6;
 constexpr long TILE = 5, WIDE_TILE = 1;
 #endif
 
-// R rows of x (stride `x_step`) times P panels, over `depth` of K (a multiple of STEP). c [P][.. `c_step` rows][16]: sums so far.
+// R rows of x (stride `x_step`) times P panels, over `depth` of K (a multiple of STEP). c [P][.. `c_step` rows][16]: sums so
+// far. Few rows take W from memory panel by panel, more of them share registers.
 template <int R, int P, class X, class W>
 INLINE void tile(const X* x, long x_step, const W* const* panels, long depth, float* c, long c_step, bool fresh) {
     Lanes sums[P][R];
