@@ -23,6 +23,7 @@ from ...kernels import ops
 from ...model.config import ModelConfig, read_config
 from ...model.linear import Linear
 from ...model.load import choose_dtype
+from ...model.quantization import SCHEMES
 from ...model.slots import Place
 from ..gpu import attention
 from ..gpu import kernels as suite
@@ -70,6 +71,8 @@ def run(setup: Setup, shapes: Shapes) -> dict[str, Any]:
     device = torch.device(setup.device)
     if setup.options.threads is not None:
         torch.set_num_threads(setup.options.threads)
+    if setup.dtype in SCHEMES:
+        raise UsageError(f"--dtype {setup.dtype}: the operations are measured in floats alone")
     dtype = choose_dtype(setup.dtype, config, device)  # type: ignore[arg-type]
     measured = limits.measure(device, [dtype])
     setting = OfModel(device, Path(), own=dtype, measured=measured)
