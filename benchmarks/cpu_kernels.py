@@ -14,28 +14,44 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from statistics import median
 from types import MappingProxyType
+from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from tandem.benchmarks.peers.checkpoint import checkpoint
-from tandem.kernels.cpu import attention, product, rows
+from tandem.kernels import ops
+from tandem.kernels.cpu import attention, int8, product, rows
 from tandem.kernels.ops import Sequences
 from tandem.model.batch import Batch
 from tandem.model.kv_cache import KVCache
 from tandem.model.load import DType, load_model
 from tandem.model.model import Model
+from tandem.model.quantization import WantedScheme
 from tandem.server.engine.heap import keep_heap
 
 PAGE = 16
-KINDS: Mapping[str, tuple[DType, bool]] = MappingProxyType(  # dtype, and whether PyTorch's definitions compute
+
+
+class Kind(NamedTuple):
+    dtype: DType
+    quantization: WantedScheme = "none"
+    int8_kv: bool = False
+    definitions: bool = False  # whether PyTorch's compute
+
+
+KINDS: Mapping[str, Kind] = MappingProxyType(
     {
-        "float32": ("float32", False),
-        "bfloat16": ("bfloat16", False),
-        "float32, PyTorch": ("float32", True),
-        "bfloat16, PyTorch": ("bfloat16", True),
-        "float16, PyTorch": ("float16", True),
+        "float32": Kind("float32"),
+        "bfloat16": Kind("bfloat16"),
+        "int8": Kind("bfloat16", "int8"),
+        "int8, int8 KV": Kind("bfloat16", "int8", int8_kv=True),
+        "w8a8": Kind("bfloat16", "w8a8"),
+        "w8a8, int8 KV": Kind("bfloat16", "w8a8", int8_kv=True),
+        "float32, PyTorch": Kind("float32", definitions=True),
+        "bfloat16, PyTorch": Kind("bfloat16", definitions=True),
+        "float16, PyTorch": Kind("float16", definitions=True),
     }
 )
 CASES: Mapping[str, tuple[int, int]] = MappingProxyType(  # sequences, tokens of each
@@ -47,19 +63,20 @@ CASES: Mapping[str, tuple[int, int]] = MappingProxyType(  # sequences, tokens of
 def kernels(definitions: bool) -> Iterator[None]:
     """Inside, with `definitions`, this process computes as where the C++ kernels could not be built."""
     with ExitStack() as stack:
-        for module in (attention, product, rows) if definitions else ():
+        for module in (attention, int8, product, rows) if definitions else ():
             stack.enter_context(patch.object(module, "native", lambda: None))
         yield
 
 
-def step(model: Model, sequences: int, tokens: int, context: int, definitions: bool) -> Callable[[], Tensor]:
+def step(model: Model, kind: Kind, sequences: int, tokens: int, context: int) -> Callable[[], Tensor]:
     """One step: a token for each sequence behind `context` others, or a prompt; with the head for each last row."""
     before = context if tokens == 1 else 0
     width = -(-(before + tokens) // PAGE)
-    cache = KVCache(model.config, sequences * width, PAGE, model.dtype)
+    cache = KVCache(model.config, sequences * width, PAGE, torch.int8 if kind.int8_kv else model.dtype)
+    heads = model.config.kv_heads, model.config.head_size
     for layer in cache.layers:
-        layer.k.normal_()
-        layer.v.normal_()
+        k, v = torch.randn(2, sequences * width * PAGE, *heads).to(model.dtype)
+        ops.write_kv(k, v, torch.arange(len(k)), layer)
     tables = torch.arange(sequences * width, dtype=torch.int32).view(sequences, width)
     positions = torch.arange(before, before + tokens).repeat(sequences)
     pages = tables.repeat_interleave(tokens, 0).gather(1, (positions // PAGE).unsqueeze(1))[:, 0]
@@ -71,7 +88,7 @@ def step(model: Model, sequences: int, tokens: int, context: int, definitions: b
     slots = pages * PAGE + positions % PAGE
 
     def run() -> Tensor:
-        with kernels(definitions):
+        with kernels(kind.definitions):
             batch = Batch(ids, positions, slots, given._replace(memo={}))
             return model.logits(model.forward(batch, cache)[tokens - 1 :: tokens])
 
@@ -80,12 +97,12 @@ def step(model: Model, sequences: int, tokens: int, context: int, definitions: b
 
 def steps(context: int, kinds: list[str]) -> dict[tuple[str, str], Callable[[], Tensor]]:
     found: dict[tuple[str, str], Callable[[], Tensor]] = {}
-    for kind in kinds:
-        dtype, definitions = KINDS[kind]
-        with kernels(definitions):
-            model = load_model(checkpoint("random:125m"), dtype=dtype)
+    for name in kinds:
+        kind = KINDS[name]
+        with kernels(kind.definitions):
+            model = load_model(checkpoint("random:125m"), dtype=kind.dtype, quantization=kind.quantization)
         for case, (sequences, tokens) in CASES.items():
-            found[kind, case] = step(model, sequences, tokens, context, definitions)
+            found[name, case] = step(model, kind, sequences, tokens, context)
     return found
 
 

@@ -144,6 +144,15 @@ def test_rotary(size: int, rotated: int, norms: bool, interleaved: bool, dtype: 
         torch.testing.assert_close(found, expected, rtol=relative, atol=absolute, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_writes(dtype: torch.dtype) -> None:
+    qkv, slots = torch.randn(7, 8, 20).to(dtype), torch.randperm(12)[:7]
+    made = [KVLayer(*torch.zeros(2, 3, 3, 4, 20, dtype=dtype).unbind()) for _ in range(2)]  # 3 pages of 4, 3 heads
+    for write, cache in zip((rows.write_kv, ops.write_kv.__wrapped__), made, strict=True):
+        write(qkv[:, 2:5], qkv[:, 5:], slots, cache)
+    assert torch.equal(made[0].k, made[1].k) and torch.equal(made[0].v, made[1].v)
+
+
 # Attention ------------------------------------------------------------------------------------------------------------
 
 LAYOUTS = [(6, 2, 64, 16), (4, 4, 40, 24), (71, 1, 8, 7), (8, 2, 128, 32)]
