@@ -11,6 +11,8 @@ from ..ops import PANEL, Activation, Int8, PackedInt8
 from .native import LinearInt8, Quantize, at, native, number
 from .product import ACTIVATIONS
 
+ROWS = 1024  # of a matrix that are brought into panels at once: whole panels
+
 
 def quantize_rows(x: Tensor) -> Int8:
     found, kind = native(), number(x.dtype)
@@ -27,12 +29,18 @@ def pack_int8(values: Tensor, scale: Tensor, depth: int, activation: Activation 
     outs, ins = values.shape
     if native() is None or (activation == "silu_and_mul" and outs % (2 * PANEL)):
         return None
-    totals = values.sum(1, dtype=torch.int32)
-    beyond = -outs % PANEL
+    panels, beyond = -(-outs // PANEL), -outs % PANEL
     side_by_side = {2: torch.int16, 4: torch.int32}[depth]
-    whole = F.pad(values, (0, -ins % 4, 0, beyond)).view(side_by_side)  # [panels · PANEL, ins / depth]
-    data = whole.unflatten(0, (-1, PANEL)).mT.contiguous().unsqueeze(-1).view(torch.int8)
-    return PackedInt8(data, F.pad(scale, (0, beyond)), F.pad(totals, (0, beyond)) if depth == 4 else None, outs, ins)
+    data = torch.empty(panels, (ins + -ins % 4) // depth, PANEL, depth, dtype=torch.int8)
+    totals = torch.zeros(panels * PANEL, dtype=torch.int32)
+    for first in range(0, outs, ROWS):
+        rows = values[first : first + ROWS]
+        whole = F.pad(rows, (0, -ins % 4, 0, -len(rows) % PANEL)).view(side_by_side)  # [rows, ins / depth]
+        into = data[first // PANEL :][: len(whole) // PANEL].view(side_by_side).squeeze(-1)
+        into.copy_(whole.unflatten(0, (-1, PANEL)).mT)
+        if depth == 4:
+            totals[first : first + len(rows)] = rows.sum(1, dtype=torch.int32)
+    return PackedInt8(data, F.pad(scale, (0, beyond)), totals if depth == 4 else None, outs, ins)
 
 
 def packed_linear_int8(
