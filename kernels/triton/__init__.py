@@ -5,6 +5,7 @@ from .attention import paged_attention
 from .attention_work import attention_work
 from .int8 import quantize_rows
 from .linear import linear
+from .linear_int8 import linear_int8, linear_w8a8
 from .logprobs import token_logprobs
 from .lora import lora
 from .norm import layer_norm, layer_norm_int8, rms_norm, rms_norm_int8
@@ -21,6 +22,8 @@ __all__ = [
     "layer_norm",
     "layer_norm_int8",
     "linear",
+    "linear_int8",
+    "linear_w8a8",
     "lora",
     "paged_attention",
     "qk_norm_rotary_and_write_kv",
