@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, TypeGuard, get_args
 
+from .compressed_tensors import joined
 from .config import HeadKind, ModelConfig, read_config
 from .errors import CheckpointError
 from .fields import Fields
@@ -39,12 +40,13 @@ def read_checkpoint(path: str | Path, *, head: HeadKind | None = None, pooling: 
     config = read_config(directory, embedding=head == "embed", pooling=pooling if _embeds(pooling) else None)
     fields = Fields.read(directory / "config.json")
     files = find_files(directory)
+    tensors = open_files(files) if config.scheme == "none" else joined(open_files(files))
     if config.kind == "embed" and head in (None, "lm", "embed"):
         if pooling is not None and not _embeds(pooling):
             raise _wrong_pooling(pooling, "embeddings", PoolingMode)
-        return Checkpoint(directory, config, files, open_files(files), LANGUAGE_HEAD)
+        return Checkpoint(directory, config, files, tensors, LANGUAGE_HEAD)
     beside = head_files(directory)
-    tensors, extra = open_files(files), open_files(beside)
+    extra = open_files(beside)
     found = find_head(directory, fields, {name for name, _ in (*tensors, *extra)})
     kind = head if head in ("score", "value") else config.kind
     if kind == "lm" and head is None and found is not None:

@@ -9,6 +9,7 @@ from typing import Literal
 from .errors import CheckpointError
 from .fields import Fields
 from .pooling import Pooling, PoolingMode, ScorePooling, read_pooling
+from .quantization import SchemeName
 from .rotary import Rope
 
 LAST = ScorePooling()
@@ -71,6 +72,7 @@ class ModelConfig:
     parallel: bool = False  # attention and MLP read the same residual
     parallel_norms: int = 1  # Falcon: of a parallel layer; with 2 attention and MLP have one each
     alibi: bool = False  # Falcon: instead of rotation
+    scheme: SchemeName = "none"  # in which the checkpoint has its matrices
 
     @property
     def kind(self) -> HeadKind:
@@ -105,17 +107,19 @@ def read_config(path: str | Path, *, embedding: bool = False, pooling: PoolingMo
 
     Raises CheckpointError that names what is missing or, with its value, the field that is not supported.
     """
-    from .registry import read_architecture  # the families that it lists build on this module
+    from .compressed_tensors import read_scheme  # what reads tensors builds on this module, as do
+    from .registry import read_architecture  # the families that it lists
 
     fields = Fields.read(checkpoint_file(Path(path), "config.json"))
-    fields.only("quantization_config")
+    scheme = read_scheme(fields)
     fields.only("is_encoder_decoder", False)
     fields.only("add_cross_attention", False)
     fields.only("is_causal", True)
     name, entry = read_architecture(fields)
     scores, own = entry.head in ("score", "value"), name in (fields.strings("architectures") or [])
     labels = read_labels(fields) if scores and own else int(scores)  # foreign classes have one output
-    config = replace(entry.family.configure(fields, name, labels), values=entry.head == "value")
+    config = entry.family.configure(fields, name, labels)
+    config = replace(config, values=entry.head == "value", scheme=scheme)
     if entry.head == "none" or (embedding and entry.head == "lm"):
         return replace(config, pooling=read_pooling(Path(path), pooling))
     return config

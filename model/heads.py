@@ -35,17 +35,24 @@ class LMHead(nn.Module):
         super().__init__()
         self.deterministic, self.softcap, self.older = place.deterministic, softcap, older
         self.lm_head = Linear(
-            ("lm_head",), hidden_size, (vocab_size,), place, split="vocab", weight=embedding, bias=bias
+            ("lm_head",),
+            hidden_size,
+            (vocab_size,),
+            place,
+            split="vocab",
+            weight=embedding,
+            bias=bias,
+            scheme=place.quantization.head,
         )
 
     @property
     def plain(self) -> bool:
-        """Whether the logits are hidden · weightᵀ and nothing more."""
-        return self.lm_head.bias is None and self.softcap is None
+        """Whether the logits are hidden · weightᵀ, with the very weight that is kept, and nothing more."""
+        return self.lm_head.bias is None and self.softcap is None and not self.lm_head.quantized
 
     def slots(self, path: str) -> Iterator[Slot]:
         if self.older is not None:
-            yield Slot(f"{self.older}.weight", self.lm_head.weight)
+            yield next(self.lm_head.slots("lm_head"))._replace(name=f"{self.older}.weight")
 
     def forward(self, hidden: Tensor) -> Tensor:
         logits = self.lm_head(hidden).float()

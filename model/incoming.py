@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .checkpoint import head_files
 from .errors import CheckpointError
-from .weights import DTYPES, Stored, digest, open_file, weight_files
+from .weights import DTYPES, INTEGERS, Stored, digest, open_file, weight_files
 
 MOST_HEADER = 100_000_000  # bytes; safetensors' own bound
 SHARED_MEMORY = Path("/dev/shm")
@@ -128,7 +128,7 @@ def read_safetensors(path: Path, size: int = 0) -> dict[str, Stored]:
 
 def _stored(file: _Bytes, name: str, entry: dict[str, Any], data: int, size: int) -> Stored:
     shape, (begin, end) = tuple(int(length) for length in entry["shape"]), map(int, entry["data_offsets"])
-    dtype = DTYPES.get(entry["dtype"])
+    dtype = (DTYPES | INTEGERS).get(entry["dtype"])
     whole = dtype is None or end - begin == math.prod(shape) * dtype.itemsize
     if min((0, *shape)) < 0 or not 0 <= begin <= end <= size - data or not whole:
         raise CheckpointError(f"{file.path}: {name} {list(shape)} does not lie at its bytes {begin} to {end}")

@@ -1,9 +1,9 @@
-"""Matrices of a model: the only place that knows fusion, storage order and shard slices.
+"""Matrices of a model: the only place that knows fusion, storage order, quantization and shard slices.
 
 A family writes `Linear(("q_proj", "k_proj", "v_proj"), ins, (N·H, K·H, K·H), place, split="column")` and calls it. One
 with an `activation` behind it (gate and up, say) names that, too: the device may compute both at once.
 
-Once filled, a matrix is kept in the order that its device computes in (`ops.pack`), where it has one of its own.
+How a matrix is kept, and multiplied, is `matrix.py`'s: in the model's dtype or as its scheme says.
 
 A matrix may have low-rank adapters beside it (`adapters.py`); which one a row takes is the step's, not the family's.
 """
@@ -20,7 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import ops
-from ..kernels.ops import Activation, Packed
+from ..kernels.ops import Activation, Packed, PackedInt8
+from .matrix import Int8Matrix, PlainMatrix
+from .quantization import SchemeName
 from .slots import Place, Slot
 
 Split = Literal["column", "row", "vocab", "none"]  # which dimension several devices would share: outs, ins, rows of V
@@ -66,12 +68,12 @@ class Linear(nn.Module):
 
     `names` and `outs` go together: the checkpoint has `names[i]`, with `outs[i]` outputs, where this module stands.
     `stored_transposed`: the checkpoint keeps [ins, outs]. `order` [outs]: row i here is row order[i] of the
-    checkpoint's matrix, and of its bias. `weight`: storage to share instead of an own one (tied embeddings). `split`:
-    how the matrix is divided over devices; on one it changes nothing.
+    checkpoint's matrix, and of its bias. `weight`: storage to share instead of an own one (tied embeddings), or to be
+    quantized from. `scheme`: instead of the place's. `split`: how the matrix is divided over devices; on one it changes
+    nothing.
     """
 
-    plain: Tensor | None  # [sum(outs), ins]
-    packed: Packed | None = None  # the same in the device's own order
+    matrix: PlainMatrix | Int8Matrix
     activation: Activation | None
     reordered: Callable[[Tensor], Tensor] | None
     adapters: MatrixAdapters | None = None
@@ -89,27 +91,38 @@ class Linear(nn.Module):
         order: Tensor | None = None,
         weight: Tensor | None = None,
         activation: Activation | None = None,
+        scheme: SchemeName | None = None,
     ) -> None:
         super().__init__()
-        self.activation, self.deterministic, self.dtype = activation, place.deterministic, place.dtype
+        self.activation, self.deterministic = activation, place.deterministic
         self.names, self.ins, self.outs, self.split, self.stored_transposed = names, ins, outs, split, stored_transposed
         assert order is None or len(names) == 1
         self.reordered = None if order is None else lambda stored: stored[order]
-        self.plain = nn.Buffer(place.empty(sum(outs), ins) if weight is None else weight)
+        scheme = place.quantization.matrices if scheme is None else scheme
+        if scheme == "none":
+            self.matrix = PlainMatrix(sum(outs), ins, place, weight)
+        else:
+            self.matrix = Int8Matrix(scheme, sum(outs), ins, place, weight)
         self.bias = nn.Buffer(place.empty(sum(outs))) if bias else None
 
     @property
+    def quantized(self) -> bool:
+        return isinstance(self.matrix, Int8Matrix)
+
+    @property
+    def packed(self) -> Packed | PackedInt8 | None:
+        """The matrix in its device's own order, where it is kept so."""
+        return self.matrix.packed
+
+    @property
     def weight(self) -> Tensor:
-        """[sum(outs), ins]: the matrix itself, or a copy of it where only the packed form is kept."""
-        if self.plain is not None:
-            return self.plain
-        assert self.packed is not None
-        return self.packed.unpack().to(self.dtype)
+        """[sum(outs), ins] in the model's dtype: the matrix itself, or a copy where it is kept otherwise."""
+        return self.matrix.weight
 
     @property
     def packed_bytes(self) -> int:
         """Of what is no buffer of this module."""
-        return 0 if self.packed is None else self.packed.data.nbytes
+        return self.matrix.packed_bytes
 
     def places(self, path: str) -> list[str]:
         """Where the checkpoint has each of the matrices, in dots."""
@@ -117,18 +130,19 @@ class Linear(nn.Module):
         return [f"{inside}.{name}" if inside else name for name in self.names]
 
     def slots(self, path: str) -> Iterator[Slot]:
-        parts = zip(self.places(path), self.weight.split_with_sizes(self.outs), strict=True)
-        for index, (full, weight) in enumerate(parts):
-            yield Slot(f"{full}.weight", weight, transposed=self.stored_transposed, change=self.reordered)
+        parts = zip(self.places(path), self.matrix.parts(self.outs), strict=True)
+        for index, (full, (weight, scale)) in enumerate(parts):
+            yield Slot(f"{full}.weight", weight, transposed=self.stored_transposed, change=self.reordered, scale=scale)
             if self.bias is not None:
                 yield Slot(f"{full}.bias", self.bias.split_with_sizes(self.outs)[index], change=self.reordered)
 
-    def pack(self) -> None:
-        """Change to the device's own order, if it has one."""
-        assert self.plain is not None
-        self.packed = ops.pack(self.plain, self.activation)
-        if self.packed is not None:
-            self.plain = None
+    def keep_plain(self, place: Place) -> None:
+        """Before it is filled: the matrix is not quantized after all."""
+        self.matrix = PlainMatrix(sum(self.outs), self.ins, place)
+
+    def finish(self, pack: bool = True) -> None:
+        """All slots are filled. `pack`: change to the device's own order, if it has one."""
+        self.matrix.finish(pack, self.activation)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, ins] -> [T, sum(outs)], with silu_and_mul half as many; x's dtype.
@@ -138,15 +152,10 @@ class Linear(nn.Module):
         """
         slots = None if self.adapters is None else self.adapters.of_step
         if self.adapters is None or slots is None:
-            return self._product(x, self.activation)
-        y = self._product(x, None)
+            return self.matrix.product(x, self.bias, self.activation)
+        y = self.matrix.product(x, self.bias, None)
         ops.lora(x, self.adapters.a, self.adapters.b, self.outs, slots, y)
         return ops.activate(y, self.activation, by_row=self.deterministic and not x.is_cuda)
-
-    def _product(self, x: Tensor, activation: Activation | None) -> Tensor:
-        if self.packed is not None:
-            return ops.packed_linear(x, self.packed, self.bias, activation)
-        return ops.linear(x, self.weight, self.bias, activation, self.deterministic)
 
 
 def linears(module: nn.Module) -> Iterator[tuple[str, Linear]]:

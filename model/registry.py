@@ -9,7 +9,6 @@ from typing import Literal, NamedTuple
 from . import bloom, falcon, gemma, gpt2, gpt_neox, gptj, llama, olmo2, opt, phi3, starcoder2
 from .config import ModelConfig
 from .fields import Fields
-from .slots import Place
 
 Decoder = (
     bloom.BloomDecoder
@@ -33,7 +32,7 @@ class Family(NamedTuple):
     """
 
     configure: Callable[[Fields, str, int], ModelConfig]
-    decoder: Callable[[ModelConfig, Place], Decoder]
+    decoder: type[Decoder]
     older_head: str | None = None
 
 

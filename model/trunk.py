@@ -22,6 +22,7 @@ from .weights import Naming, Stored, digest, fill
 # Fields of a config that say nothing of the decoder.
 AROUND = frozenset(
     {"architecture", "dtype", "labels", "end_ids", "tied", "pooling", "score", "values", "head_bias", "logit_softcap"}
+    | {"scheme"}
 )
 
 

@@ -2,7 +2,8 @@
 
 They are staged as a checkpoint is loaded, into modules of the same config, so that fused and tied matrices, rows in
 another order, changed values and the device's own order of a matrix come out as they would at a start. What a start
-makes of a matrix once it is filled (`pack`; quantizing later) is made of it here, before anything that serves changes.
+makes of a matrix (`Slot.write` quantizes, `Linear.finish` packs) is made of it here, before anything that serves
+changes. What an update leaves out of a fused matrix is taken over as the model has it, not quantized once more.
 """
 
 # torch leaves the types of buffers and modules open.
@@ -10,16 +11,16 @@ makes of a matrix once it is filled (`pack`; quantizing later) is made of it her
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
 
+from .compressed_tensors import joined
 from .linear import Linear
 from .load import unfilled
 from .model import Model
-from .weights import DTYPES, Filling, Stored, slots_at
+from .weights import Filling, Stored, slots_at
 
 
 class Update:
@@ -39,14 +40,15 @@ class Update:
         self.tensors = self.bytes = 0
 
     def stage(self, tensors: Iterable[tuple[str, Stored]], complete: bool = False) -> None:
-        """Reads, checks and converts. `complete`: no tensor of the model may be missing afterwards.
+        """Reads, checks and converts; a matrix may come in int8, with its scale in the same round, where the model has
+        it so. `complete`: no tensor of the model may be missing afterwards.
 
         Raises CheckpointError that names the tensors at fault; then the update cannot be used any more.
         """
-        pairs = self._filling.match(tensors, complete)
-        self._filling.copy(pairs, lambda done, total: None, finite=True)
+        pairs = self._filling.match(joined(tensors), complete)
         self.tensors += len(pairs)
-        self.bytes += sum(math.prod(stored.shape) * DTYPES[stored.dtype].itemsize for _, stored in pairs)
+        self.bytes += sum(stored.nbytes for _, stored in pairs)
+        self._filling.copy(pairs, lambda done, total: None, finite=True)
 
     def complete(self, partial: bool) -> None:
         """No more comes. `partial`: what is missing stays what it is; else CheckpointError names it."""
@@ -60,11 +62,11 @@ class Update:
             if partial and not all(filled):
                 for slot, known, current in zip(slots, filled, slots_at(live, path), strict=True):
                     if not known:
-                        slot.into.copy_(current.into)
+                        slot.take(current)
             self._pairs.append((live, staged))
         for live, staged in self._pairs:
-            if isinstance(live, Linear) and isinstance(staged, Linear) and live.packed is not None:
-                staged.pack()
+            if isinstance(live, Linear) and isinstance(staged, Linear):
+                staged.finish(pack=live.packed is not None)
 
     def touches(self, other: Model) -> bool:
         """Whether `commit` changes that model, too."""
@@ -79,13 +81,13 @@ class Update:
             torch.cuda.synchronize(device)
         written: set[int] = set()
         for live, staged in self._pairs:
-            for name, tensor in staged.named_buffers(recurse=False):
+            for name, tensor in staged.named_buffers():
                 into = live.get_buffer(name)
                 if into.data_ptr() not in written:  # tied ones are written once
                     into.copy_(tensor, non_blocking=True)
                     written.add(into.data_ptr())
-            if isinstance(live, Linear) and isinstance(staged, Linear) and live.packed is not None:
-                live.packed = staged.packed
+            if isinstance(live, Linear) and isinstance(staged, Linear):
+                live.matrix.exchange(staged.matrix)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 

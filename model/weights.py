@@ -9,6 +9,9 @@ headers tell (missing, unused, wrong shape or dtype) is checked before the first
 
 from __future__ import annotations
 
+import ctypes
+import math
+import mmap
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -27,6 +30,7 @@ from .fields import Fields
 from .slots import HasSlots, Slot
 
 Progress = Callable[[int, int], None]  # bytes copied so far, bytes in all
+Storage = tuple[int, int]  # address and elements: tied tensors have the same
 
 # Single file, index of several, in the order in which they are looked for.
 LAYOUTS = (
@@ -34,16 +38,34 @@ LAYOUTS = (
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # by safetensors' names
+INTEGERS = {"I8": torch.int8, "I32": torch.int32, "I64": torch.int64}  # what quantized matrices are made of
 NAMED = 8  # so many tensors of a kind are listed in a message
 
 
+class Int8Rows(NamedTuple):
+    """What makes a tensor of int8 values a matrix: `scales(outs)` reads a float32 scale for each of its outputs.
+
+    `as_outputs`: rows are outputs also where the checkpoint has its other matrices transposed.
+    """
+
+    scales: Callable[[int], Tensor]
+    as_outputs: bool
+
+
 class Stored(NamedTuple):
-    """A tensor of a checkpoint file, not read yet. `dtype` is named as safetensors does."""
+    """A tensor of a checkpoint file, not read yet. `dtype` is named as safetensors does. `mapped`: what `read` gives
+    lies in the file."""
 
     file: Path | str  # or where else it comes from
     shape: tuple[int, ...]
     dtype: str
     read: Callable[[], Tensor]
+    mapped: bool = False
+    int8: Int8Rows | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * (DTYPES | INTEGERS)[self.dtype].itemsize
 
 
 def find_files(directory: Path) -> list[Path]:
@@ -96,7 +118,7 @@ def _open_safetensors(path: Path) -> dict[str, Stored]:
             def read(name: str = name) -> Tensor:
                 return file.get_tensor(name)
 
-            stored[name] = Stored(path, tuple(part.get_shape()), part.get_dtype(), read)
+            stored[name] = Stored(path, tuple(part.get_shape()), part.get_dtype(), read, mapped=True)
         return stored
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is truncated or no safetensors file ({error}): download it again") from error
@@ -126,6 +148,10 @@ class Naming(NamedTuple):
     prefixes: tuple[str, ...]
     ignored: str
 
+    def short(self, name: str) -> str:
+        """A tensor's name without the prefix."""
+        return name[len(next((prefix for prefix in self.prefixes if name.startswith(prefix)), "")) :]
+
 
 class Filling:
     """Copies tensors into the slots of a decoder and its head, by name, in any number of rounds.
@@ -136,9 +162,9 @@ class Filling:
     def __init__(self, decoder: nn.Module, head: nn.Module, naming: Naming, where: object) -> None:
         self._inside = {slot.name: slot for slot in slots_of(decoder)}
         self._outside = {slot.name: slot for slot in slots_of(head)}
-        self._prefixes, self._skip, self._where = naming.prefixes, re.compile(naming.ignored), where
+        self._naming, self._skip, self._where = naming, re.compile(naming.ignored), where
         self._found: set[str] = set()  # names of the slots for which a tensor came
-        self._filled: dict[tuple[int, int], str] = {}
+        self._filled: dict[Storage, str] = {}
 
     def match(self, tensors: Iterable[tuple[str, Stored]], complete: bool) -> list[tuple[Slot, Stored]]:
         """The slot of each tensor. `complete`: after this round no slot may be empty.
@@ -148,7 +174,7 @@ class Filling:
         pairs: dict[str, tuple[Slot, Stored]] = {}
         problems: dict[str, list[str]] = {}
         for name, stored in tensors:
-            short = name[len(next((prefix for prefix in self._prefixes if name.startswith(prefix)), "")) :]
+            short = self._naming.short(name)
             slot = self._inside.get(short) or self._outside.get(name)
             if slot is None:
                 if not self._skip.fullmatch(short):
@@ -156,10 +182,10 @@ class Filling:
                 continue
             if slot.name in self._found:
                 problems.setdefault("given twice", []).append(name)
-            elif stored.shape != slot.shape:
-                wrong = f"{name} is {list(stored.shape)}, must be {list(slot.shape)}"
+            elif stored.shape != (shape := slot.shape_of(upright=stored.int8 is not None and stored.int8.as_outputs)):
+                wrong = f"{name} is {list(stored.shape)}, must be {list(shape)}"
                 problems.setdefault("of the wrong shape", []).append(wrong)
-            elif stored.dtype not in DTYPES:
+            elif stored.dtype not in DTYPES and not (stored.int8 is not None and slot.scale is not None):
                 wrong = f"{name} is {stored.dtype}"
                 problems.setdefault(f"of a dtype other than {', '.join(DTYPES)}", []).append(wrong)
             else:
@@ -172,36 +198,51 @@ class Filling:
             raise CheckpointError(f"{self._where}: tensors do not match config.json: {said}")
         return list(pairs.values())
 
-    def copy(self, pairs: list[tuple[Slot, Stored]], on_progress: Progress, finite: bool = False) -> None:
-        """Reads the tensors and converts them to their slots' dtype. `finite`: refuses those with other numbers."""
+    def copy(
+        self,
+        pairs: list[tuple[Slot, Stored]],
+        on_progress: Progress,
+        finite: bool = False,
+        on_filled: Callable[[Slot], None] = lambda slot: None,
+    ) -> None:
+        """Reads the tensors and converts them to what their slots keep; `pairs` is used up. `finite`: refuses those
+        with other numbers. `on_filled` is called after each.
+
+        The largest come first: what a tensor takes beside the storage that is filled then adds least to the most
+        memory that is held at once.
+        """
+        pairs.reverse()
+        pairs.sort(key=lambda pair: pair[0].into.nbytes)
         total, done = sum(slot.into.nbytes for slot, _ in pairs), 0
-        for slot, stored in pairs:
-            tensor, into = slot.kept(stored.read()), slot.into
-            if (first := self._filled.get(_storage(into))) is not None:  # tied and given twice
-                if not torch.equal(into, tensor.to(into)):
+        while pairs:
+            slot, stored = pairs.pop()
+            tensor = stored.read()
+            if (first := self._filled.get(storage_of(slot.into))) is not None:  # tied and given twice
+                if not torch.equal(slot.into, slot.kept(tensor).to(slot.into)):
                     message = f"{stored.file}: {slot.name} differs from {first}, to which config.json ties it"
                     raise CheckpointError(f"{message}; set tie_word_embeddings to false")
             else:
-                into.copy_(tensor)
-                self._filled[_storage(into)] = slot.name
-                narrowed = into.dtype == torch.float16 and tensor.dtype != torch.float16
-                if (narrowed or finite) and not all_finite(into):
-                    if narrowed and all_finite(tensor):
-                        message = f"{stored.file}: {slot.name} has values that float16 cannot hold"
-                        raise CheckpointError(f"{message}; choose --dtype bfloat16 or float32")
-                    if finite:
-                        raise CheckpointError(f"{stored.file}: {slot.name} has values that are not finite")
-            done += into.nbytes
+                _write(slot, stored, tensor, finite)
+                self._filled[storage_of(slot.into)] = slot.name
+                on_filled(slot)
+            if stored.mapped:
+                _let_go(tensor)
+            done += slot.into.nbytes
             on_progress(done, total)
+
+    def forget(self) -> None:
+        """The slots: nothing is matched any more."""
+        self._inside.clear()
+        self._outside.clear()
 
     def has(self, slot: Slot) -> bool:
         """Whether the slot, or one that is tied to it, is filled."""
-        return _storage(slot.into) in self._filled
+        return storage_of(slot.into) in self._filled
 
     def _missing(self) -> list[str]:
         slots = {**self._inside, **self._outside}
-        found = {_storage(slots[name].into) for name in self._found}
-        return [name for name, slot in slots.items() if not slot.optional and _storage(slot.into) not in found]
+        found = {storage_of(slots[name].into) for name in self._found}
+        return [name for name, slot in slots.items() if not slot.optional and storage_of(slot.into) not in found]
 
 
 def fill(
@@ -211,10 +252,42 @@ def fill(
     tensors: Iterable[tuple[str, Stored]],
     directory: Path,
     on_progress: Progress,
+    finite: bool = False,
+    on_filled: Callable[[Slot], None] = lambda slot: None,
 ) -> None:
-    """Copy every tensor of a checkpoint in `directory` into the slot of its name. Raises what `Filling` does."""
+    """Copy every tensor of a checkpoint in `directory` into the slot of its name. See `Filling.copy`.
+
+    A module may let go of its slots' storage once they are filled: nobody else holds it any more.
+    """
     filling = Filling(decoder, head, naming, directory)
-    filling.copy(filling.match(tensors, complete=True), on_progress)
+    pairs = filling.match(tensors, complete=True)
+    filling.forget()
+    filling.copy(pairs, on_progress, finite, on_filled)
+
+
+def _write(slot: Slot, stored: Stored, tensor: Tensor, finite: bool) -> None:
+    if stored.int8 is not None:
+        slot.write_int8(tensor, stored.int8.scales(len(slot.into)), upright=stored.int8.as_outputs)
+        return
+    kept, into = slot.kept(tensor), slot.into
+    if slot.scale is not None and not all_finite(kept):  # one such number would make its whole row useless
+        raise CheckpointError(f"{stored.file}: {slot.name} has values that are not finite")
+    slot.write(kept)
+    narrowed = into.dtype == torch.float16 and kept.dtype != torch.float16
+    if slot.scale is None and (narrowed or finite) and not all_finite(into):
+        if narrowed and all_finite(kept):
+            message = f"{stored.file}: {slot.name} has values that float16 cannot hold"
+            raise CheckpointError(f"{message}; choose --dtype bfloat16 or float32")
+        if finite:
+            raise CheckpointError(f"{stored.file}: {slot.name} has values that are not finite")
+
+
+def _let_go(tensor: Tensor) -> None:
+    """Of a mapped tensor's pages, which count as this process's memory. Who reads it again finds them in the file."""
+    begin = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > begin:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
 
 
 def all_finite(tensor: Tensor) -> bool:
@@ -245,7 +318,7 @@ def digest(files: Iterable[Path]) -> str:
     return state.hexdigest()
 
 
-def _storage(tensor: Tensor) -> tuple[int, int]:
+def storage_of(tensor: Tensor) -> Storage:
     return tensor.data_ptr(), tensor.numel()
 
 

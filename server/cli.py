@@ -11,7 +11,7 @@ import typer
 
 from .api.options import ApiOptions
 from .engine.control import Ready, as_flags, log_to_stderr
-from .engine.options import AttentionBackend, Dtype, EngineOptions, ModelSpec, OptionsError
+from .engine.options import AttentionBackend, Dtype, EngineOptions, KVDtype, ModelSpec, OptionsError, Scheme
 from .engine.request import LogprobsMode, PoolingMode
 from .options import (
     REASONING_PARSERS,
@@ -82,7 +82,7 @@ def serve(
     models: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[[NAME=]PATH|ORG/NAME[,role=…,dtype=…,kv=…%,alias=a|b,chat_template=…,max_model_len=…,weight=…,"
+            metavar="[[NAME=]PATH|ORG/NAME[,role=…,dtype=…,quantization=…,lm_head=…,kv_dtype=…,kv=…%,alias=a|b,chat_template=…,max_model_len=…,weight=…,"
             "pooling=…,trunk=OTHER,revision=…,tool_call_parser=…,reasoning_parser=…]|NAME=base-of:OTHER]…",
             help="Directories of Hugging Face checkpoints, or hub ids; models that share the weights of another one: a "
             "reference as base-of:OTHER, a value head with trunk=OTHER. None: the bundled policy and reward model. kv: "
@@ -100,6 +100,14 @@ def serve(
         list[str] | None, typer.Option(help="The one model's name; repeated: further names.", show_default=False)
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16, where a model names none.")] = "auto",
+    quantization: Annotated[
+        str,
+        typer.Option(help="auto (as the checkpoint is), none, int8 (weights) or w8a8, where a model names none."),
+    ] = "auto",
+    kv_cache_dtype: Annotated[
+        str,
+        typer.Option(help="auto (the model's dtype), int8, float32, bfloat16 or float16, where a model names none."),
+    ] = "auto",
     max_model_len: Annotated[
         str | None, typer.Option(help="Tokens of prompt and answer; 4096, 4k (4,000) or 4K (4,096).")
     ] = None,
@@ -214,6 +222,8 @@ def serve(
         gpu = device.startswith("cuda") or (device == "auto" and has_gpu())
         defaults = {
             "dtype": _one_of("--dtype", dtype, get_args(Dtype)),
+            "quantization": _one_of("--quantization", quantization, get_args(Scheme)),
+            "kv_dtype": _one_of("--kv-cache-dtype", kv_cache_dtype, get_args(KVDtype)),
             "chat_template": chat_template,
             "tool_call_parser": _one_of("--tool-call-parser", tool_call_parser, TOOL_CALL_PARSERS),
             "reasoning_parser": _one_of("--reasoning-parser", reasoning_parser, tuple(REASONING_PARSERS)),
@@ -287,12 +297,19 @@ def _models(words: list[str], names: list[str], defaults: dict[str, Any]) -> tup
         replace(
             spec,
             dtype=defaults["dtype"] if spec.dtype == "auto" else spec.dtype,
+            quantization=defaults["quantization"] if _own_weights(spec) else spec.quantization,
+            kv_dtype=defaults["kv_dtype"] if spec.kv_dtype == "auto" else spec.kv_dtype,
             chat_template=spec.chat_template or defaults["chat_template"],
             tool_call_parser=spec.tool_call_parser or defaults["tool_call_parser"],
             reasoning_parser=spec.reasoning_parser or defaults["reasoning_parser"],
         )
         for spec in specs
     )
+
+
+def _own_weights(spec: ModelSpec) -> bool:
+    """Whether `--quantization` is for it: it has weights, its own, and says nothing itself."""
+    return spec.quantization == "auto" and not spec.shares and not spec.is_null
 
 
 def _loras(enabled: bool, most: int | None, rank: int | None, modules: list[str]) -> dict[str, Any]:

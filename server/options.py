@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from .api.options import ApiOptions
-from .engine.options import DEMO, NULL, Dtype, EngineOptions, ModelSpec, OptionsError
+from .engine.options import DEMO, NULL, Dtype, EngineOptions, HeadDtype, KVDtype, ModelSpec, OptionsError, Scheme
 from .engine.request import PoolingMode, Role, ScorePoolingMode
 from .snapshots import HUB_ID, snapshot
 from .text.reasoning import PARSERS as REASONING_PARSERS
@@ -19,8 +19,8 @@ METRICS_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"  # prometheus-client's name; the 
 LogLevel = Literal["debug", "info", "warning", "error"]
 PARSER_KEYS = ("tool_call_parser", "reasoning_parser")
 OWN_KEYS = ("role", "dtype", "kv", "alias", "chat_template", "max_model_len", "weight", "revision", "pooling", "trunk")
-SPEC_KEYS = (*OWN_KEYS, *PARSER_KEYS)
-LATER_KEYS = ("quantization", "kv_dtype")
+PRECISION_KEYS = ("quantization", "lm_head", "kv_dtype")
+SPEC_KEYS = (*OWN_KEYS, *PRECISION_KEYS, *PARSER_KEYS)
 POOLINGS = tuple(dict.fromkeys((*get_args(PoolingMode), *get_args(ScorePoolingMode))))
 TOOL_CALL_PARSERS = (*TOOL_FORMATS, "none")
 BASE_OF = "base-of:"
@@ -99,6 +99,9 @@ def parse_model(text: str) -> ModelSpec:
         pooling=_choice(name, "pooling", given.get("pooling"), POOLINGS),
         base_of=base_of,
         trunk=given.get("trunk"),
+        quantization=_choice(name, "quantization", given.get("quantization", "auto"), get_args(Scheme)),
+        lm_head=_choice(name, "lm_head", given.get("lm_head", "auto"), get_args(HeadDtype)),
+        kv_dtype=_choice(name, "kv_dtype", given.get("kv_dtype", "auto"), get_args(KVDtype)),
         tool_call_parser=_choice(name, "tool_call_parser", given.get("tool_call_parser"), TOOL_CALL_PARSERS),
         reasoning_parser=_choice(name, "reasoning_parser", given.get("reasoning_parser"), tuple(REASONING_PARSERS)),
     )
@@ -164,8 +167,6 @@ def _settings(name: str, text: str, settings: list[str]) -> dict[str, str]:
     given: dict[str, str] = {}
     for setting in settings:
         key, _, value = setting.partition("=")
-        if key in LATER_KEYS:
-            raise OptionsError(f"model {name}: {key}= is not supported yet; leave it out")
         if key not in SPEC_KEYS:
             near = get_close_matches(key, SPEC_KEYS, 1)
             hint = f"did you mean {near[0]}=?" if near else "there are " + ", ".join(f"{known}=" for known in SPEC_KEYS)

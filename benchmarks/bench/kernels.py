@@ -124,7 +124,7 @@ def of_rows(setting: OfModel, report: Report, config: ModelConfig, rows: int, la
     for name, (outs, ins) in matrices(config).items():
         linear = Linear(("w",), ins, (outs,), Place(setting.own, setting.device), split="none")
         weight = linear.weight.normal_(0, ins**-0.5)
-        linear.pack()
+        linear.finish()
         x = torch.randn(rows, ins, device=setting.device).to(setting.own)
         suite.compare(setting, report, f"{label}: linear {name}, {ins} → {outs}", linear, x, weight)
 

@@ -52,6 +52,8 @@ def shown(card: ModelCard) -> dict[str, Any]:
         "role": card.role,
         "architecture": card.architecture,
         "dtype": card.dtype,
+        "quantization": None if card.quantization == "none" else card.quantization,
+        "kv_cache_dtype": card.kv_dtype or card.dtype,
         "max_model_len": card.context,
         "max_request_tokens": min(card.context, card.max_request_tokens or card.context),
         "weight_version": card.weight_version,

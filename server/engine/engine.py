@@ -51,8 +51,9 @@ class Step:
 
 
 class Engine:
-    """`card.context` and `card.end_ids` hold. `pages`: of its KV cache, how many or a pool; `memory` [bytes] holds them
-    and one more, nobody's, and is taken now where none is given. Without `grammars` no request may have one.
+    """`card.context`, `card.end_ids` and `card.kv_dtype` hold. `pages`: of its KV cache, how many or a pool; `memory`
+    [bytes] holds them and one more, nobody's, and is taken now where none is given. Without `grammars` no request may
+    have one.
 
     `step` and everything else is called from one thread.
     """
@@ -69,7 +70,8 @@ class Engine:
     ) -> None:
         pool = pages if isinstance(pages, Pages) else Pages(pages, options.page_size)
         self.kv_pages, self.kv_tokens = pool.count, pool.count * options.page_size
-        self.kv_bytes = pool.count * KVCache.bytes_per_page(model.config, options.page_size, model.dtype)
+        self._kv_dtype = getattr(torch, card.kv_dtype) if card.kv_dtype else model.dtype
+        self.kv_bytes = pool.count * KVCache.bytes_per_page(model.config, options.page_size, self._kv_dtype)
         self.kv_most_tokens = pool.most * options.page_size
         self.model, self.weight_bytes, self.digest = model, model.weight_bytes, model.digest
         self._score_pooling = model.config.score.pooling
@@ -107,9 +109,9 @@ class Engine:
         ahead = options.runs_ahead
         if isinstance(model, NullModel):
             return NullRunner(model, options.max_num_seqs, ahead)
-        size = KVCache.bytes_per_page(model.config, options.page_size, model.dtype)
+        size = KVCache.bytes_per_page(model.config, options.page_size, self._kv_dtype)
         pages = self.kv_pages + 1 if memory is None else len(memory) // size  # the last one is nobody's
-        cache = KVCache(model.config, pages, options.page_size, model.dtype, options.device, memory)
+        cache = KVCache(model.config, pages, options.page_size, self._kv_dtype, options.device, memory)
         make = partial(DeviceRunner, own_stream=options.role_streams) if ahead else Runner
         return make(
             model,

@@ -60,7 +60,10 @@ def load_engines(
     if options.max_loras and all(isinstance(model, NullModel) or model.adapters is None for model in models):
         raise OptionsError(f"max_loras is {options.max_loras}, but no hosted model is a policy that can have adapters")
     memory, terms = _memory(models, cards, options)
-    page_bytes = [KVCache.bytes_per_page(model.config, options.page_size, model.dtype) for model in models]
+    page_bytes = [
+        KVCache.bytes_per_page(model.config, options.page_size, _kv_dtype(spec, model))
+        for spec, model in zip(specs, models, strict=True)
+    ]
     layout = divide_arena(specs, [card.context for card in cards], page_bytes, memory, options)
     engines = _engines(models, cards, layout, options, grammars)
     _load_adapters(engines, names, options)
@@ -159,10 +162,15 @@ def _device(wanted: str) -> str:
     return wanted
 
 
+def _kv_dtype(spec: ModelSpec, model: Model | NullModel) -> torch.dtype:
+    return model.dtype if spec.kv_dtype == "auto" else getattr(torch, spec.kv_dtype)
+
+
 def _check_attention(spec: ModelSpec, model: Model | NullModel, options: EngineOptions) -> None:
     if options.attention_backend == "flash":
         try:
-            flash.check(model.config.head_size, options.page_size, model.dtype, model.dtype, options.deterministic)
+            kept = _kv_dtype(spec, model)
+            flash.check(model.config.head_size, options.page_size, model.dtype, kept, options.deterministic)
         except flash.FlashUnavailable as error:
             raise OptionsError(f"model {spec.name}: attention_backend is flash: {error}") from error
 
@@ -198,6 +206,9 @@ def _card(spec: ModelSpec, owner: ModelSpec, model: Model | NullModel, options: 
         fingerprint=fingerprint(text),
         shares=spec.shares,
         label_names=label_names(Path(spec.path), config.labels),
+        quantization="none" if isinstance(model, NullModel) else model.place.quantization.matrices,
+        lm_head="none" if isinstance(model, NullModel) else model.place.quantization.head,
+        kv_dtype=str(_kv_dtype(spec, model)).removeprefix("torch."),
     )
 
 

@@ -60,6 +60,8 @@ def _load(spec: ModelSpec, options: EngineOptions, on_progress: Progress | None)
 
     try:
         if spec.is_null:
+            if spec.quantization not in ("auto", "none") or spec.lm_head != "auto":
+                raise OptionsError(f"model {spec.name}: the null model has no weights to quantize")
             null = NullModel(spec.text_path, spec.step_seconds)
             role_of(spec, null.config)
             return null
@@ -77,6 +79,8 @@ def _load(spec: ModelSpec, options: EngineOptions, on_progress: Progress | None)
             device=options.device,
             deterministic=options.deterministic,
             context=spec.max_model_len or options.max_model_len,
+            quantization=spec.quantization,
+            lm_head=spec.lm_head,
             on_progress=progress,
         )
         if options.max_loras and role == "policy":
@@ -99,6 +103,12 @@ def _check_owner(spec: ModelSpec, specs: Sequence[ModelSpec]) -> None:
         raise OptionsError(f"{said}: the null model has no weights to share")
     if spec.dtype not in ("auto", owner.dtype):
         raise OptionsError(f"{said}: dtype is {spec.dtype}, but the weights are {owner.name}'s: {owner.dtype}")
+    for key, given, kept in (
+        ("quantization", spec.quantization, owner.quantization),
+        ("lm_head", spec.lm_head, owner.lm_head),
+    ):
+        if given not in ("auto", kept):
+            raise OptionsError(f"{said}: {key} is {given}, but the weights are {owner.name}'s: {kept}")
     wanted: Role = "reference" if spec.base_of else "value"
     if spec.role not in (None, wanted):
         raise OptionsError(f"{said}: its role is {wanted}, not {spec.role}")

@@ -11,6 +11,9 @@ from typing import Literal
 from .request import PoolingMode, Role, ScorePoolingMode
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Scheme = Literal["auto", "none", "int8", "w8a8"]  # of matrices; auto: as the checkpoint has them
+HeadDtype = Literal["auto", "int8", "fp16"]  # of a language model's head; auto: as its matrices, fp16: the model's own
+KVDtype = Literal["auto", "int8", "float32", "bfloat16", "float16"]  # auto: the model's own
 AttentionBackend = Literal["triton", "flash", "torch"]
 
 DEMO = Path(__file__).parents[2] / "model" / "demo"  # the bundled models
@@ -41,6 +44,9 @@ class ModelSpec:
     pooling: PoolingMode | ScorePoolingMode | None = None  # None: the engine's for embeddings, else the checkpoint's
     base_of: str | None = None  # a reference with that model's weights, without any adapter
     trunk: str | None = None  # a value model whose decoder is that model's
+    quantization: Scheme = "auto"
+    lm_head: HeadDtype = "auto"
+    kv_dtype: KVDtype = "auto"
 
     @property
     def is_null(self) -> bool:

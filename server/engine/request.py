@@ -242,6 +242,9 @@ class ModelCard:
     parent: str = ""  # the model that an adapter belongs to; empty for models
     weight_label: str = ""  # the trainer's name for the weights
     paused: bool = False
+    quantization: str = "none"  # the scheme of its matrices
+    lm_head: str = "none"  # that of a language model's head
+    kv_dtype: str = ""  # what K and V are kept in; empty: dtype
 
     @property
     def gives(self) -> Gives:

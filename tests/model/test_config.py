@@ -55,7 +55,7 @@ def read(path: Path, fields: dict[str, Any], **more: Any) -> ModelConfig:
         (LLAMA_FIELDS, {"tie_word_embeddings": "yes"}, 'tie_word_embeddings is "yes"'),
         (LLAMA_FIELDS, {"dtype": "float8_e4m3fn"}, 'dtype is "float8_e4m3fn"'),
         (LLAMA_FIELDS, {"torch_dtype": "int8"}, 'torch_dtype is "int8"'),
-        (LLAMA_FIELDS, {"quantization_config": {"quant_method": "gptq"}}, 'quantization_config is {"quant_method"'),
+        (LLAMA_FIELDS, {"quantization_config": {"quant_method": "gptq"}}, 'quantization_config.quant_method is "gptq"'),
         (LLAMA_FIELDS, {"is_encoder_decoder": True}, "is_encoder_decoder is true"),
         (LLAMA_FIELDS, {"eos_token_id": [1, -2]}, "eos_token_id is [1, -2]"),
         (LLAMA_FIELDS, {"eos_token_id": "</s>"}, 'eos_token_id is "</s>"'),

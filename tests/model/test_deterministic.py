@@ -35,11 +35,10 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 def linear_of(outs: int, ins: int, dtype: str, bias: bool, activation: ops.Activation | None = None) -> Linear:
     place = Place(getattr(torch, dtype), torch.device("cpu"), deterministic=True)
     linear = Linear(("w",), ins, (outs,), place, split="none", bias=bias, activation=activation)
-    assert linear.plain is not None
-    linear.plain.copy_(torch.randn(outs, ins) / ins**0.5)
+    linear.weight.copy_(torch.randn(outs, ins) / ins**0.5)
     if linear.bias is not None:
         linear.bias.copy_(torch.randn(outs))
-    linear.pack()
+    linear.finish()
     return linear
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from tandem.model.weights import slots_of
 # Fused, tied, transposed, reordered and changed tensors, heads, norms without weights.
 VARIANTS = ["gpt2", "llama-tied", "llama-bias", "neox", "opt-plain", "gemma3", "phi3-short", "falcon-new", "gptj-tied"]
 VARIANTS += ["qwen2-reward", "olmo2-reward"]
+QUANTIZED = ["gpt2", "llama-tied", "neox", "gemma3", "qwen2-reward"]
 
 
 def checkpoint(directory: Path, variant: str, seed: int) -> Path:
@@ -43,8 +45,9 @@ def contents(model: Model) -> dict[str, Tensor]:
     parts = (model.decoder, model.head)
     found = {slot.name: slot.into.clone() for part in parts for slot in slots_of(part)}
     found |= {name: tensor.clone() for part in parts for name, tensor in part.named_buffers()}
+    scales = {f"{slot.name} scale": slot.scale for part in parts for slot in slots_of(part) if slot.scale is not None}
     packed = {place: linear.packed for part in parts for place, linear in linears(part)}
-    return found | {f"{place} packed": kept.data.clone() for place, kept in packed.items() if kept is not None}
+    return found | {f"{place} packed": kept.data.clone() for place, kept in packed.items() if kept is not None} | scales
 
 
 def assert_same(model: Model, other: Model) -> None:
@@ -61,15 +64,22 @@ def update(model: Model, path: Path) -> Update:
     return new
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_an_update_gives_what_a_start_gives(variant: str, directory: Path) -> None:
+@pytest.mark.parametrize(
+    ("variant", "scheme"),
+    [
+        *((variant, "none") for variant in VARIANTS),
+        *((variant, "int8") for variant in QUANTIZED),
+        ("llama-bias", "w8a8"),
+    ],
+)
+def test_an_update_gives_what_a_start_gives(variant: str, scheme: Any, directory: Path) -> None:
     before, after = checkpoint(directory, variant, 1), checkpoint(directory, variant, 2)
-    model = load_model(before)
+    model = load_model(before, quantization=scheme)
     new = update(model, after)
-    assert_same(model, load_model(before))  # staged, and nothing has changed
+    assert_same(model, load_model(before, quantization=scheme))  # staged, and nothing has changed
     places = {name: buffer.data_ptr() for name, buffer in model.decoder.named_buffers()}
     new.commit()
-    assert_same(model, load_model(after))
+    assert_same(model, load_model(after, quantization=scheme))
     assert places == {name: buffer.data_ptr() for name, buffer in model.decoder.named_buffers()}
 
 

@@ -70,6 +70,15 @@ def test_a_model_with_everything(model: Path) -> None:
     )
 
 
+def test_precision_of_one_model_and_of_all(model: Path, told: list[ServeOptions]) -> None:
+    """What all are told is not for a model that says something else, nor for weights that are another one's."""
+    words = f"a={model}", f"b={model},quantization=none,kv_dtype=auto,lm_head=fp16", "c=base-of:b"
+    assert serve(*words, "--quantization", "w8a8", "--kv-cache-dtype", "int8").exit_code == 0
+    found = [(spec.quantization, spec.lm_head, spec.kv_dtype) for spec in told[0].models]
+    assert found == [("w8a8", "auto", "int8"), ("none", "fp16", "int8"), ("auto", "auto", "int8")]
+    assert parse_model(f"{model},quantization=int8,kv_dtype=float16").kv_dtype == "float16"
+
+
 def test_pooling_of_one_model_and_of_all(model: Path, told: list[ServeOptions]) -> None:
     assert serve(f"e={model},role=embedding,pooling=mean", "--pooling", "cls").exit_code == 0
     assert (told[0].models[0].pooling, told[0].engine.pooling) == ("mean", "cls")
@@ -126,7 +135,9 @@ def test_models_with_the_weights_of_another_one(model: Path, tmp_path: Path) -> 
             "m={model},colour=red",
             "there are role=, dtype=, kv=, alias=, chat_template=, max_model_len=, weight=, revision=",
         ),
-        ("m={model},quantization=int8", "not supported yet"),
+        ("m={model},quantization=int4", "auto, none, int8, w8a8"),
+        ("m={model},kv_dtype=fp8", "auto, int8, float32"),
+        ("m={model},lm_head=bf16", "auto, int8, fp16"),
         ("m={model},role=judge", "policy, reference, reward"),
         ("m={model},dtype=int3", "bfloat16"),
         ("m={model},kv=0%", "kv=0%"),
@@ -155,6 +166,8 @@ def test_what_is_wrong_with_a_model_is_said_in_one_line(
     ("flags", "said"),
     [
         (["--dtype", "int3"], "--dtype"),
+        (["--quantization", "awq"], "--quantization awq: one of auto, none, int8, w8a8"),
+        (["--kv-cache-dtype", "fp8"], "--kv-cache-dtype fp8: one of auto, int8"),
         (["--logprobs-mode", "cooked"], "--logprobs-mode"),
         (["--max-body", "huge"], "--max-body"),
         (["--max-num-seqs", "64", "--max-num-batched-tokens", "8"], "--max-num-seqs"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tandem.server.cli import _announce
 from tandem.server.engine.control import HostedModel, Ready
-from tandem.server.engine.process import shown_head
+from tandem.server.engine.process import shown_dtype, shown_head
 from tandem.server.engine.request import ModelCard, Role
 
 
@@ -20,6 +22,16 @@ def test_heads_in_words() -> None:
     assert shown_head(card("policy")) == ""
     assert shown_head(card("reward", "v_head", "before_first_pad", 1)) == "v_head, before_first_pad"
     assert shown_head(card("value", "TRL v_head", "", 1)) == "TRL v_head, every token"
+
+
+def test_precision_in_words() -> None:
+    policy, judge = card("policy"), card("reward", "score", "last", 1)
+    assert shown_dtype(policy) == shown_dtype(replace(policy, kv_dtype="float32")) == "float32"
+    narrow = {"quantization": "int8", "kv_dtype": "int8"}
+    assert shown_dtype(replace(policy, lm_head="int8", **narrow)) == "float32, weights int8, KV int8"
+    assert shown_dtype(replace(policy, **narrow)) == "float32, weights int8, head not, KV int8"
+    assert shown_dtype(replace(policy, lm_head="int8")) == "float32, head int8"
+    assert shown_dtype(replace(judge, quantization="w8a8")) == "float32, weights w8a8"
 
 
 def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
