@@ -1,18 +1,18 @@
-"""Matrix products with int8 weights, which are read once and never written wider.
+"""Matrix products with int8 weights, by rows in floats or in int8.
 
     y = round(x Wᵀ · scale + b),  then the activation of y, rounded again;  x in int8: times its rows' scales, too
 
 `_rows_kernel` (x in floats, 1 or 2 rows): a program multiplies BLOCK_OUT rows of W with every row of x in float32 and
 adds up the columns at the end; those of one 16-byte load of W are added up within a thread. W comes through shared
 memory, AHEAD blocks at a time on their way. On sm_90 a weight costs about 5 instructions for one row and 8 for two, of
-which 7.5 fit while it arrives; with 4 rows it would be 15.
+which 7.5 fit while it arrives at 4.3 TB/s; 4 rows would cost 14.
 
 Tiles (linear_tile.py) pad rows to 16, where a weight costs 4 to 5 instructions, to 64 or to more. A matrix that has too
 few blocks of outputs for all processors is divided along its columns. Deterministic mode has one tile for all T; x in
 int8 has the same bits in all tiles.
 
 From MANY rows of floats on it costs less to write W once as round(values · scale), LARGEST elements at a time, and to
-leave the product to cuBLAS than to convert W in every tile: 3 D O bytes more.
+leave the product to cuBLAS than to convert W in every tile: 4 D O bytes more.
 
 Letters: T rows, D = ins, O = outs.
 """
@@ -65,7 +65,8 @@ PROGRAMS = 132
 LEAST = 1024
 
 MANY = 512
-LARGEST = 1 << 26
+LARGEST = 1 << 25  # elements, 64 MiB in 16 bits
+ALIGNED = 256  # outputs of a product of cuBLAS, or a multiple
 BLOCK = 1024  # elements of a program of `_dequantize_kernel`
 
 
@@ -181,12 +182,17 @@ def _check(x: Tensor, weight: Int8, bias: Tensor | None) -> None:
 
 
 def _sizes(x: Tensor, weight: Int8, rows: int) -> tuple[Tile, int]:
-    """The tile for `rows` rows, and the parts of the matrix, which depend on nothing else but its shape."""
-    outs, ins = weight.values.shape
+    """The tile for `rows` rows and the parts of the matrix, which depend on nothing else but its shape."""
     tiles = pick(TILES, x.device)[x.element_size()]
     tile = tiles[min((most for most in tiles if rows <= most), default=max(tiles))]
-    tiles_in_all = triton.cdiv(max(rows, 1), tile.rows) * triton.cdiv(outs, tile.out)
-    return tile, max(1, min(PROGRAMS // tiles_in_all, ins // LEAST))
+    return tile, parts_of(weight, tile, rows)
+
+
+def parts_of(weight: Int8, tile: Tile, rows: int) -> int:
+    """Into how many parts the columns are divided, so that there is work for all processors."""
+    outs, ins = weight.values.shape
+    programs = triton.cdiv(max(rows, 1), tile.rows) * triton.cdiv(outs, tile.out)
+    return max(1, min(PROGRAMS // programs, ins // LEAST))
 
 
 def _few_rows(x: Tensor, weight: Int8, bias: Tensor | None, activation: Activation | None) -> Tensor:
@@ -220,7 +226,7 @@ def _few_rows(x: Tensor, weight: Int8, bias: Tensor | None, activation: Activati
 def _dequantized(x: Tensor, weight: Int8, bias: Tensor | None) -> Tensor:
     """The product with W in x's dtype."""
     outs, ins = weight.values.shape
-    out, step = x.new_empty(len(x), outs), max(1, LARGEST // ins)
+    out, step = x.new_empty(len(x), outs), max(1, LARGEST // ins // ALIGNED) * ALIGNED
     matrix = x.new_empty(min(step, outs), ins)
     for first in range(0, outs, step):
         values, scale = (part[first : first + step] for part in weight)

@@ -109,8 +109,9 @@ def test_divided_columns(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("biased", [False, True], ids=["plain", "bias"])
 def test_many_rows(biased: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """W in x's dtype, 30 outputs at a time; its values are rounded there, too."""
-    monkeypatch.setattr(MODULE, "LARGEST", 30 * 123)
+    """W in x's dtype, 32 outputs at a time; its values are rounded there, too."""
+    monkeypatch.setattr(MODULE, "ALIGNED", 16)
+    monkeypatch.setattr(MODULE, "LARGEST", 47 * 123)
     x, weight = framed(noise(MODULE.MANY, 123, dtype=dtype)), matrix(70, 123)
     bias = noise(70, dtype=dtype, seed=2) if biased else None
     with poisoned_memory():
