@@ -9,6 +9,9 @@ In the place of `NAME.weight` [O, D], O outputs and D inputs, compressed-tensors
 Which matrices are quantized the tensors say, and config.json in what way.
 """
 
+# torch leaves the type of Tensor.tolist open.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import json
@@ -46,7 +49,7 @@ def read_scheme(fields: Fields) -> SchemeName:
     said.only("transform_config")
     said.only("sparsity_config", {})
     groups = said.object("config_groups")
-    found = {_scheme_of(groups.object(name), said) for name in groups.values}
+    found: set[SchemeName] = {_scheme_of(groups.object(name), said) for name in groups.values}
     if len(found) != 1:
         raise said.error("config_groups", "groups that are all quantized in one way, and at least one of them")
     return found.pop()

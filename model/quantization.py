@@ -4,12 +4,16 @@ Every scheme keeps a matrix [O, D] in int8 with a float32 scale for each of its 
 they differ in what is multiplied by it. Embeddings, norms, biases and heads for scores and values stay as they are.
 """
 
+# torch leaves the type of Tensor.split partly open.
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Literal, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from ..kernels import ops
@@ -102,19 +106,26 @@ def quantization_of(
     if stored.head != "none" and head == "fp16":
         raise CheckpointError("lm_head is fp16, but the checkpoint has its head in int8: leave that out")
     matrices = stored.matrices if wanted == "auto" else wanted
-    silent: SchemeName = stored.head if stored.any else "none" if matrices == "none" else "int8"
-    chosen: SchemeName = {"auto": silent, "int8": "int8", "fp16": "none"}[head]
-    return Quantization(matrices, chosen if has_head else "none", stored.plain)
+    as_matrices = stored.head == "int8" if stored.any else matrices != "none"
+    narrow = has_head and (head == "int8" or (head == "auto" and as_matrices))
+    return Quantization(matrices, "int8" if narrow else "none", stored.plain)
 
 
-def quantize_into(matrix: Tensor, into: Int8) -> None:
-    """`ops.quantize_rows` of a matrix [O, D], wherever it is, some rows at a time on the device of `into`."""
+def quantize_into(matrix: Tensor, into: Int8) -> bool:
+    """`ops.quantize_rows` of a matrix [O, D], wherever it is, some rows at a time on the device of `into`.
+
+    Whether all its numbers are finite: one that is not makes its whole row useless.
+    """
     rows = max(1, (ELEMENTS if into.values.device.type == "cpu" else DEVICE_ELEMENTS) // matrix.shape[1])
     blocks = zip(matrix.split(rows), into.values.split(rows), into.scale.split(rows), strict=True)
+    extremes: list[Tensor] = []
     for block, values, scale in blocks:
-        found = ops.quantize_rows(block.to(values.device, non_blocking=True))
+        block = block.to(values.device, non_blocking=True).contiguous()
+        extremes += torch.aminmax(block)
+        found = ops.quantize_rows(block)
         values.copy_(found.values)
         scale.copy_(found.scale)
+    return bool(torch.stack(extremes).isfinite().all())
 
 
 def dequantized(matrix: Int8) -> Tensor:

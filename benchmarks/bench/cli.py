@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
 from ...server.engine.control import as_flags
-from ...server.engine.options import EngineOptions, OptionsError
+from ...server.engine.options import Dtype as PlainDtype
+from ...server.engine.options import EngineOptions, OptionsError, Scheme
+from ...server.engine.options import KVDtype as KVCacheDtype
 from ...server.options import has_gpu, parse_quantity
 from . import datasets
 from .datasets import DatasetError
@@ -31,6 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 ENGINE = EngineOptions()
+DTYPES = (*get_args(PlainDtype), *(scheme for scheme in get_args(Scheme) if scheme not in ("auto", "none")))
 GPU_SEQS, GPU_TOKENS = 256, 8192  # as `tandem serve` takes where a GPU is used and nothing else is said
 
 Model = Annotated[
@@ -41,7 +44,10 @@ Engines = Annotated[
     str,
     typer.Option("--engine", help="Of tandem, transformers, vllm, llama.cpp, ctranslate2, by commas."),
 ]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Dtype = Annotated[
+    str, typer.Option(help="auto, float32, bfloat16, float16; int8 or w8a8: matrices that are quantized so.")
+]
+KVDtype = Annotated[str, typer.Option(help="Tandem's flag of that name.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of each engine.", show_default=False)]
 Deterministic = Annotated[bool, typer.Option("--deterministic", help="Tandem's mode of that name.")]
@@ -103,6 +109,7 @@ def throughput(
     runs: Runs = 3,
     warmups: Warmups = 1,
     dtype: Dtype = "auto",
+    kv_cache_dtype: KVDtype = "auto",
     device: Device = "auto",
     threads: Threads = None,
     deterministic: Deterministic = False,
@@ -131,7 +138,7 @@ def throughput(
         )
         from . import offline
 
-        setup = setup_of(model, options, dtype, engine, runs, warmups, reward)
+        setup = setup_of(model, options, dtype, engine, runs, warmups, reward, kv_cache_dtype)
         dataset = offline.Dataset(
             dataset_name, dataset_path or file, num_prompts, input_len, output_len, range_ratio, prefix_len, seed, n
         )
@@ -150,6 +157,7 @@ def latency(
     num_iters_warmup: Annotated[int, typer.Option("--num-iters-warmup", "--warmups", min=0, help="Before them.")] = 10,
     seed: Seed = 0,
     dtype: Dtype = "auto",
+    kv_cache_dtype: KVDtype = "auto",
     device: Device = "auto",
     threads: Threads = None,
     deterministic: Deterministic = False,
@@ -174,7 +182,7 @@ def latency(
         )
         from . import latency as measure
 
-        setup = setup_of(model, options, dtype, engine, num_iters, num_iters_warmup)
+        setup = setup_of(model, options, dtype, engine, num_iters, num_iters_warmup, None, kv_cache_dtype)
         load = measure.batch(setup, batch_size, input_len, output_len, n, seed)
         finish(measure.latency(setup, load), measure.lines, output_json, append_result, report)
 
@@ -207,6 +215,7 @@ def score(
     runs: Runs = 5,
     warmups: Warmups = 1,
     dtype: Dtype = "auto",
+    kv_cache_dtype: KVDtype = "auto",
     device: Device = "auto",
     threads: Threads = None,
     deterministic: Deterministic = False,
@@ -232,7 +241,7 @@ def score(
         )
         from . import score as measure
 
-        setup = setup_of(model, options, dtype, engine, runs, warmups)
+        setup = setup_of(model, options, dtype, engine, runs, warmups, None, kv_cache_dtype)
         wanted = measure.Groups(groups, answers, prompt_len, answer_len, seed)
         finish(measure.run_scores(setup, wanted), measure.lines, output_json, append_result, report)
 
@@ -367,15 +376,26 @@ def seqs(device: str, least: int = 0) -> int:
 
 
 def setup_of(
-    model: str, options: EngineOptions, dtype: str, engine: str, runs: int, warmups: int, reward: str | None = None
+    model: str,
+    options: EngineOptions,
+    dtype: str,
+    engine: str,
+    runs: int,
+    warmups: int,
+    reward: str | None = None,
+    kv_cache_dtype: str = "auto",
 ) -> Setup:
     """Raises UsageError and EngineError."""
     from .engines import parse
     from .sides import Setup
 
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise UsageError(f"--dtype {dtype}: auto, float32, bfloat16 or float16")
-    return Setup(model, options, dtype, tuple(parse(engine)), reward, runs, warmups)
+    for flag, value, known in (
+        ("--dtype", dtype, DTYPES),
+        ("--kv-cache-dtype", kv_cache_dtype, get_args(KVCacheDtype)),
+    ):
+        if value not in known:
+            raise UsageError(f"{flag} {value}: one of {', '.join(known)}")
+    return Setup(model, options, dtype, tuple(parse(engine)), reward, runs, warmups, kv_cache_dtype)
 
 
 def integers(flag: str, words: str) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ from ...kernels import ops
 from ...model.config import ModelConfig, read_config
 from ...model.linear import Linear
 from ...model.load import choose_dtype
-from ...model.quantization import Quantization, SchemeName
+from ...model.quantization import SCHEMES, Quantization, SchemeName
 from ...model.slots import Place
 from ..gpu import attention
 from ..gpu import kernels as suite
@@ -38,7 +38,7 @@ from .sides import Setup
 
 EPS = 1e-5
 MATRICES = ("qkv", "out", "up", "down", "head")
-SCHEMES: tuple[SchemeName, ...] = ("none", "int8", "w8a8")
+KEPT: tuple[SchemeName, ...] = ("none", *SCHEMES)  # how each matrix is kept, one after the other
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,8 @@ def run(setup: Setup, shapes: Shapes) -> dict[str, Any]:
     device = torch.device(setup.device)
     if setup.options.threads is not None:
         torch.set_num_threads(setup.options.threads)
+    if setup.dtype in SCHEMES:
+        raise UsageError(f"--dtype {setup.dtype}: give the model's own, beside which matrices are measured in int8, too")
     dtype = choose_dtype(setup.dtype, config, device)  # type: ignore[arg-type]
     measured = limits.measure(device, [dtype])
     setting = OfModel(device, Path(), own=dtype, measured=measured)
@@ -126,7 +128,7 @@ def of_rows(setting: OfModel, report: Report, config: ModelConfig, rows: int, la
     for name, (outs, ins) in matrices(config).items():
         x = torch.randn(rows, ins, device=setting.device).to(setting.own)
         drawn = torch.randn(outs, ins, device=setting.device) * ins**-0.5
-        for scheme in SCHEMES:
+        for scheme in KEPT:
             place = Place(setting.own, setting.device, quantization=Quantization(scheme))
             linear = Linear(("w",), ins, (outs,), place, split="none")
             next(linear.slots("w")).write(drawn)

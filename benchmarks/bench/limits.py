@@ -61,11 +61,12 @@ class Asked:
 
 @dataclass(frozen=True)
 class Held:
-    """A model as an engine holds it: the dtype that it computes in and keeps K and V in, and that of its matrices."""
+    """A model as an engine holds it: the dtype that it computes in, those of its matrices and of its K and V."""
 
     config: ModelConfig
     dtype: torch.dtype
-    matrices: torch.dtype | None = None  # what they are kept in; None: dtype
+    matrices: torch.dtype | None = None  # None: dtype
+    pages: torch.dtype | None = None  # None: dtype
 
     @property
     def weight_bytes(self) -> float:
@@ -131,7 +132,7 @@ def least_seconds(held: Held, load: list[Asked], limits: Limits) -> float:
     rows = sum(asked.prompt - asked.cached for asked in load)
     total = max(held.weight_bytes / limits.read, prefill_flops(config, load) / rate)
     per_row = 2 * (matrix_elements(config) + head_elements(config))
-    per_token = kv_bytes(config, held.dtype)
+    per_token = kv_bytes(config, held.pages or held.dtype)
     ordered = sorted(load, key=lambda asked: asked.output)
     first = 0  # of those that still decode
     known = sum(asked.prompt for asked in ordered)

@@ -11,13 +11,13 @@ run. The other side is `benchmarks/peers/child.py`.
 
 `options`, all optional; what an engine has no counterpart for is named in the answer's `ignored`:
 
-    dtype                    auto | float32 | bfloat16 | float16; int8 where the engine has such weights
+    dtype                    auto | float32 | bfloat16 | float16; int8, w8a8 where the engine has such weights
     threads                  of the engine
     max_model_len            tokens, prompt and answer together
     max_num_seqs             sequences that are computed together
     max_num_batched_tokens   of one step
     enable_prefix_caching    off unless asked for: a repeated run would read its prompts from the cache
-    deterministic, device, kv_cache_memory_bytes     Tandem's flags of those names
+    deterministic, device, kv_cache_memory_bytes, kv_cache_dtype     Tandem's flags of those names
 """
 
 from __future__ import annotations

@@ -115,7 +115,7 @@ def run_scores(setup: Setup, groups: Groups) -> dict[str, Any]:
     held = held_of(setup, "reward")
     assert held is not None
     limits = LimitsOf(setup, held)
-    local = Local([spec_of(setup.model, REWARD, "reward", dtype=setup.dtype)], setup.options)
+    local = Local([spec_of(setup.model, REWARD, "reward", **setup.precision)], setup.options)
     card = local.engine(REWARD).card
     ids = texts(groups, card.vocab_size)
     told: dict[str, dict[str, Any]] = {}
@@ -149,7 +149,7 @@ def run_scores(setup: Setup, groups: Groups) -> dict[str, Any]:
         "answers": groups.answers,
         "prompt_len": groups.prompt_len,
         "answer_len": groups.answer_len,
-        "dtype": card.dtype,
+        "dtype": card.precision,
         "threads": torch.get_num_threads(),
         "runs": setup.runs,
         "warmups": setup.warmups,

@@ -11,6 +11,7 @@ import torch
 
 from ...model.config import read_config
 from ...model.load import choose_dtype, matrix_dtype
+from ...model.quantization import SCHEMES
 from ...server.engine.options import EngineOptions
 from ...server.engine.request import Request, Role
 from . import engines
@@ -30,11 +31,18 @@ class Setup:
 
     model: str  # as --model says it
     options: EngineOptions
-    dtype: str = "auto"
+    dtype: str = "auto"  # or, of SCHEMES, in what each engine shall have its matrices
     engines: tuple[str, ...] = ALONE
     reward: str | None = None  # a reward model that scores every answer beside it
     runs: int = 3
     warmups: int = 1
+    kv_cache_dtype: str = "auto"  # Tandem's
+
+    @property
+    def precision(self) -> dict[str, str]:
+        """As a `ModelSpec` has it."""
+        scheme = {"quantization": self.dtype} if self.dtype in SCHEMES else {"dtype": self.dtype}
+        return scheme | {"kv_dtype": self.kv_cache_dtype}
 
     @property
     def alone(self) -> bool:
@@ -86,7 +94,7 @@ class LocalSide:
     def __init__(self, local: Local, reward: bool = False) -> None:
         card = local.engine(POLICY).card
         self.local, self._reward = local, reward
-        self.told: dict[str, Any] = {"dtype": card.dtype, "threads": torch.get_num_threads()}
+        self.told: dict[str, Any] = {"dtype": card.precision, "threads": torch.get_num_threads()}
 
     def generate(
         self, token_ids: Sequence[list[int]], output_lens: Sequence[int], *, n: int = 1, tick: Tick | None = None
@@ -142,9 +150,9 @@ class ChildSide:
 def opened(setup: Setup) -> Iterator[Mapping[str, Side]]:
     """The engines, loaded. Raises UsageError, engines.EngineError, ChildError, OptionsError, CheckpointError."""
     if setup.alone:
-        specs = [spec_of(setup.model, POLICY, dtype=setup.dtype)]
+        specs = [spec_of(setup.model, POLICY, **setup.precision)]
         if setup.reward is not None:
-            specs.append(spec_of(setup.reward, REWARD, "reward", dtype=setup.dtype))
+            specs.append(spec_of(setup.reward, REWARD, "reward", **setup.precision))
         yield {"tandem": LocalSide(Local(specs, setup.options), setup.reward is not None)}
         return
     if setup.reward is not None:
@@ -165,6 +173,7 @@ def child_options(setup: Setup) -> dict[str, Any]:
     given = setup.options
     return {
         "dtype": setup.dtype,
+        "kv_cache_dtype": None if setup.kv_cache_dtype == "auto" else setup.kv_cache_dtype,
         "threads": given.threads,
         "max_model_len": given.max_model_len,
         "max_num_seqs": given.max_num_seqs,
@@ -183,8 +192,10 @@ def held_of(setup: Setup, role: Role = "policy") -> Held | None:
         return None
     config = read_config(path)
     device = torch.device(setup.device)
-    dtype = choose_dtype(setup.dtype, config, device)  # type: ignore[arg-type]
-    return Held(config, dtype, matrix_dtype(dtype, config, device))
+    scheme = setup.dtype in SCHEMES
+    dtype = choose_dtype("auto" if scheme else setup.dtype, config, device)  # type: ignore[arg-type]
+    pages = None if setup.kv_cache_dtype == "auto" else getattr(torch, setup.kv_cache_dtype)
+    return Held(config, dtype, torch.int8 if scheme else matrix_dtype(dtype, config, device), pages)
 
 
 class LimitsOf:

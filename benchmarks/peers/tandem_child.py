@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_args
 
 from child import Stopwatch, answers, ignored, serve, stopwatch, versions
 
@@ -17,14 +17,15 @@ class Tandem:
         import torch
 
         from tandem.server.engine.hub import Hub
-        from tandem.server.engine.options import EngineOptions, ModelSpec
+        from tandem.server.engine.options import Dtype, EngineOptions, ModelSpec
 
         imported = time.perf_counter()
         given = {"enable_prefix_caching": False} | {k: v for k, v in options.items() if v is not None}
-        dtype = given.pop("dtype", "auto")
+        dtype, pages = given.pop("dtype", "auto"), given.pop("kv_cache_dtype", "auto")
+        precision = {"dtype": dtype} if dtype in get_args(Dtype) else {"quantization": dtype}
         known = {field.name for field in fields(EngineOptions)}
         self.hub = Hub.load(
-            [ModelSpec(NAME, model, dtype=dtype)],
+            [ModelSpec(NAME, model, kv_dtype=pages, **precision)],
             EngineOptions(**{name: value for name, value in given.items() if name in known}),
         )
         while self.hub.idle():  # what a server would prepare while nobody asks
@@ -34,7 +35,7 @@ class Tandem:
             "versions": versions("tandem", "torch"),
             "import_seconds": imported - began,
             "load_seconds": time.perf_counter() - imported,
-            "dtype": card.dtype,
+            "dtype": card.precision,
             "threads": torch.get_num_threads(),
             "ignored": ignored(given, *known),
         }

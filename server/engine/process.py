@@ -117,7 +117,7 @@ def hosted(hub: Hub) -> tuple[HostedModel, ...]:
             architecture=engine.card.architecture,
             head=shown_head(engine.card),
             shares=engine.card.shares,
-            dtype=shown_dtype(engine.card),
+            dtype=engine.card.precision,
             context=engine.card.context,
             weight_bytes=engine.weight_bytes,
             kv_pages=engine.kv_pages,
@@ -133,14 +133,6 @@ def hosted(hub: Hub) -> tuple[HostedModel, ...]:
 def shown_head(card: ModelCard) -> str:
     """What the head is, and where it is read."""
     return ", ".join(filter(None, (card.head, card.pooling, "every token" if card.gives == "values" else "")))
-
-
-def shown_dtype(card: ModelCard) -> str:
-    """What it computes in, and what is kept otherwise."""
-    heads = {"int8": "", "none": ", head not"} if card.quantization != "none" else {"int8": ", head int8", "none": ""}
-    weights = "" if card.quantization == "none" else f", weights {card.quantization}"
-    pages = "" if card.kv_dtype in ("", card.dtype) else f", KV {card.kv_dtype}"
-    return f"{card.dtype}{weights}{heads[card.lm_head] if card.gives == 'text' else ''}{pages}"
 
 
 def explain(error: Exception) -> Failed:

@@ -254,6 +254,17 @@ class ModelCard:
             return "text"
         return "values" if self.role == "value" else "scores"
 
+    @property
+    def precision(self) -> str:
+        """What it computes in, and what is kept otherwise, in words."""
+        text = self.gives == "text"
+        if self.quantization == "none":
+            weights = ", head int8" if text and self.lm_head == "int8" else ""
+        else:
+            weights = f", weights {self.quantization}" + (", head not" if text and self.lm_head == "none" else "")
+        pages = "" if self.kv_dtype in ("", self.dtype) else f", KV {self.kv_dtype}"
+        return f"{self.dtype}{weights}{pages}"
+
     def adapted(self, adapter: AdapterCard) -> ModelCard:
         """The model with one of its adapters."""
         changes = {"name": adapter.name, "parent": self.name, "created": adapter.created}

@@ -1,4 +1,4 @@
-"""What /v1/models says of models that judge."""
+"""What /v1/models says of models that judge, and of what models are kept in."""
 
 from __future__ import annotations
 
@@ -22,6 +22,13 @@ def test_a_reward_model_says_its_head_and_scale() -> None:
     assert (about["head"], about["labels"], about["pooling"]) == ("OpenRLHF score", 1, "last")
     assert (about["reward_mean"], about["reward_std"], about["tokenizer_fingerprint"]) == (0.5, 2.0, "abc")
     assert "shares" not in about and "sampling_defaults" not in about
+
+
+def test_a_model_says_what_it_is_kept_in() -> None:
+    about = shown(JUDGE)
+    assert (about["dtype"], about["quantization"], about["kv_cache_dtype"]) == ("float32", None, "float32")
+    about = shown(replace(JUDGE, quantization="int8", kv_dtype="int8"))
+    assert (about["quantization"], about["kv_cache_dtype"]) == ("int8", "int8")
 
 
 def test_a_value_model_says_whose_decoder_it_has() -> None:

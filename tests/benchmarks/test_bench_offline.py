@@ -149,6 +149,16 @@ def test_a_free_step_has_no_limit(tmp_path: Path) -> None:
     assert not any("limit" in line for line in lines)
 
 
+def test_the_same_load_in_int8(tmp_path: Path, llama: str) -> None:
+    """Its limit is that of the bytes which are read then."""
+    words = ("--model", llama, "--num-prompts", 2, "--input-len", 9, "--output-len", 3)
+    _, found = measured(tmp_path, "throughput", *words, "--dtype", "int8", "--kv-cache-dtype", "int8")
+    assert found["num_output_tokens"] == 6 and "weights int8, KV int8" in found["engines"]["tandem"]["dtype"]
+    setup = Setup(llama, EngineOptions(), "int8", kv_cache_dtype="int8")
+    held = sides.held_of(setup)
+    assert held is not None and (held.matrices, held.pages) == (torch.int8, torch.int8)
+
+
 def test_rates_by_role_are_said() -> None:
     rates = {f"{kind}_per_second": {"median": n} for n, kind in enumerate(("requests", "prompt_tokens"), 2)}
     rates |= {f"{kind}_tokens_per_second": {"median": n} for n, kind in enumerate(("computed", "output"), 4)}
@@ -264,7 +274,9 @@ def test_matrices_hold_what_the_formula_counts(llama: str) -> None:
         (["throughput", "--model", "nowhere"], "--model nowhere: no such directory"),
         (["throughput", "--model", "random:7t"], "there is no model random:7t; there are random:125m"),
         (["throughput", "--engine", "sglang"], "there is no engine sglang; there are tandem, transformers"),
-        (["throughput", "--dtype", "fp8"], "--dtype fp8: auto, float32, bfloat16 or float16"),
+        (["throughput", "--kv-cache-dtype", "fp8"], "--kv-cache-dtype fp8: one of auto, int8, float32"),
+        (["kernels", "--dtype", "int8"], "--dtype int8: the operations are measured in floats alone"),
+        (["throughput", "--dtype", "fp8"], "--dtype fp8: one of auto, float32, bfloat16, float16, int8, w8a8"),
         (["throughput", "--input-len", "4000"], "the model's context is 2048: lower --input-len"),
         (["throughput", "--dataset", "sharegpt"], "needs a file: --dataset-path FILE"),
         (["throughput", "--engine", "transformers", "--reward", "demo"], "--reward is for --engine tandem alone"),

@@ -8,7 +8,7 @@ import pytest
 
 from tandem.server.cli import _announce
 from tandem.server.engine.control import HostedModel, Ready
-from tandem.server.engine.process import shown_dtype, shown_head
+from tandem.server.engine.process import shown_head
 from tandem.server.engine.request import ModelCard, Role
 
 
@@ -26,12 +26,12 @@ def test_heads_in_words() -> None:
 
 def test_precision_in_words() -> None:
     policy, judge = card("policy"), card("reward", "score", "last", 1)
-    assert shown_dtype(policy) == shown_dtype(replace(policy, kv_dtype="float32")) == "float32"
+    assert policy.precision == replace(policy, kv_dtype="float32").precision == "float32"
     narrow = {"quantization": "int8", "kv_dtype": "int8"}
-    assert shown_dtype(replace(policy, lm_head="int8", **narrow)) == "float32, weights int8, KV int8"
-    assert shown_dtype(replace(policy, **narrow)) == "float32, weights int8, head not, KV int8"
-    assert shown_dtype(replace(policy, lm_head="int8")) == "float32, head int8"
-    assert shown_dtype(replace(judge, quantization="w8a8")) == "float32, weights w8a8"
+    assert replace(policy, lm_head="int8", **narrow).precision == "float32, weights int8, KV int8"
+    assert replace(policy, **narrow).precision == "float32, weights int8, head not, KV int8"
+    assert replace(policy, lm_head="int8").precision == "float32, head int8"
+    assert replace(judge, quantization="w8a8").precision == "float32, weights w8a8"
 
 
 def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
