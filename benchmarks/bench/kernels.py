@@ -73,7 +73,7 @@ def run(setup: Setup, shapes: Shapes) -> dict[str, Any]:
     if setup.options.threads is not None:
         torch.set_num_threads(setup.options.threads)
     if setup.dtype in SCHEMES:
-        raise UsageError(f"--dtype {setup.dtype}: give the model's own, beside which matrices are measured in int8, too")
+        raise UsageError(f"--dtype {setup.dtype}: give the model's own; matrices are measured in int8 beside it")
     dtype = choose_dtype(setup.dtype, config, device)  # type: ignore[arg-type]
     measured = limits.measure(device, [dtype])
     setting = OfModel(device, Path(), own=dtype, measured=measured)
