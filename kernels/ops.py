@@ -277,7 +277,8 @@ def linear_int8(
 ) -> Tensor:
     """`linear` with an int8 matrix [O, D] and its outputs' scales: activation((x · valuesᵀ) · scale + bias).
 
-    Values are multiplied as x's dtype or float32, which hold them exactly; the scale multiplies the float32 sum.
+    Values are multiplied as x's dtype or float32, which hold them exactly; the scale multiplies the float32 sum. Where
+    there are many rows and it is not `deterministic`, a backend may multiply by round(values · scale) in x's dtype.
     """
     values, scale = weight.values.float(), weight.scale
 

@@ -23,7 +23,7 @@ from ...kernels import ops
 from ...model.config import ModelConfig, read_config
 from ...model.linear import Linear
 from ...model.load import choose_dtype
-from ...model.quantization import SCHEMES
+from ...model.quantization import SCHEMES, Quantization, SchemeName
 from ...model.slots import Place
 from ..gpu import attention
 from ..gpu import kernels as suite
@@ -38,6 +38,7 @@ from .sides import Setup
 
 EPS = 1e-5
 MATRICES = ("qkv", "out", "up", "down", "head")
+KEPT: tuple[SchemeName, ...] = ("none", *SCHEMES)  # how each matrix is kept, one after the other
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def run(setup: Setup, shapes: Shapes) -> dict[str, Any]:
     if setup.options.threads is not None:
         torch.set_num_threads(setup.options.threads)
     if setup.dtype in SCHEMES:
-        raise UsageError(f"--dtype {setup.dtype}: the operations are measured in floats alone")
+        raise UsageError(f"--dtype {setup.dtype}: give the model's own; matrices are measured in int8 beside it")
     dtype = choose_dtype(setup.dtype, config, device)  # type: ignore[arg-type]
     measured = limits.measure(device, [dtype])
     setting = OfModel(device, Path(), own=dtype, measured=measured)
@@ -125,11 +126,15 @@ def of_rows(setting: OfModel, report: Report, config: ModelConfig, rows: int, la
     for name, call, moved, op in streams(setting, config, rows):
         suite.timed(setting, report, f"{label}: {name}", call, moved, op=op)
     for name, (outs, ins) in matrices(config).items():
-        linear = Linear(("w",), ins, (outs,), Place(setting.own, setting.device), split="none")
-        weight = linear.weight.normal_(0, ins**-0.5)
-        linear.finish()
         x = torch.randn(rows, ins, device=setting.device).to(setting.own)
-        suite.compare(setting, report, f"{label}: linear {name}, {ins} → {outs}", linear, x, weight)
+        drawn = torch.randn(outs, ins, device=setting.device) * ins**-0.5
+        for scheme in KEPT:
+            place = Place(setting.own, setting.device, quantization=Quantization(scheme))
+            linear = Linear(("w",), ins, (outs,), place, split="none")
+            next(linear.slots("w")).write(drawn)
+            linear.finish()
+            kept = "" if scheme == "none" else f"{scheme} "
+            suite.compare(setting, report, f"{label}: {kept}linear {name}, {ins} → {outs}", linear, x, linear.weight)
 
 
 def streams(setting: OfModel, config: ModelConfig, rows: int) -> Iterator[tuple[str, Callable[[], object], float, str]]:

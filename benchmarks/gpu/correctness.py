@@ -18,6 +18,7 @@ import torch
 
 from ...model.load import random_model
 from ...model.model import Model
+from ...model.quantization import WantedScheme
 from ...server.engine.request import Output
 from . import engines
 from .rows import Report
@@ -36,6 +37,14 @@ pythonpath = {root}/tests/support
 # Sizes at which the kernels take their ordinary paths, small enough for a CPU.
 SMALL: Mapping[str, Any] = MappingProxyType({"hidden_size": 256, "intermediate_size": 512})
 PROMPTS, NEW_TOKENS = (1, 5, 63, 64, 65, 130, 200), 24
+# What is quantized, precision of the rest, scheme of the matrices, precision of K and V, goal. Where values are rounded
+# to int8, what is the last bit of a float elsewhere may be a whole step.
+QUANTIZED: tuple[tuple[str, torch.dtype, WantedScheme, str, str], ...] = (
+    ("int8 float32", torch.float32, "int8", "", "greedy fp32"),
+    ("int8 and int8 KV float32", torch.float32, "int8", "int8", "greedy half"),
+    ("int8 bfloat16", torch.bfloat16, "int8", "", "greedy half"),
+    ("w8a8 float32", torch.float32, "w8a8", "", "greedy half"),
+)
 SHARED, CHOICES = 400, 3  # a prompt that several choices have in common, longer than attention's chunk
 
 
@@ -48,6 +57,10 @@ def run(setting: Setting, report: Report) -> None:
             what = f"greedy text, {name} {str(dtype).removeprefix('torch.')}"
             with report.case(what, goal):
                 greedy(setting, report, what, shape_of(setting, name), dtype, goal)
+    for kept, dtype, scheme, kv_dtype, goal in setting.pick(QUANTIZED, QUANTIZED[1:2]):
+        what = f"greedy text, llama GQA {kept}"
+        with report.case(what, goal):
+            greedy(setting, report, what, shape_of(setting, "llama GQA"), dtype, goal, scheme, kv_dtype)
     with report.case("scores, llama GQA float32", "greedy fp32"):
         scores(setting, report, shape_of(setting, "llama GQA"))
 
@@ -59,24 +72,36 @@ def shape_of(setting: Setting, name: str) -> Shape:
     return given
 
 
-def twins(setting: Setting, shape: Shape, dtype: torch.dtype) -> tuple[Model, Model, Setting]:
+def twins(
+    setting: Setting, shape: Shape, dtype: torch.dtype, quantization: WantedScheme = "auto"
+) -> tuple[Model, Model, Setting]:
     """The same weights on the CPU and on the device, and the setting of the first."""
     name: Any = str(dtype).removeprefix("torch.")
     config, here = config_of(shape), Setting(torch.device("cpu"), setting.out, setting.tiny)
-    reference = random_model(config, dtype=name, seed=5)
+    reference = random_model(config, dtype=name, seed=5, quantization=quantization)
     if not setting.cuda:
         return reference, reference, here
-    model = random_model(config, dtype=name, device=setting.device, seed=6)
+    model = random_model(config, dtype=name, device=setting.device, seed=6, quantization=quantization)
     engines.copy_weights(reference, model)
     return reference, model, here
 
 
-def greedy(setting: Setting, report: Report, what: str, shape: Shape, dtype: torch.dtype, goal: str) -> None:
+def greedy(
+    setting: Setting,
+    report: Report,
+    what: str,
+    shape: Shape,
+    dtype: torch.dtype,
+    goal: str,
+    quantization: WantedScheme = "auto",
+    kv_dtype: str = "",
+) -> None:
     """Figure: the reference's gap between its two best tokens where a text first differs, at most; 0 if none does."""
-    reference, model, here = twins(setting, shape, dtype)
+    reference, model, here = twins(setting, shape, dtype, quantization)
     size, lengths = reference.config.vocab_size, (*setting.pick(PROMPTS, PROMPTS[:3]), SHARED)
     given = [engines.prompt(length, size, 7) for length in lengths]
-    room = {"rows": len(lengths) + CHOICES - 1, "context": max(lengths) + NEW_TOKENS}
+    room: dict[str, Any] = {"rows": len(lengths) + CHOICES - 1, "context": max(lengths) + NEW_TOKENS}
+    room["kv_dtype"] = kv_dtype
     requests = [engines.generate(index, ids, NEW_TOKENS, logprobs=2) for index, ids in enumerate(given)]
     expected = engines.answer(engines.make_engine(here, reference, **room), requests)
     plain = [engines.generate(index, ids, NEW_TOKENS) for index, ids in enumerate(given)]

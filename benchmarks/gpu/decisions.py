@@ -51,6 +51,14 @@ PREFILL_TILES = (
     (64, 64, 4, 3, None),
     (64, 64, 4, 2, 128),
 )
+# Of linear_int8's Strip, and of its tiles: (rows, outs, columns, warps, stages).
+INT8_STRIPS = ((4, 1024, 2), (8, 1024, 4), (8, 512, 1), (4, 2048, 4), (16, 512, 2))
+PRODUCT_TILES = {
+    16: ((16, 64, 128, 4, 5), (16, 128, 128, 4, 4), (16, 128, 256, 4, 3), (16, 32, 256, 4, 5)),
+    64: ((64, 64, 128, 4, 4), (64, 128, 64, 8, 4), (64, 128, 128, 8, 3), (64, 256, 64, 8, 4)),
+    256: ((128, 128, 64, 8, 3), (128, 128, 64, 4, 3), (128, 256, 64, 8, 3)),
+}
+W8A8_TILES = ((128, 128, 128, 8, 4), (128, 256, 128, 8, 4), (256, 128, 128, 8, 3), (128, 256, 64, 8, 4))
 STRIPS = ((8, 1024, 4), (2, 1024, 4), (4, 512, 4), (4, 2048, 8), (2, 2048, 4), (1, 4096, 8))
 
 
@@ -80,10 +88,32 @@ def run(setting: Setting, report: Report) -> None:
             strips = {**linear.STRIPS, 8: linear.Strip(2, 512, 4), 16: linear.Strip(1, 512, 4)}
             most = {str(rows): {(linear, "MOST_ROWS"): {80: (rows, rows)}, (linear, "STRIPS"): strips}}
             sweep(setting, report, f"MOST_ROWS at {rows} × 4096 → 28672", most, product(setting, rows, 28672, 4096))
+        int8(setting, report, import_module(".triton.linear_int8", ops.__package__))
         tiles = {str(count): {(sampling, "GROUPS_TILE"): count} for count in (8, 16, 32, 64, 128)}
         sweep(setting, report, "GROUPS_TILE of sampling, 256 × 128256", tiles, draw(setting, {"temperature": 1.0}))
         blocks = {str(size): {(logprobs, "BLOCK"): size} for size in (2048, 4096, 8192)}
         sweep(setting, report, "BLOCK of logprobs_of", blocks, scored(setting))
+
+
+def int8(setting: Setting, report: Report, module: Any) -> None:
+    """Of products with int8 weights."""
+    for outs, ins in ((4096, 4096), (28672, 4096), (4096, 14336)):
+        strips = {str(one): {(module, "STRIPS"): {**module.STRIPS, 1: module.Strip(*one)}} for one in INT8_STRIPS}
+        sweep(setting, report, f"STRIPS of int8, 1 × {ins} → {outs}", strips, product_int8(setting, 1, outs, ins))
+        for rows, tiles in PRODUCT_TILES.items():
+            candidates = {str(one): {(module, "_sizes"): constant_tile(module, one)} for one in tiles}
+            candidates |= {f"LEAST {least}": {(module, "LEAST"): least} for least in (512, 2048, 1 << 30)}
+            title = f"tile of int8, {rows} × {ins} → {outs}"
+            sweep(setting, report, title, candidates, product_int8(setting, rows, outs, ins))
+    for rows in (1, 2, 4):
+        most = {f"MOST_ROWS {most}": {(module, "MOST_ROWS"): most} for most in (0, 4)}
+        title = f"MOST_ROWS of int8 at {rows} × 4096 → 28672"
+        sweep(setting, report, title, most, product_int8(setting, rows, 28672, 4096))
+    for rows in (256, 512, 1024):
+        many = {f"MANY {many}": {(module, "MANY"): many} for many in (256, 2048)}
+        sweep(setting, report, f"MANY of int8 at {rows} × 4096 → 14336", many, product_int8(setting, rows, 14336, 4096))
+    candidates = {str(one): {(module, "_sizes"): constant_tile(module, one)} for one in W8A8_TILES}
+    sweep(setting, report, "tile of w8a8, 2048 × 4096 → 14336", candidates, product_int8(setting, 2048, 14336, 4096, 8))
 
 
 Change = Mapping[Any, Any]  # (module, name) -> value
@@ -163,6 +193,28 @@ def product(setting: Setting, rows: int, outs: int, ins: int) -> Callable[[], Ma
         x = torch.randn(rows, ins, device=setting.device).to(dtype)
         weight = (torch.randn(outs, ins, device=setting.device) * ins**-0.5).to(dtype)
         return lambda: ops.linear(x, weight), weight.nbytes / setting.limits.read
+
+    return make
+
+
+def constant_tile(module: Any, sizes: tuple[int, ...]) -> Callable[..., Any]:
+    """In place of the module's choice of a tile: this one, and the parts that it gives a matrix."""
+    return lambda x, weight, rows: (tile := module.Tile(*sizes), module.parts_of(weight, tile, rows))
+
+
+def product_int8(setting: Setting, rows: int, outs: int, ins: int, bits: int = 16) -> Callable[[], Made]:
+    """Of int8 weights with rows in 16 bits or 8."""
+
+    def make() -> Made:
+        dtype = setting.dtype(BFLOAT16)
+        x = torch.randn(rows, ins, device=setting.device).to(dtype)
+        weight = ops.quantize_rows(torch.randn(outs, ins, device=setting.device) * ins**-0.5)
+        rate = setting.limits.peak(torch.int8 if bits == 8 else dtype)
+        floor = max(weight.values.nbytes / setting.limits.read, 2 * rows * outs * ins / rate)
+        if bits == 8:
+            given = ops.quantize_rows(x)
+            return lambda: ops.linear_w8a8(*given, weight, None, None, dtype), floor
+        return lambda: ops.linear_int8(x, weight), floor
 
     return make
 

@@ -37,13 +37,17 @@ def run(setting: Setting, report: Report) -> None:
     gpt2 = Loads(setting, report, "gpt2", FLOAT16)
     gpt2.measure(*one[:1], setting.pick(896, 20), f"{title('gpt2')} fp16, batch 1", goal="GPT-2 batch 1", profiled=True)
     gpt2.measure(*many[:1], setting.pick(896, 20), f"{title('gpt2')} fp16, {many[0]} × {setting.pick(896, 20)}")
-    small = Loads(setting, report, "llama GQA", BFLOAT16, int8=True)
+    small = Loads(setting, report, "llama GQA", BFLOAT16, quantization="int8")
     narrow = small.measure(*one, f"{title('llama GQA')} int8 weights, batch 1", profiled=True)
     ratio(report, f"{title('llama GQA')} int8 weights against bf16, batch 1", plain, narrow, "batch 1 int8")
+    for rows in setting.pick((8, 64), (2,)):
+        small.measure(rows, one[1], f"{title('llama GQA')} int8 weights, {rows} × {one[1]}")
     thin = small.measure(
         *many, f"{title('llama GQA')} int8 weights and KV, {many[0]} × {many[1]}", kv_int8=True, profiled=True
     )
     ratio(report, f"{title('llama GQA')} int8 against bf16, {many[0]} × {many[1]}", wide, thin, "256 × 1k int8")
+    both = Loads(setting, report, "llama GQA", BFLOAT16, quantization="w8a8")
+    both.measure(*many, f"{title('llama GQA')} w8a8 and int8 KV, {many[0]} × {many[1]}", kv_int8=True)
     fixed = Loads(setting, report, "llama GQA", BFLOAT16, deterministic=True)
     for rows, context in (one, half):
         fixed.measure(rows, context, f"{title('llama GQA')} bf16, {rows} × {context}, deterministic")
@@ -65,7 +69,7 @@ def ratio(report: Report, name: str, slow: Timing | None, fast: Timing | None, g
 class Loads:
     """A model, drawn at its first use, and what a decode step of it takes under several loads."""
 
-    def __init__(self, setting: Setting, report: Report, name: str, dtype: torch.dtype, **drawn: bool) -> None:
+    def __init__(self, setting: Setting, report: Report, name: str, dtype: torch.dtype, **drawn: Any) -> None:
         release(setting.device)
         self.setting, self.report, self.dtype, self.drawn = setting, report, dtype, drawn
         self.config: ModelConfig = setting.config(name)
@@ -111,13 +115,13 @@ class Loads:
             self.model = engines.draw_model(setting, config, self.dtype, **self.drawn)
             engines.skip_prompts(self.model)
         steps = setting.pick(64, 6)
-        given: dict[str, Any] = {"kv_cache_dtype": "int8"} if kv_int8 else {}
+        kept = "int8" if kv_int8 else ""
         room, batched = engines.room_for(context, steps), setting.pick(16384, 64)
-        engine = engines.make_engine(setting, self.model, rows=rows, context=room, batched=batched, **given)
+        engine = engines.make_engine(setting, self.model, rows=rows, context=room, batched=batched, kv_dtype=kept)
         seconds, mean = engines.decode(engine, rows, context, steps, choices=choices, **sampling)
         taken = timing_of(seconds)
         kv_dtype = torch.int8 if kv_int8 else self.model.dtype
-        element = 1.0 if self.drawn.get("int8") else float(self.model.dtype.itemsize)
+        element = 1.0 if self.model.place.quantization.any else float(self.model.dtype.itemsize)
         read = step_bytes(config, element, kv_dtype, mean - context + context / choices, rows)
         floor = read / setting.limits.read
         detail: dict[str, Any] = {

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from ...model.batch import Batch
 from ...model.config import ModelConfig
 from ...model.kv_cache import KVCache
+from ...model.linear import linears
 from ...model.load import random_model
 from ...model.model import Model
+from ...model.quantization import WantedScheme
 from ...model.weights import slots_of
 from ...server.engine.engine import Engine
 from ...server.engine.hub import Hub
@@ -31,13 +33,18 @@ SPREAD = 32  # tokens that the sequences whose prompts are computed first may be
 
 
 def draw_model(
-    setting: Setting, config: ModelConfig, dtype: torch.dtype, *, int8: bool = False, deterministic: bool = False
+    setting: Setting,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    *,
+    quantization: WantedScheme = "auto",
+    deterministic: bool = False,
 ) -> Model:
-    """Random weights on the device. Raises Absent for what this version of the model does not have."""
-    if int8:
-        raise Absent("this version has no int8 weights")
+    """Random weights on the device."""
     name: Any = str(setting.dtype(dtype)).removeprefix("torch.")
-    return random_model(config, dtype=name, device=setting.device, deterministic=deterministic)
+    return random_model(
+        config, dtype=name, device=setting.device, deterministic=deterministic, quantization=quantization
+    )
 
 
 def make_engine(
@@ -48,11 +55,13 @@ def make_engine(
     context: int,
     tokens: int | None = None,
     batched: int = 8192,
+    kv_dtype: str = "",
     **given: Any,
 ) -> Engine:
     """An engine for `rows` sequences of `context` tokens, or `tokens` in all, with steps of `batched` tokens.
 
-    `given` are further options of the engine. Raises Absent where it does not have one.
+    `kv_dtype`: of K and V, if not the model's. `given` are further options of the engine. Raises Absent where it does
+    not have one.
     """
     known = {field.name for field in fields(EngineOptions)}
     if absent := [name for name in given if name not in known]:
@@ -80,6 +89,7 @@ def make_engine(
         labels=config.labels,
         weight_version=0,
         created=int(time.time()),
+        kv_dtype=kv_dtype,
     )
     return Engine(card, model, pages=pages, options=options)
 
@@ -224,7 +234,9 @@ def named_tensors(model: Model) -> Iterator[tuple[str, Tensor]]:
 
 
 def copy_weights(source: Model, target: Model) -> None:
-    """`target` becomes what `source` is; both of one config, on any devices."""
+    """`target`, on a CUDA device, becomes what `source` is; both of one config."""
     for here, there in ((source.decoder, target.decoder), (source.head, target.head)):
         for one, other in zip(slots_of(here), slots_of(there), strict=True):
-            other.into.copy_(one.into)
+            other.take(one)
+        for _, linear in linears(there):
+            linear.finish()  # what is quantized from a tied matrix

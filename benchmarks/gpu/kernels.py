@@ -21,7 +21,7 @@ from ...model.linear import Linear
 from ...model.slots import Place
 from ...server.engine.device_sampler import DeviceSampler
 from ...server.engine.request import Sampling
-from . import attention
+from . import attention, int8
 from .clock import device_time, release
 from .rows import Report
 from .setting import Setting
@@ -37,6 +37,8 @@ def run(setting: Setting, report: Report) -> None:
     sampling(setting, report)
     release(setting.device)
     products(setting, report)
+    release(setting.device)
+    int8.run(setting, report)
     release(setting.device)
     streams(setting, report)
     release(setting.device)
@@ -95,7 +97,17 @@ def streams(setting: Setting, report: Report) -> None:
         def norm(x: Tensor = x, weight: Tensor = weight) -> Tensor:
             return ops.layer_norm(x, weight, weight, 1e-5)
 
+        def add_norm_int8(x: Tensor = x, residual: Tensor = residual, weight: Tensor = weight) -> ops.Int8:
+            return ops.rms_norm_int8(x, weight, 1e-5, residual)
+
+        def quantize(x: Tensor = x) -> ops.Int8:
+            return ops.quantize_rows(x)
+
         timed(setting, report, f"rms_norm + residual, {tokens} × {size}", add_norm, 4 * x.numel() * unit, op="rms_norm")
+        moved = x.numel() * (3 * unit + 1)
+        timed(setting, report, f"rms_norm_int8 + residual, {tokens} × {size}", add_norm_int8, moved, op="rms_norm_int8")
+        moved = x.numel() * (unit + 1)
+        timed(setting, report, f"quantize_rows, {tokens} × {size}", quantize, moved, op="quantize_rows")
         timed(setting, report, f"layer_norm, {tokens} × {size}", norm, 2 * x.numel() * unit, op="layer_norm")
         gate_up = torch.randn(tokens, 2 * inner, device=device).to(dtype)
 
@@ -223,7 +235,8 @@ def compare(setting: Setting, report: Report, name: str, linear: Linear, x: Tens
         own = device_time(lambda: linear(x), setting.device, tiny=setting.tiny)
         theirs = device_time(lambda: F.linear(x, weight), setting.device, tiny=setting.tiny)
         limits, rows = setting.limits, len(x)
-        floor = max(weight.nbytes / limits.read, 2 * rows * weight.numel() / limits.peak(x.dtype))
+        read = weight.numel() if linear.quantized else weight.nbytes
+        floor = max(read / limits.read, 2 * rows * weight.numel() / limits.peak(x.dtype))
         detail: dict[str, Any] = {"cublas_us": 1e6 * theirs.median, "against_cublas": theirs.median / own.median}
         report.add(name, own, "µs", scale=1e6, limit=1e6 * floor, share=floor / own.median, **detail)
 

@@ -61,11 +61,11 @@ def run(setting: Setting, report: Report) -> None:
 
 
 def tokens_with_int8(setting: Setting, report: Report) -> None:
-    """Tokens that engines with the same number of bytes hold. Raises Absent while the engine keeps no int8 pages."""
+    """Tokens that engines with the same number of bytes hold."""
     model = engines.draw_model(setting, setting.config("gpt2"), torch.float16)
     room: dict[str, Any] = {"rows": 4, "context": setting.pick(1024, 64)}
     plain = engines.make_engine(setting, model, **room)
-    narrow = engines.make_engine(setting, model, **room, kv_cache_dtype="int8")
+    narrow = engines.make_engine(setting, model, **room, kv_dtype="int8")
     ratio = (narrow.kv_tokens / narrow.kv_bytes) / (plain.kv_tokens / plain.kv_bytes)
     report.add("KV tokens, int8 against fp16", ratio, "×", goal="int8 KV")
 

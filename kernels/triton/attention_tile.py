@@ -19,20 +19,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops import KVLayer
+from .int8 import widen
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-
-
-@triton.jit
-def widen(x, DTYPE: tl.constexpr):
-    """x in DTYPE. int8 to float16 without the slow integer conversion: the bits of 1024 + 128 + x, less 1152."""
-    if x.dtype == tl.int8 and tl.float16 == DTYPE:
-        biased = (x.to(tl.uint8, bitcast=True) ^ 0x80).to(tl.uint16) | 0x6400
-        return biased.to(tl.float16, bitcast=True) - tl.full(x.shape, 1152.0, tl.float16)
-    else:
-        return x.to(DTYPE)
 
 
 @triton.jit

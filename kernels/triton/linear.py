@@ -7,9 +7,8 @@ x in float32 and adds up the columns once, at the end. W is read once and not ke
 L2, once per BLOCK_OUT outputs. The activation of y costs no further launch. With 8 rows the sums alone would fill the
 registers.
 
-`_tile_kernel` (deterministic mode): blocks of rows × blocks of outputs, the last ones padded, columns in ascending
-order, never divided among programs. Blocks and instructions are those of the matrix and its dtype, whatever T is. W is
-read once per GROUP blocks of rows.
+Deterministic mode takes tiles (linear_tile.py). Blocks and instructions are those of the matrix and its dtype, whatever
+T is, and columns are never divided among programs.
 
 Letters: T rows, D = ins, O = outs.
 """
@@ -27,8 +26,9 @@ from torch import Tensor
 
 from .. import ops
 from ..ops import Activation
-from .activation import HALF_ROOT, TWICE_ROOT
+from .activation import activated
 from .launch import options, pick
+from .linear_tile import Tile, finished, in_tiles
 
 
 class Strip(NamedTuple):
@@ -40,16 +40,6 @@ class Strip(NamedTuple):
     out: int
     columns: int
     warps: int
-
-
-class Tile(NamedTuple):
-    """Of `_tile_kernel`: rows, outputs, columns at a time, and how many such columns are on their way."""
-
-    rows: int
-    out: int
-    columns: int
-    warps: int
-    stages: int
 
 
 # Rows up to which `_rows_kernel` is taken, by architecture, for matrices below LARGE elements, which are bound by their
@@ -64,18 +54,6 @@ TILES: Mapping[int, tuple[Tile, Tile]] = MappingProxyType(
     {2: (Tile(64, 64, 128, 8, 3), Tile(64, 128, 64, 8, 4)), 4: (Tile(32, 64, 32, 8, 3), Tile(32, 64, 32, 8, 3))}
 )
 WIDE = 16384
-GROUP = 8
-
-
-@triton.jit
-def _activated(x, ACTIVATION: tl.constexpr):
-    """Of x float32; of silu_and_mul the first half."""
-    if ACTIVATION == "gelu_tanh":
-        return x / (1 + tl.exp((x + 0.044715 * x * x * x) * -TWICE_ROOT))
-    elif ACTIVATION == "gelu":
-        return 0.5 * x * (1 + tl.erf(x * HALF_ROOT))
-    else:
-        return x / (1 + tl.exp(-x))
 
 
 @triton.jit
@@ -117,56 +95,12 @@ def _rows_kernel(
     row = tl.arange(0, ROWS)[:, None].to(tl.int64)
     output = first + tl.arange(0, BLOCK_OUT)[None, :]
     live = output < outs
-    y = tl.sum(total, 2)
-    if bias is not None:
-        y += tl.load(bias + output, mask=live, other=0.0).to(tl.float32)
-    y = y.to(out.dtype.element_ty)
+    y = finished(tl.sum(total, 2), None, None, bias, output, live, out.dtype.element_ty)
     if ACTIVATION is not None:
-        y = _activated(y.to(tl.float32), ACTIVATION)
+        y = activated(y, ACTIVATION)
     if gated:
-        factor = tl.sum(up, 2)
-        if bias is not None:
-            factor += tl.load(bias + outs + output, mask=live, other=0.0).to(tl.float32)
-        y *= factor.to(out.dtype.element_ty).to(tl.float32)
+        y *= finished(tl.sum(up, 2), None, None, bias, outs + output, live, out.dtype.element_ty)
     tl.store(out + row * outs + output, y.to(out.dtype.element_ty), mask=(row < rows) & live)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _tile_kernel(
-    x,
-    weight,
-    bias,
-    out,
-    rows,
-    outs,
-    ins,
-    x_stride,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    """Programs one behind another share the outputs' block of W, in groups of GROUP blocks of rows."""
-    index = tl.program_id(0)
-    down, across = tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(outs, BLOCK_OUT)
-    above = index // (GROUP * across) * GROUP
-    height = tl.minimum(down - above, GROUP)
-    inside = index % (GROUP * across)
-    row = (above + inside % height).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    output = (inside // height).to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    column = tl.arange(0, BLOCK)
-    x_place = x + row[:, None] * x_stride + column[None, :]
-    place = weight + output[None, :] * ins + column[:, None]
-    total = tl.zeros([BLOCK_ROWS, BLOCK_OUT], tl.float32)
-    for start in range(0, ins, BLOCK):
-        left = ins - start
-        value = tl.load(x_place + start, mask=(row[:, None] < rows) & (column[None, :] < left), other=0.0)
-        w = tl.load(place + start, mask=(output[None, :] < outs) & (column[:, None] < left), other=0.0)
-        total = tl.dot(value, w, total, input_precision="ieee")
-    if bias is not None:
-        total += tl.load(bias + output, mask=output < outs, other=0.0).to(tl.float32)[None, :]
-    kept = (row[:, None] < rows) & (output[None, :] < outs)
-    tl.store(out + row[:, None] * outs + output[None, :], total.to(out.dtype.element_ty), mask=kept)
 
 
 def linear(
@@ -182,7 +116,8 @@ def linear(
     assert bias is None or (bias.shape == (outs,) and bias.is_contiguous() and bias.dtype == x.dtype)
     assert x.stride(1) == 1 or ins == 1
     if deterministic:
-        return ops.activate(_in_tiles(x, weight, bias), activation)
+        tile = TILES[x.element_size()][outs > WIDE]
+        return ops.activate(in_tiles(x, weight, bias, tile), activation)
     most = pick(MOST_ROWS, x.device)[outs * ins >= LARGE]
     if 0 < rows <= most:
         return _few_rows(x, weight, bias, activation)
@@ -213,28 +148,4 @@ def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activa
         activation,
         **options(strip.warps),
     )
-    return out
-
-
-def _in_tiles(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    (rows, ins), outs = x.shape, weight.shape[0]
-    out = x.new_empty((rows, outs))
-    tile = TILES[x.element_size()][outs > WIDE]
-    programs = triton.cdiv(rows, tile.rows) * triton.cdiv(outs, tile.out)
-    if programs:
-        _tile_kernel[(programs,)](
-            x,
-            weight,
-            bias,
-            out,
-            rows,
-            outs,
-            ins,
-            x.stride(0),
-            tile.rows,
-            tile.out,
-            tile.columns,
-            GROUP,
-            **options(tile.warps, tile.stages),
-        )
     return out

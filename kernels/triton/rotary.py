@@ -18,8 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops import KVLayer
+from .int8 import to_int8
 from .launch import options, warps
-from .write import check_index, check_pages, int8_scale, to_int8
+from .write import check_index, check_pages, int8_scale
 
 ELEMENTS = 1024  # of a program's group of heads: with 8 of a and 8 of b per thread 2 warps
 
@@ -55,7 +56,7 @@ def _store(x, column, query, key, value, out, out_place, k_pages, v_pages, page_
     across = column[None, :]
     tl.store(out + out_place[:, None] + across, x.to(out.dtype.element_ty), mask=inside & query[:, None])
     place = page_place[:, None] + across
-    stored = to_int8(x, scale) if scale is not None else x.to(k_pages.dtype.element_ty)
+    stored = to_int8(x, scale[:, None]) if scale is not None else x.to(k_pages.dtype.element_ty)
     tl.store(k_pages + place, stored, mask=inside & key[:, None])
     tl.store(v_pages + place, stored, mask=inside & value[:, None])
 

@@ -16,25 +16,18 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops import KVLayer
+from .int8 import to_int8
 from .launch import options, warps
 
 ELEMENTS = 1024  # of a program's group of heads: with 8 per thread 4 warps
 
 SMALLEST: tl.constexpr = tl.constexpr(2.0**-14)
-HALFWAY: tl.constexpr = tl.constexpr(1.5 * 2.0**23)  # a float32 near it has no fraction: added, it rounds as IEEE does
 
 
 @triton.jit
 def int8_scale(largest):
     """The scale of values up to `largest` [...], as float16 holds it, in float32."""
     return tl.maximum(tl.div_rn(largest, 127.0), SMALLEST).to(tl.float16).to(tl.float32)
-
-
-@triton.jit
-def to_int8(x, scale):
-    """x [heads, n] float32 by scale [heads]."""
-    whole = tl.minimum(tl.maximum(tl.div_rn(x, scale[:, None]), -127.0), 127.0)
-    return ((whole + HALFWAY) - HALFWAY).to(tl.int8)
 
 
 @triton.jit(do_not_specialize_on_alignment=["slots"])
@@ -74,8 +67,8 @@ def _write_kv_kernel(
         scale_place = page * scale_stride + head * SIZE + offset
         tl.store(k_scales + scale_place, k_scale.to(tl.float16), mask=real)
         tl.store(v_scales + scale_place, v_scale.to(tl.float16), mask=real)
-        tl.store(k_pages + place, to_int8(wide_keys, k_scale), mask=inside)
-        tl.store(v_pages + place, to_int8(wide_values, v_scale), mask=inside)
+        tl.store(k_pages + place, to_int8(wide_keys, k_scale[:, None]), mask=inside)
+        tl.store(v_pages + place, to_int8(wide_values, v_scale[:, None]), mask=inside)
     else:
         tl.store(k_pages + place, keys.to(k_pages.dtype.element_ty), mask=inside)
         tl.store(v_pages + place, values.to(v_pages.dtype.element_ty), mask=inside)

@@ -16,7 +16,9 @@ from ...kernels.sampling import workspace
 from ...model.config import ModelConfig
 from .options import EngineOptions, OptionsError
 
-RESERVE = 1 << 30  # the CUDA context, kernels, cuBLAS workspaces, what the allocator cannot use
+# The CUDA context, kernels, cuBLAS's workspaces, 64 MiB of an int8 matrix as cuBLAS takes it, what the allocator cannot
+# use.
+RESERVE = 1 << 30
 MIB = 1 << 20
 
 

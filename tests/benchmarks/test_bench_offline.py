@@ -245,6 +245,9 @@ def test_operations_at_the_models_shapes(tmp_path: Path, llama: str) -> None:
     assert rows["3 rows: rms_norm + residual"]["least_us"] == pytest.approx(4 * 3 * 64 * 4 / read)
     gate_up, rate = rows["1 rows: linear up, 64 → 192"], found["limits"]["float32_gflops"] * 1e3
     assert gate_up["least_us"] == pytest.approx(max(192 * 64 * 4 / read, 2 * 192 * 64 / rate))
+    for scheme in ("int8", "w8a8"):
+        least = rows[f"1 rows: {scheme} linear up, 64 → 192"]["least_us"]
+        assert least == pytest.approx(max(192 * 64 / read, 2 * 192 * 64 / rate))
     for name in ("qkv, 64 → 128", "out, 64 → 64", "down, 96 → 64", "head, 64 → 320"):
         assert f"1 rows: linear {name}" in rows and f"prompt of 8: linear {name}" in rows
     for name in (
@@ -275,7 +278,7 @@ def test_matrices_hold_what_the_formula_counts(llama: str) -> None:
         (["throughput", "--model", "random:7t"], "there is no model random:7t; there are random:125m"),
         (["throughput", "--engine", "sglang"], "there is no engine sglang; there are tandem, transformers"),
         (["throughput", "--kv-cache-dtype", "fp8"], "--kv-cache-dtype fp8: one of auto, int8, float32"),
-        (["kernels", "--dtype", "int8"], "--dtype int8: the operations are measured in floats alone"),
+        (["kernels", "--dtype", "int8"], "--dtype int8: give the model's own; matrices"),
         (["throughput", "--dtype", "fp8"], "--dtype fp8: one of auto, float32, bfloat16, float16, int8, w8a8"),
         (["throughput", "--input-len", "4000"], "the model's context is 2048: lower --input-len"),
         (["throughput", "--dataset", "sharegpt"], "needs a file: --dataset-path FILE"),

@@ -73,6 +73,14 @@ def test_int8_pages(options: str, dtype: torch.dtype) -> None:
     attended.check(attend(q, paged, **chosen), q, paged, SCALE, **chosen)
 
 
+@pytest.mark.parametrize("size", [16, 24, 64])
+def test_int8_lengths(size: int) -> None:
+    """With scales of NaN in every slot that must not be read."""
+    paged = decoding(LENGTHS, 1, 16, size, torch.int8)
+    q = noise(len(LENGTHS), 4, 16, dtype=torch.float16)
+    attended.check(attend(q, paged), q, paged, SCALE)
+
+
 def test_pages_of_another_dtype_than_q() -> None:
     """Products are float32 then."""
     paged = decoding([70, 300], 2, 16, 64, torch.float16)
@@ -80,14 +88,15 @@ def test_pages_of_another_dtype_than_q() -> None:
     attended.check(attend(q, paged), q, paged, SCALE)
 
 
-def test_strides() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
+def test_strides(dtype: torch.dtype) -> None:
     """q is a view of the rows of a product; pages [P, S, K, H] behind the strides of [P, K, S, H]."""
-    paged = decoding([70, 300, 5], 2, 32, 64, torch.float32)
-    views = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in paged.cache[:2]]
+    paged = decoding([70, 300, 5], 2, 32, 64, dtype)
+    views = [None if x is None else x.transpose(1, 2).contiguous().transpose(1, 2) for x in paged.cache]
     assert views[0].stride() != paged.cache.k.stride()
     wide = noise(3, (4 + 2 * 2) * 32)
     q = wide[:, : 4 * 32].unflatten(-1, (4, 32))
-    strided = replace(paged, cache=paged.cache._replace(k=views[0], v=views[1]))
+    strided = replace(paged, cache=ops.KVLayer(*views))
     found = attend(q, strided)
     attended.check(found, q, paged, SCALE)
 

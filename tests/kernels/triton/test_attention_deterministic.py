@@ -57,9 +57,10 @@ def test_bits_of_a_row(options: str, pages: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_values(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("int8", [False, True], ids=["same", "int8"])
+def test_values(int8: bool, dtype: torch.dtype) -> None:
     shape = [(280, 1), (40, 1), (270, 20), (9, 9)]
-    paged = random_pages(shape, 2, 16, 64, dtype)
+    paged = random_pages(shape, 2, 16, 64, torch.int8 if int8 else dtype)
     q = noise(31, 8, 16, dtype=dtype)
     with poisoned_memory():
         found = paged_attention(q, paged.cache, paged.sequences._replace(deterministic=True), SCALE)

@@ -51,6 +51,16 @@ def attend(q: Tensor, paged: Paged, prefixes: Tensor | None, **options: object) 
         return paged_attention(q, paged.cache, sequences, SCALE, **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("options", [{}, {"alibi": SLOPES, "window": 310, "softcap": 1.5}], ids=["plain", "all"])
+def test_groups_of_int8_pages(options: dict[str, object], dtype: torch.dtype) -> None:
+    """The prefix's scales are shared with its pages."""
+    paged, prefixes = grouped(LENGTHS, 2, torch.int8)
+    q = noise(7, 8, 16, dtype=dtype)
+    chosen = attended.on_device(options)
+    attended.check(attend(q, paged, prefixes, **chosen), q, paged, SCALE, **chosen)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", [{}, {"alibi": SLOPES, "window": 310, "softcap": 1.5}, {"window": 20}])
 def test_groups(options: dict[str, object], dtype: torch.dtype) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tandem.kernels.triton import paged_attention
 
+F16, INT8 = torch.float16, torch.int8
 SCALE = 0.2
 OPTIONS = {
     "plain": {},
@@ -41,11 +42,11 @@ def test_options(options: str, dtype: torch.dtype) -> None:
     attended.check(attend(q, paged, **chosen), q, paged, SCALE, **chosen)
 
 
-@pytest.mark.parametrize("size", [16, 64, 24, 128])
-def test_lengths(size: int) -> None:
+@pytest.mark.parametrize("dtype, size", [(F16, 16), (F16, 64), (F16, 24), (F16, 128), (INT8, 24), (INT8, 64)], ids=str)
+def test_lengths(dtype: torch.dtype, size: int) -> None:
     """Mixed with decodes; more rows than a tile has, around the ends of tiles and pages."""
     shape = [(70, 1), (5, 1), (2, 2), (15, 15), (17, 16), (66, 65), (129, 3), (257, 90)]
-    paged = random_pages(shape, 1, 16, size, torch.float16)
+    paged = random_pages(shape, 1, 16, size, dtype)
     q = noise(sum(rows for _, rows in shape), 4, 16, dtype=torch.float16)
     attended.check(attend(q, paged), q, paged, SCALE)
 

@@ -7,7 +7,8 @@ import torch
 from closeness import DTYPES, assert_close, frame_is_whole, framed, noise, poisoned_memory
 from torch import Tensor
 
-from tandem.kernels.triton import layer_norm, rms_norm
+from tandem.kernels import ops
+from tandem.kernels.triton import layer_norm, layer_norm_int8, rms_norm, rms_norm_int8
 
 SHAPES = [(1, 1), (1, 64), (3, 5 * 123), (130, 7), (2, 1000), (2, 4096)]
 
@@ -46,6 +47,30 @@ def test_norms(name: str, rows: int, width: int, with_residual: bool, dtype: tor
         assert torch.equal(residual, total) and frame_is_whole(residual)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (5, 123), (17, 80), (2, 4096)])
+@pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("name", ["rms", "layer"])
+def test_results_in_int8(name: str, rows: int, width: int, with_residual: bool, dtype: torch.dtype) -> None:
+    """Bit by bit what the norm gives, quantized."""
+    x, weight, bias = noise(rows, width), noise(width, dtype=dtype, seed=1), noise(width, dtype=dtype, seed=3)
+    x[:, width // 2] *= 300  # an outlier channel
+    x[rows // 2] = 0
+    x = framed(x.to(dtype))
+    residual = framed(noise(rows, width, dtype=dtype, seed=2)) if with_residual else None
+    total = None if residual is None else residual.clone()
+    with poisoned_memory():
+        if name == "rms":
+            found, plain = rms_norm_int8(x, weight, 1e-5, residual), rms_norm(x, weight, 1e-5, total)
+        else:
+            found, plain = layer_norm_int8(x, weight, bias, 1e-5, residual), layer_norm(x, weight, bias, 1e-5, total)
+    expected = ops.quantize_rows.__wrapped__(plain.cpu())  # type: ignore[attr-defined]
+    assert torch.equal(found.values.cpu(), expected.values) and torch.equal(found.scale.cpu(), expected.scale)
+    assert frame_is_whole(x)
+    if residual is not None and total is not None:
+        assert torch.equal(residual, total) and frame_is_whole(residual)
+
+
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_the_normal_value_is_rounded_before_the_weight(dtype: torch.dtype) -> None:
     """As in the definition: unrounded, a third of the results would be their neighbours."""
@@ -80,3 +105,5 @@ def test_statistics_are_float32() -> None:
 def test_no_rows(width: int) -> None:
     empty, weight = noise(0, width), noise(width)
     assert rms_norm(empty, weight, 1e-6).shape == layer_norm(empty, weight, weight, 1e-6).shape == (0, width)
+    for found in (rms_norm_int8(empty, weight, 1e-6), layer_norm_int8(empty, weight, weight, 1e-6)):
+        assert (found.values.shape, found.scale.shape) == ((0, width), (0,))

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 from aot import Variant
 
-from tandem.kernels.triton.linear import GROUP, STRIPS, TILES, Tile, _rows_kernel, _tile_kernel
+from tandem.kernels.triton.linear import STRIPS, TILES, _rows_kernel
+from tandem.kernels.triton.linear_tile import GROUP, Tile, _tile_kernel
 
 
 def _sizes(dtype: str, bias: bool) -> tuple[list[str], dict[str, str], Mapping[str, object]]:
@@ -41,9 +42,11 @@ def _tile(tile: Tile, dtype: str, label: str, bias: bool = False) -> Variant:
     return Variant(
         f"tile {dtype} {label}",
         _tile_kernel,
-        signature | {"rows": "i32"},
-        {"BLOCK_ROWS": tile.rows, "BLOCK_OUT": tile.out, "BLOCK": tile.columns, "GROUP": GROUP} | absent,
-        [*pointers, "outs", "ins", "x_stride"],
+        signature | {"rows": "i32", "share": "i32"},
+        {"BLOCK_ROWS": tile.rows, "BLOCK_OUT": tile.out, "BLOCK": tile.columns, "GROUP": GROUP}
+        | dict.fromkeys(("x_scale", "scale", "sums", "ACTIVATION"))
+        | absent,
+        [*pointers, "outs", "ins", "share", "x_stride"],
         num_warps=tile.warps,
         num_stages=tile.stages,
         max_registers=128,
