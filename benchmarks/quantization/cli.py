@@ -16,7 +16,7 @@ from ...server.options import parse_model, parse_quantity
 from ...server.text.errors import TextError
 from ..bench.models import UsageError
 from ..bench.progress import progress
-from .texts import passages, read_examples
+from .texts import passages, rankings, read_examples
 
 if TYPE_CHECKING:
     from ...model.quantize import Change, Source
@@ -129,7 +129,11 @@ def _smoothed(
 
     examples = read_examples(text)
     model = LocalModel(spec.path, options)
-    texts = [passage.token_ids for passage in passages(examples, model.tokens, model.context)][:CALIBRATION]
+    if model.config.generates:
+        texts = [passage.token_ids for passage in passages(examples, model.tokens, model.context)]
+    else:  # what it will read: bad answers, too
+        texts = [ids for group in rankings(examples, model.tokens, model.context) for ids in group]
+    texts = texts[:CALIBRATION]
     with progress("SmoothQuant, texts", len(texts)) as show:
         return smooth(model.model, source, texts, alpha, lambda done, total: show(done, ""))
 
