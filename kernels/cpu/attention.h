@@ -10,8 +10,7 @@
 
 #pragma once
 
-#include <stdlib.h>
-
+#include "room.h"
 #include "rows.h"
 
 namespace {
@@ -29,20 +28,6 @@ struct Shape {
     const float* alibi;  // [heads] or null
     long window;         // 0: none
     float softcap;       // 0: none
-};
-
-// Memory of a thread, kept for its next call.
-struct Room {
-    float* at = nullptr;
-    size_t size = 0;
-    float* of(size_t floats) {
-        if (floats > size) {
-            free(at);
-            size = floats;
-            at = (float*)aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64);
-        }
-        return at;
-    }
 };
 
 INLINE void transpose_8x8(const uint32_t* const* rows, long from, uint32_t* to) {

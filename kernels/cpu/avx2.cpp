@@ -5,4 +5,6 @@
 #define TANDEM_BF16_PRODUCTS 0
 #include "kernels.h"
 
-extern const Kernels tandem_avx2 = {run_pack, run_linear, run_lora, run_activate, run_norm, run_rotary, run_attention};
+extern const Kernels tandem_avx2 = {
+    run_pack, run_linear, run_lora, run_activate, run_norm, run_rotary, run_attention, run_greedy, run_draw, run_logprobs,
+};

@@ -4,6 +4,10 @@
 
 #include <stdint.h>
 
+// Before an instruction set is chosen, so that what is made of these runs on every processor: the linker keeps one copy.
+#include <algorithm>
+#include <functional>
+
 struct Pack {
     const void* w;
     void* into;
@@ -58,6 +62,33 @@ struct Attention {
     float scale, softcap;
 };
 
+struct Greedy {
+    const void* logits;
+    int64_t* tokens;
+    long rows, size, type;
+};
+
+struct Draw {
+    const void* logits;
+    const float* temperature;
+    const int64_t *seeds, *choices, *positions, *top_k;
+    const float *top_p, *log_min_p;
+    int64_t* tokens;
+    float* lowest;
+    long rows, size, type;
+};
+
+struct Logprobs {
+    const void* logits;
+    const int64_t* targets;
+    const float* factors;  // may be null
+    float* values;
+    int64_t* ranks;
+    float* top_values;
+    int64_t* top_tokens;
+    long rows, size, top, type;
+};
+
 struct Kernels {
     void (*pack)(const Pack&, int threads);
     void (*linear)(const Linear&, int threads);
@@ -66,4 +97,7 @@ struct Kernels {
     void (*norm)(const Norm&, int threads);
     void (*rotary)(const Rotary&, int threads);
     void (*attention)(const Attention&, int threads);
+    void (*greedy)(const Greedy&, int threads);
+    void (*draw)(const Draw&, int threads);
+    void (*logprobs)(const Logprobs&, int threads);
 };
