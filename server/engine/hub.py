@@ -1,8 +1,9 @@
 """Several models in one process: who gets the device next, and for how long.
 
 The device goes to the busy model that had the least device time per weight; a model that was idle starts where the
-others are, so idling earns nothing. While another model's sequences wait for their next token, a step may take about
-as long as one step of theirs: prompts are then computed in smaller chunks, sized by what steps were seen to take.
+others are, so idling earns nothing. While another model's sequences wait for their next token, a step may take most of
+the time of one step of theirs: prompts are then computed in smaller chunks, sized by what steps were seen to take. Two
+such steps in a row would be felt more than a rest of device time is worth: see `_Place.yields_to`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ Asked = TypeVar("Asked", Request, Group)
 Reply = TypeVar("Reply")
 
 WAIT_SECONDS = 0.001  # between two looks at a command that waits, where nothing else is to do
+BESIDE = 0.8  # of a decode step: what a prompt's step beside it may take, so that gaps between tokens at most double
 NEWEST = 0.2  # weight of the newest step in a running mean
 
 
@@ -67,6 +69,12 @@ class _Place:
         self.time = 0.0  # device seconds / weight
         self.busy = False
         self.cost = StepCost()
+        self.newest = 0.0  # device seconds / weight of the last step
+
+    def yields_to(self, other: _Place) -> bool:
+        """Whether decodes of the other go first although this one, which has just computed a prompt's chunk, has had a
+        little less time: what it lacks is less than half of such a chunk, and is forgotten."""
+        return other.time - self.time < self.newest / 2
 
 
 class Hub:
@@ -88,6 +96,7 @@ class Hub:
         self._step_target = step_target  # seconds
         self._clock = clock
         self._administration = Administration(self.engines)
+        self._last: _Place | None = None  # whose step was the last
         self._places = [_Place(e, w) for e, w in zip(engines, weights or [1.0] * len(engines), strict=True)]
 
     @staticmethod
@@ -190,7 +199,8 @@ class Hub:
             outputs.others[:0] = said
         step = place.engine.last_step
         seconds = self._clock() - began if step.seconds is None else step.seconds
-        place.time += seconds / place.weight
+        place.newest, self._last = seconds / place.weight, place
+        place.time += place.newest
         if step.tokens:
             place.cost.observe(step.tokens, step.decodes_only, seconds)
         return outputs
@@ -232,7 +242,15 @@ class Hub:
                 place.time = max(place.time, floor)
             place.busy = place.engine.has_work
         able = [place for place in busy if not place.engine.waits]
-        return min(able or busy, key=lambda place: place.time)
+        first = min(able or busy, key=lambda place: place.time)
+        decoding = [place for place in able if place is not first and place.engine.decoding]
+        if first is not self._last or first.engine.last_step.decodes_only or not decoding:
+            return first
+        behind = min(decoding, key=lambda place: place.time)
+        if not first.yields_to(behind):
+            return first
+        first.time = behind.time
+        return behind
 
     def _budget(self, place: _Place) -> int | None:
         """Tokens that the step may have; None: as many as the model's own limit."""
@@ -246,7 +264,7 @@ class Hub:
             known = [other.cost.decode_seconds for other in waiting if other.cost.decode_seconds is not None]
             if not known:
                 return None
-            seconds = min(known)
+            seconds = BESIDE * min(known)
         tokens = place.cost.tokens_within(seconds)
         least = place.engine.decoding + place.engine.scheduler.pages.page_size
         return max(tokens or 0, least)  # nothing known yet: begin small

@@ -66,7 +66,8 @@ def divide_arena(
     specs: Sequence[ModelSpec], contexts: Sequence[int], page_bytes: Sequence[int], memory: int, options: EngineOptions
 ) -> Layout:
     """Every model gets its kv share for good; without one, what a request as long as its context needs, up to an equal
-    part. What is left they share. On CPUs no more is taken than can be useful.
+    part, and a page more: a group has the page within which its prompt ends twice. What is left they share. On CPUs no
+    more is taken than can be useful.
 
     Raises OptionsError for a model that gets less than two pages.
     """
@@ -86,6 +87,6 @@ def divide_arena(
         if options.device == "cpu":
             pages = min(pages, most)
         if spec.kv_share is None and len(specs) > 1:
-            pages = min(pages, max(2, longest))
+            pages = min(pages, longest + 1)
         own.append(pages)
     return lay_out(min(memory, useful) if options.device == "cpu" else memory, page_bytes, own)

@@ -80,8 +80,8 @@ def test_cards_and_the_division_of_memory(checkpoints: Path) -> None:
     assert hub.engine("gpt-4") is hub.engine("chat") is hub.engines[0] and hub.engine("gpt-5") is None
     page = 2 * 2 * 2 * 16 * 16 * 4  # K and V, layers, kv heads, tokens, head size, float32
     first, second = hub.engines
-    assert first.kv_pages == (3 << 20) // page and second.kv_pages == 512 // 16, (
-        "a share, and one request at full length"
+    assert first.kv_pages == (3 << 20) // page and second.kv_pages == 512 // 16 + 1, (
+        "a share, and one request at full length and a page"
     )
     assert (first.kv_bytes, first.kv_tokens) == (first.kv_pages * page, first.kv_pages * 16)
     assert first.weight_bytes > 0 and first.digest != second.digest
@@ -249,6 +249,15 @@ def test_who_was_idle_has_nothing_saved_up() -> None:
     assert steady.used - marks[0] == pytest.approx(idler.used - marks[1], abs=0.03)
 
 
+def test_weights_hold_beside_decodes_too() -> None:
+    clock = [0.0]
+    chat, judge = FakeEngine("c", clock, rows=50), FakeEngine("j", clock, prompt=1 << 40)
+    hub = fake_hub(chat, judge, weights=[1.0, 3.0])
+    for _ in range(1000):
+        hub.step()
+    assert judge.used / (chat.used + judge.used) == pytest.approx(0.75, abs=0.03)
+
+
 def test_a_prompt_beside_decodes_takes_no_longer_than_one_of_their_steps() -> None:
     clock = [0.0]
     chat, judge = FakeEngine("c", clock, rows=50), FakeEngine("j", clock)
@@ -268,9 +277,8 @@ def test_a_prompt_beside_decodes_takes_no_longer_than_one_of_their_steps() -> No
             last = clock[0]
     decode = chat.fixed + 50 * chat.per_token
     waits = sorted(waits[3:])
-    assert waits[len(waits) // 2] <= 2 * decode  # its own step, and one of the other's of at most that length
-    assert waits[-1] <= 3 * decode  # two, when the other has some time to catch up
-    assert 30 <= judge.steps[-2] <= 60  # the budget converges on a chunk of one decode step's time
+    assert len(waits) > 300 and waits[-1] <= 2 * decode  # its own step, and never more than one of the other's
+    assert 30 <= judge.steps[-2] <= 45  # the budget converges on a chunk of most of a decode step's time
 
 
 def test_without_decodes_beside_it_a_prompt_has_the_whole_step() -> None:

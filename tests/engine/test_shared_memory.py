@@ -14,7 +14,7 @@ from hubs import Answer, assert_nothing_is_held, collect, generate, prompt, scor
 from tandem.model.kv_cache import KVCache
 from tandem.server.engine.hub import Hub
 from tandem.server.engine.options import EngineOptions, ModelSpec
-from tandem.server.engine.request import Request
+from tandem.server.engine.request import Group, Request
 
 OPTIONS: dict[str, Any] = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "page_size": 8, "max_model_len": 48}
 
@@ -73,7 +73,7 @@ def test_models_that_borrow_in_turns_answer_as_alone(checkpoints: Path, ahead: b
     poison(hub)
     policy = hub.engines[0]
     page = KVCache.bytes_per_page(policy.runner.model.config, 4, torch.float32)
-    assert policy.kv_pages == 12 and policy.kv_bytes == 12 * page and policy.card.max_request_tokens == 48
+    assert policy.kv_pages == 13 and policy.kv_bytes == 13 * page and policy.card.max_request_tokens == 48
     had: dict[int, set[str]] = {}  # by slab
 
     def watch() -> None:
@@ -116,12 +116,26 @@ def test_nothing_is_held_after_aborts(checkpoints: Path) -> None:
 def test_what_is_each_models_own_and_what_they_share_is_said(checkpoints: Path) -> None:
     hub = hub_of(checkpoints, "llama-gqa", "gpt2", memory=1 << 20)
     policy, other = hub.engines
-    assert policy.kv_tokens == other.kv_tokens == 48, "a request at full length each"
-    assert policy.kv_most_tokens > 5 * 48 and policy.stats.pages == 6 and policy.stats.slabs == 0
+    assert policy.kv_tokens == other.kv_tokens == 48 + 8, "a request at full length each, and a page"
+    assert policy.kv_most_tokens > 5 * 48 and policy.stats.pages == 7 and policy.stats.slabs == 0
     assert policy.stats.pages_available * 8 == policy.kv_most_tokens
-    assert "for good llama-gqa 0.0, gpt2 0.0, and 0.9 to be lent in 7 slabs of 0.13 MiB;" in hub.division
+    assert "for good llama-gqa 0.0, gpt2 0.1, and 0.9 to be lent in 4 slabs of 0.23 MiB;" in hub.division
     alone = hub_of(checkpoints, "llama-gqa", memory=1 << 20)
     assert alone.engines[0].kv_most_tokens == alone.engines[0].kv_tokens and "for good" not in alone.division
+
+
+def test_a_group_of_one_whole_context_fits(checkpoints: Path) -> None:
+    """Its prompt ends within a page, which is there twice; there is nothing to borrow."""
+    specs = [ModelSpec(name, str(checkpoints / "llama-gqa")) for name in ("one", "two")]
+    hub = Hub.load(specs, EngineOptions(**OPTIONS, kv_cache_memory_bytes=14 * 4096))
+    assert [engine.kv_most_tokens for engine in hub.engines] == [56, 56]
+    whole = prompt(48)
+    hub.open(Group(1, "one", whole[:44], longest=4))
+    member = Request(2, "one", whole[44:], None, frozenset({"prompt_logprobs"}), prompt_logprobs=0, group=1)
+    found = collect(hub.run([member])[2])[0]
+    assert found.error is None and found.prompt_logprobs is not None and len(found.prompt_logprobs.values) == 4
+    hub.close(1)
+    assert_nothing_is_held(hub)
 
 
 def test_a_share_is_what_a_model_has_for_good(checkpoints: Path) -> None:
