@@ -29,6 +29,7 @@ from .ops import op
 LANES = 128  # consecutive token ids that form a group
 GREEDY_BELOW = 1e-5  # temperatures under this are greedy: dividing by them leaves one token anyway
 HEAD = 256  # candidates that top-p looks at before it sorts a whole row
+DRAW_ELEMENTS = 1 << 18  # logits that `draw` works on at a time, 1 MiB: they stay in the processor's cache
 
 # What a slot uses, one bit each.
 DRAW, RESTRICT, PENALTY, BIAS, ALLOWED, BANS, FLOOR, LOGPROBS, PROCESSED, POLICY = (1 << bit for bit in range(10))
@@ -114,10 +115,12 @@ def gumbel_max(scaled: Tensor, noise: Tensor, lowest: Tensor | None = None) -> T
     return group * LANES + (inside / noise[:, count:]).argmax(-1)
 
 
+@op
 def greedy(logits: Tensor) -> Tensor:
-    """The most likely token of each row [R, V], the lowest id among equals; -1 where the maximum is not finite."""
+    """The most likely token of each row [R, V] of any float dtype, the lowest id among equals; -1 where the maximum is
+    not finite or a logit is NaN."""
     on_cpu = logits.device.type == "cpu"  # numpy's argmax is vectorised, torch's is not
-    ids = torch.from_numpy(logits.numpy().argmax(-1)) if on_cpu else logits.argmax(-1)
+    ids = torch.from_numpy(logits.float().numpy().argmax(-1)) if on_cpu else logits.argmax(-1)
     return ids.masked_fill_(~logits.gather(1, ids[:, None])[:, 0].isfinite(), -1)
 
 
@@ -220,6 +223,61 @@ def penalise(
     logits.scatter_(1, ids, value)  # equal ids carry equal values
 
 
+class Draws(NamedTuple):
+    """How each row is drawn, [R] each. Temperatures under GREEDY_BELOW take the most likely token."""
+
+    temperature: Tensor  # float32
+    seeds: Tensor  # int64, the bits of 64 without a sign
+    choices: Tensor  # int64
+    positions: Tensor  # int64, of the token in its answer
+    top_k: Tensor  # int64; this and what follows as in `thresholds`
+    top_p: Tensor  # float32
+    min_p: Tensor  # float32
+
+
+@op
+def draw(logits: Tensor, how: Draws) -> tuple[Tensor, Tensor]:
+    """One token per row: logits [R, V] in any float dtype, which stay as they are.
+
+    Gives tokens [R] int64, -1 where a row's maximum is not finite or a logit is NaN, and the lowest `scale`d value [R]
+    that the filters keep: -inf where there are none and in rows that are not drawn.
+    """
+    size = max(1, DRAW_ELEMENTS // logits.shape[1])
+    columns = zip(*(column.split(size) for column in how), strict=True)
+    parts = [_draw(rows, Draws(*part)) for rows, part in zip(logits.split(size), columns, strict=True)]
+    tokens, lowest = zip(*parts, strict=True)
+    return torch.cat(tokens), torch.cat(lowest)
+
+
+def _draw(logits: Tensor, how: Draws) -> tuple[Tensor, Tensor]:
+    drawn = how.temperature >= GREEDY_BELOW
+    scaled = logits.to(torch.float32, copy=True)
+    finite = scale(scaled, how.temperature.where(drawn, 1))
+    noise = draws(*map(_unsigned, (how.seeds, how.choices, how.positions)), scaled.shape[1]).to(scaled.device)
+    filters = how.top_k, how.top_p, how.min_p
+    limited = (how.top_k > 0) & (how.top_k < scaled.shape[1]) | (how.top_p < 1) | (how.min_p > 0)
+    rows = (limited & drawn & finite).nonzero()[:, 0]
+    lowest = scaled.new_full((len(scaled),), -torch.inf)
+    if len(rows):
+        lowest[rows] = thresholds(scaled[rows], *(column[rows] for column in filters))
+    tokens = gumbel_max(scaled, noise, lowest)
+    if not drawn.all():
+        tokens = tokens.where(drawn, greedy(scaled))
+    return tokens.masked_fill_(~finite, -1), lowest
+
+
+def _unsigned(column: Tensor) -> Words:
+    return column.cpu().numpy().view(np.uint64)
+
+
+def distribution(logits: Tensor, temperature: Tensor, lowest: Tensor) -> Tensor:
+    """float32 logits [R, V] of what `draw` drew from and gave `lowest` [R] for; rows not drawn stay as they are."""
+    drawn = (temperature >= GREEDY_BELOW)[:, None]
+    scaled = logits.to(torch.float32, copy=True)
+    scale(scaled, temperature.where(drawn[:, 0], 1))
+    return scaled.masked_fill_(scaled < lowest[:, None], -torch.inf).where(drawn, logits)
+
+
 class Slots(NamedTuple):
     """By what the rows of a step draw. A slot's `lists` hold, each where a column says and only if `USES` says so:
 
@@ -268,32 +326,27 @@ def sample(
         values = values.clone() if values is logits else values
         _edit(values, columns, numbers, slots, lengths, state, mask)
     if uses & PROCESSED:
-        shown = torch.where((own & PROCESSED != 0)[:, None], values, logits)
-    tokens = greedy(values)
-    drawn = (own & DRAW).nonzero()[:, 0]
-    if len(drawn):
-        scaled = values[drawn]  # a copy
-        tokens[drawn] = _draw(scaled, columns[drawn], numbers[drawn], lengths[drawn])
-        processed = (own[drawn] & PROCESSED).nonzero()[:, 0]
-        if len(processed):
-            shown[drawn[processed]] = scaled[processed]
+        shown = logits.to(torch.float32, copy=True)
+    tokens, lowest = draw(values, _how(columns, numbers, lengths))
+    processed = (own & PROCESSED).nonzero()[:, 0]
+    if len(processed):
+        shown[processed] = distribution(values[processed], numbers[processed, TEMPERATURE], lowest[processed])
     return Drawn(tokens, shown)
 
 
-def _draw(scaled: Tensor, columns: Tensor, numbers: Tensor, lengths: Tensor) -> Tensor:
-    """Tokens [R] of rows that draw; their logits [R, V] become those of the distributions drawn from, in place."""
-    finite = scale(scaled, numbers[:, TEMPERATURE])
-    low, high, choices = (_words(columns[:, column]) for column in (SEED, SEED_HIGH, CHOICE))
-    positions = _words(lengths - columns[:, PROMPT])
-    noise = draws(low | high << _HIGH, choices, positions, scaled.shape[1]).to(scaled.device)
-    lowest = scaled.new_full((len(scaled),), -torch.inf)
-    rows = (columns[:, USES] & RESTRICT).nonzero()[:, 0]
-    if len(rows):
-        filters = columns[rows, TOP_K].long(), numbers[rows, TOP_P], numbers[rows, MIN_P]
-        lowest[rows] = thresholds(scaled[rows], *filters)
-    tokens = gumbel_max(scaled, noise, lowest).masked_fill_(~finite, -1)
-    scaled.masked_fill_(scaled < lowest[:, None], -torch.inf)
-    return tokens
+def _how(columns: Tensor, numbers: Tensor, lengths: Tensor) -> Draws:
+    own = columns[:, USES]
+    low, high = (columns[:, column].long() for column in (SEED, SEED_HIGH))
+    limited = own & RESTRICT != 0
+    return Draws(
+        numbers[:, TEMPERATURE].where(own & DRAW != 0, 0),
+        (low & 0xFFFFFFFF) | high << 32,
+        columns[:, CHOICE].long(),
+        lengths - columns[:, PROMPT],
+        columns[:, TOP_K].long().where(limited, 0),
+        numbers[:, TOP_P].where(limited, 1),
+        numbers[:, MIN_P].where(limited, 0),
+    )
 
 
 def _edit(
@@ -350,8 +403,3 @@ def bits(words: Tensor, vocab_size: int) -> Tensor:
     """[..., W] int32 -> [..., V] bool, the lowest bit of a word first."""
     place = torch.arange(32, dtype=torch.int32, device=words.device)
     return (words.unsqueeze(-1) >> place & 1).flatten(-2)[..., :vocab_size].bool()
-
-
-def _words(column: Tensor) -> Words:
-    """[R] of any integers -> their low 32 bits."""
-    return column.cpu().numpy().astype(np.int64).astype(np.uint64) & _LOW

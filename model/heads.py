@@ -15,10 +15,10 @@ from .slots import Place, Slot
 
 
 class LMHead(nn.Module):
-    """hidden [R, D] -> logits [R, V] float32. Tied: `embedding` is the matrix, and the checkpoint may leave it out.
+    """hidden [R, D] -> logits [R, V], same dtype. Tied: `embedding` is the matrix, and the checkpoint may leave it out.
 
-    `softcap`: a logit l becomes softcap · tanh(l / softcap). `older`: another name under which the checkpoint may have
-    the matrix.
+    `softcap`: a logit l becomes softcap · tanh(l / softcap), in float32. `older`: another name under which the
+    checkpoint may have the matrix.
     """
 
     def __init__(
@@ -55,9 +55,10 @@ class LMHead(nn.Module):
             yield next(self.lm_head.slots("lm_head"))._replace(name=f"{self.older}.weight")
 
     def forward(self, hidden: Tensor) -> Tensor:
-        logits = self.lm_head(hidden).float()
+        logits = self.lm_head(hidden)
         if self.softcap is None:
             return logits
+        logits = logits.float()
         if self.deterministic:  # as in `ops.activate`: elements behind the last whole vector are rounded otherwise
             return torch.stack([row.div(self.softcap).tanh_().mul_(self.softcap) for row in logits])
         return logits.div_(self.softcap).tanh_().mul_(self.softcap)

@@ -64,7 +64,7 @@ class Model:
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [R, D] -> [R, V] float32. Language models only."""
+        """hidden [R, D] -> [R, V] in the model's dtype, or float32. Language models only."""
         assert isinstance(self.head, LMHead), self.config.architecture
         return self.head(hidden)
 

@@ -38,7 +38,7 @@ app = typer.Typer(
 )
 
 ENGINE, API = EngineOptions(), ApiOptions()
-GPU_SEQS, GPU_TOKENS = 256, 8192  # where a GPU is used and nothing else is said
+GPU_TOKENS = 8192  # of a step, where a GPU is used and nothing else is said
 LORAS = 8  # of `--enable-lora`: trainers keep the last few versions (6 by default in TRL's AsyncGRPO)
 
 
@@ -114,7 +114,7 @@ def serve(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N. auto: a GPU where torch finds one.")] = "auto",
     max_num_seqs: Annotated[
         int | None,
-        typer.Option(help=f"Sequences of a model that run at once. None: {ENGINE.max_num_seqs}, on a GPU {GPU_SEQS}."),
+        typer.Option(help=f"Sequences of a model that run at once. None: {ENGINE.max_num_seqs}, or a step's tokens."),
     ] = None,
     max_num_batched_tokens: Annotated[
         str | None,
@@ -228,18 +228,17 @@ def serve(
             "tool_call_parser": _one_of("--tool-call-parser", tool_call_parser, TOOL_CALL_PARSERS),
             "reasoning_parser": _one_of("--reasoning-parser", reasoning_parser, tuple(REASONING_PARSERS)),
         }
+        tokens = GPU_TOKENS if gpu else ENGINE.max_num_batched_tokens
+        if max_num_batched_tokens is not None:
+            tokens = parse_quantity(max_num_batched_tokens, "--max-num-batched-tokens")
         options = ServeOptions(
             models=_models(models or [], served_model_name or [], defaults),
             engine=EngineOptions(
                 threads=threads,
                 max_model_len=None if max_model_len is None else parse_quantity(max_model_len, "--max-model-len"),
                 device=device,
-                max_num_seqs=max_num_seqs or (GPU_SEQS if gpu else ENGINE.max_num_seqs),
-                max_num_batched_tokens=(
-                    (GPU_TOKENS if gpu else ENGINE.max_num_batched_tokens)
-                    if max_num_batched_tokens is None
-                    else parse_quantity(max_num_batched_tokens, "--max-num-batched-tokens")
-                ),
+                max_num_seqs=max_num_seqs or min(ENGINE.max_num_seqs, tokens),
+                max_num_batched_tokens=tokens,
                 gpu_memory_utilization=gpu_memory_utilization,
                 page_size=page_size,
                 attention_backend=_one_of("--attention-backend", attention_backend, get_args(AttentionBackend)),

@@ -2,15 +2,17 @@
 
 `python -m tandem.benchmarks.bench.agreement --url URL --model NAME --tokenizer DIR`
 
-Each tool draws random prompts of its own, of the same length, and Poisson arrivals of the same rate; prompts are new in
-every round. vLLM's tool is that of the peer's environment. 1 is agreement. Completions are compared, because the tools
-count the first token of a chat differently (metrics.py).
+Each tool draws random prompts of its own, of the same length, and keeps as many requests open; prompts are new in every
+round. With --request-rate each draws Poisson arrivals of its own instead, and a few dozen of them load a server that
+has little headroom in different ways. vLLM's tool is that of the peer's environment; the server should leave it a core.
+1 is agreement. Completions are compared, because the tools count the first token of a chat differently (metrics.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -30,6 +32,7 @@ FIGURES = ("median_ttft_ms", "median_tpot_ms", "median_itl_ms", "median_e2el_ms"
 def command(tool: list[str], given: argparse.Namespace, seed: int, out: Path) -> list[str]:
     """The flags that both tools know."""
     load = ["--num-prompts", given.num_prompts, "--request-rate", given.request_rate, "--seed", seed]
+    load += ["--max-concurrency", given.max_concurrency] if given.max_concurrency else []
     lengths = ["--random-input-len", given.input_len, "--random-output-len", given.output_len]
     shown = ["--percentile-metrics", "ttft,tpot,itl,e2el", "--disable-tqdm", "--temperature", 0]
     where = [
@@ -70,7 +73,8 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="its name at the server")
     parser.add_argument("--tokenizer", required=True, help="the checkpoint's directory")
     parser.add_argument("--num-prompts", type=int, default=60)
-    parser.add_argument("--request-rate", type=float, default=4.0)
+    parser.add_argument("--request-rate", type=float, default=math.inf)
+    parser.add_argument("--max-concurrency", type=int, default=4, help="0: no limit")
     parser.add_argument("--input-len", type=int, default=64)
     parser.add_argument("--output-len", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
@@ -94,7 +98,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "benchmark": "agreement",
         **describe(),
-        "load": vars(given) | {"out": None},
+        "load": vars(given) | {"out": None, "request_rate": f"{given.request_rate:g}"},
         "figures": {},
     }
     for name in FIGURES:

@@ -34,7 +34,7 @@ app = typer.Typer(
 )
 ENGINE = EngineOptions()
 DTYPES = (*get_args(PlainDtype), *(scheme for scheme in get_args(Scheme) if scheme not in ("auto", "none")))
-GPU_SEQS, GPU_TOKENS = 256, 8192  # as `tandem serve` takes where a GPU is used and nothing else is said
+GPU_TOKENS = 8192  # of a step, as `tandem serve` takes where a GPU is used and nothing else is said
 
 Model = Annotated[
     str,
@@ -53,7 +53,7 @@ Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of each en
 Deterministic = Annotated[bool, typer.Option("--deterministic", help="Tandem's mode of that name.")]
 MaxSeqs = Annotated[
     int | None,
-    typer.Option(min=1, help=f"Sequences computed at once. None: {ENGINE.max_num_seqs}, on a GPU {GPU_SEQS}."),
+    typer.Option(min=1, help=f"Sequences computed at once. None: {ENGINE.max_num_seqs}."),
 ]
 MaxTokens = Annotated[
     str | None,
@@ -175,7 +175,7 @@ def latency(
             device,
             threads,
             deterministic,
-            max_num_seqs or seqs(device, batch_size * n),
+            max_num_seqs or max(ENGINE.max_num_seqs, batch_size * n),
             max_num_batched_tokens,
             max_model_len,
             kv_cache_memory_bytes,
@@ -347,10 +347,10 @@ def engine_options(
     enable_prefix_caching: bool = False,
 ) -> EngineOptions:
     """Raises OptionsError. As many requests may wait as are handed over."""
-    count = max_num_seqs or seqs(device)
     tokens = GPU_TOKENS if on_gpu(device) else ENGINE.max_num_batched_tokens
     if max_num_batched_tokens is not None:
         tokens = parse_quantity(max_num_batched_tokens, "--max-num-batched-tokens")
+    count = max_num_seqs or min(ENGINE.max_num_seqs, tokens)
     memory = None if kv_cache_memory_bytes is None else parse_quantity(kv_cache_memory_bytes, "--kv-cache-memory-bytes")
     return EngineOptions(
         device=device,
@@ -369,10 +369,6 @@ def engine_options(
 
 def on_gpu(device: str) -> bool:
     return device.startswith("cuda") or (device == "auto" and has_gpu())
-
-
-def seqs(device: str, least: int = 0) -> int:
-    return max(GPU_SEQS if on_gpu(device) else ENGINE.max_num_seqs, least)
 
 
 def setup_of(

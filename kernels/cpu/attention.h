@@ -12,9 +12,8 @@
 
 #pragma once
 
-#include <stdlib.h>
-
 #include "kv_block.h"
+#include "room.h"
 
 namespace {
 
@@ -32,20 +31,6 @@ struct Shape {
     const float* alibi;  // [heads] or null
     long window;         // 0: none
     float softcap;       // 0: none
-};
-
-// Memory of a thread, kept for its next call.
-struct Room {
-    float* at = nullptr;
-    size_t size = 0;
-    float* of(size_t floats) {
-        if (floats > size) {
-            free(at);
-            size = floats;
-            at = (float*)aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64);
-        }
-        return at;
-    }
 };
 
 // sums [size / 16][R][16] += weights [R][BLOCK] · V, whose `count` positions are rows, for P · 16 columns from `column` on: the

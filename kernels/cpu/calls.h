@@ -4,6 +4,10 @@
 
 #include <stdint.h>
 
+// Before an instruction set is chosen, so that what is made of these runs on every processor: the linker keeps one copy.
+#include <algorithm>
+#include <functional>
+
 // Of K and V, [kv_heads, page, size] each, `step` elements from one to the next. int8 ones have float16 scales, [kv_heads, page],
 // `scale_step` apart; the others have none.
 struct Pages {
@@ -92,6 +96,33 @@ struct Attention {
     float scale, softcap;
 };
 
+struct Greedy {
+    const void* logits;
+    int64_t* tokens;
+    long rows, size, type;
+};
+
+struct Draw {
+    const void* logits;
+    const float* temperature;
+    const int64_t *seeds, *choices, *positions, *top_k;
+    const float *top_p, *log_min_p;
+    int64_t* tokens;
+    float* lowest;
+    long rows, size, type;
+};
+
+struct Logprobs {
+    const void* logits;
+    const int64_t* targets;
+    const float* factors;  // may be null
+    float* values;
+    int64_t* ranks;
+    float* top_values;
+    int64_t* top_tokens;
+    long rows, size, top, type;
+};
+
 struct Kernels {
     void (*pack)(const Pack&, int threads);
     void (*linear)(const Linear&, int threads);
@@ -103,4 +134,7 @@ struct Kernels {
     void (*rotary)(const Rotary&, int threads);
     void (*write)(const Write&, int threads);
     void (*attention)(const Attention&, int threads);
+    void (*greedy)(const Greedy&, int threads);
+    void (*draw)(const Draw&, int threads);
+    void (*logprobs)(const Logprobs&, int threads);
 };

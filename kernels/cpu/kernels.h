@@ -1,6 +1,8 @@
 // The functions that Python calls (native.py), for one instruction set. Number types: 0 float32, 1 bfloat16.
 
 #include "attention.h"
+#include "draw.h"
+#include "logprobs.h"
 #include "low_rank.h"
 
 namespace {
@@ -199,7 +201,42 @@ void run_attention(const Attention& a, int threads) {
     else attention_of<float>(a, threads);
 }
 
-constexpr Kernels OF_THIS_SET = {run_pack, run_linear, run_linear_int8, run_quantize, run_lora, run_activate,
-                                 run_norm, run_rotary, run_write, run_attention};
+// of(row, memory) for each row of `size` logits.
+template <class Of> void each_row(long rows, long size, int threads, const Of& of) {
+    if (rows * size < FEW_ELEMENTS) threads = 1;
+    each(rows, part_of(rows, threads), threads, [&](long first, long end) {
+        static thread_local Room memory;
+        for (long row = first; row < end; ++row) of(row, memory);
+    });
+}
+
+template <class T> void greedy_of(const Greedy& a, long row, Room& memory) {
+    const Vocabulary<T> found((const T*)a.logits + row * a.size, a.size, memory.of(whole_lanes(groups_of(a.size))));
+    a.tokens[row] = found.finite ? found.most_likely() : -1;
+}
+
+void run_greedy(const Greedy& a, int threads) {
+    each_row(a.rows, a.size, threads, [&](long row, Room& memory) {
+        if (a.type) greedy_of<bf16>(a, row, memory);
+        else greedy_of<float>(a, row, memory);
+    });
+}
+
+void run_draw(const Draw& a, int threads) {
+    each_row(a.rows, a.size, threads, [&](long row, Room& memory) {
+        if (a.type) draw_row<bf16>(a, row, memory);
+        else draw_row<float>(a, row, memory);
+    });
+}
+
+void run_logprobs(const Logprobs& a, int threads) {
+    each_row(a.rows, a.size, threads, [&](long row, Room& memory) {
+        if (a.type) logprobs_of<bf16>(a, row, memory);
+        else logprobs_of<float>(a, row, memory);
+    });
+}
+
+constexpr Kernels OF_THIS_SET = {run_pack, run_linear, run_linear_int8, run_quantize, run_lora, run_activate, run_norm,
+                                 run_rotary, run_write, run_attention, run_greedy, run_draw, run_logprobs};
 
 }  // namespace

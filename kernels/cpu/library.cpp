@@ -33,4 +33,7 @@ void tandem_norm(int set, int threads, const Norm* a) { SETS[set]->norm(*a, thre
 void tandem_rotary(int set, int threads, const Rotary* a) { SETS[set]->rotary(*a, threads); }
 void tandem_write(int set, int threads, const Write* a) { SETS[set]->write(*a, threads); }
 void tandem_attention(int set, int threads, const Attention* a) { SETS[set]->attention(*a, threads); }
+void tandem_greedy(int set, int threads, const Greedy* a) { SETS[set]->greedy(*a, threads); }
+void tandem_draw(int set, int threads, const Draw* a) { SETS[set]->draw(*a, threads); }
+void tandem_logprobs(int set, int threads, const Logprobs* a) { SETS[set]->logprobs(*a, threads); }
 }

@@ -58,6 +58,15 @@ Attention = _call(
     **_fields("sequences table_width heads window type", _LONG),
     **_fields("scale softcap", _FLOAT),
 )
+Greedy = _call(**_fields("logits tokens", _POINTER), **_fields("rows size type", _LONG))
+Draw = _call(
+    **_fields("logits temperature seeds choices positions top_k top_p log_min_p tokens lowest", _POINTER),
+    **_fields("rows size type", _LONG),
+)
+Logprobs = _call(
+    **_fields("logits targets factors values ranks top_values top_tokens", _POINTER),
+    **_fields("rows size top type", _LONG),
+)
 
 
 @dataclass(frozen=True)

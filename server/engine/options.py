@@ -85,7 +85,7 @@ class EngineOptions:
     device: str = "cpu"  # or cuda, cuda:N, auto: a GPU where torch finds one
     threads: int | None = None  # of torch on CPU; None: torch's own choice
     max_model_len: int | None = None  # tokens, prompt and answer together; None: each checkpoint's context
-    max_num_seqs: int = 64  # sequences of one model that run at once
+    max_num_seqs: int = 256  # sequences of one model that run at once
     max_num_batched_tokens: int = 2048  # of one step
     page_size: int = 16  # tokens
     kv_cache_memory_bytes: int | None = None  # all models together; None: by formula, from the memory that is free

@@ -28,8 +28,7 @@ Flags = NDArray[np.uint8]
 Columns = list[Logprobs | None]
 
 # What a slot uses, one bit each.
-DRAW, RESTRICT, PENALTY, BIAS, ALLOWED, BANS, FLOOR, LOGPROBS = (1 << bit for bit in range(8))
-DRAW_ELEMENTS = 1 << 18  # logits that are worked on at a time, 1 MiB
+DRAW, PENALTY, BIAS, ALLOWED, BANS, FLOOR, LOGPROBS = (1 << bit for bit in range(7))
 MOST_PENALTY = 1e30  # of repetition, and its inverse the least: beyond them logits would leave float32
 EDITS = PENALTY | BIAS | ALLOWED | BANS | FLOOR
 
@@ -57,14 +56,10 @@ class Sampler:
         self._uses = np.zeros(slots, np.uint8)
         self._processed, self._policy = np.zeros((2, slots), np.bool_)
         self._floats = np.zeros((7, slots), np.float32)
-        self._temperature, self._top_p, self._min_p, *penalties, self._factor = self._floats
+        self._temperature, _, _, *penalties, self._factor = self._floats
         self._repetition, self._presence, self._frequency = penalties
-        self._seed = np.zeros(slots, np.uint64)
-        self._choice = np.zeros(slots, np.uint64)
-        self._top_k = np.zeros(slots, np.int64)
-        self._min_tokens = np.zeros(slots, np.int64)
-        self._prompt = np.zeros(slots, np.int64)
-        self._top_logprobs = np.zeros(slots, np.int64)
+        self._integers = np.zeros((6, slots), np.int64)
+        self._seed, self._choice, self._top_k, self._prompt, self._min_tokens, self._top_logprobs = self._integers
         self._lists: dict[int, _Lists] = {}
 
     def enter(self, slot: int, sampling: Sampling, choice: int, prompt: int) -> None:
@@ -78,17 +73,14 @@ class Sampler:
             sampling.frequency_penalty,
             ops.factor(sampling.temperature),
         )
-        self._seed[slot], self._choice[slot] = sampling.seed, choice
-        self._top_k[slot], self._min_tokens[slot], self._prompt[slot] = sampling.top_k, sampling.min_tokens, prompt
-        self._top_logprobs[slot] = sampling.logprobs or 0
+        integers = choice, sampling.top_k, prompt, sampling.min_tokens, sampling.logprobs or 0
+        self._integers[1:, slot] = integers
+        self._seed.view(np.uint64)[slot] = sampling.seed
         self._processed[slot] = sampling.logprobs_mode == "processed"
         self._policy[slot] = sampling.policy_logprobs
-        drawn = sampling.temperature >= ops.GREEDY_BELOW
-        filters = 0 < sampling.top_k < self._vocab_size or sampling.top_p < 1 or sampling.min_p > 0
         ends = (*self._end_ids, *sampling.stop_ids) if sampling.min_tokens > 0 else ()
         self._uses[slot] = (
-            DRAW * drawn
-            | RESTRICT * (drawn and filters)
+            DRAW * (sampling.temperature >= ops.GREEDY_BELOW)
             | PENALTY * sampling.penalises
             | BIAS * bool(sampling.logit_bias)
             | ALLOWED * bool(sampling.allowed_ids or sampling.grammar)
@@ -113,7 +105,8 @@ class Sampler:
     def sample(
         self, logits: Tensor, slots: Integers, lengths: Integers, masks: Mapping[int, Words] | None = None
     ) -> tuple[Tensor, list[Logprobs | None] | None]:
-        """Draws one token per row: logits [R, V] float32 (overwritten), slots and history lengths [R] -> tokens [R].
+        """Draws one token per row: logits [R, V] in any float dtype, which stay as they are; slots and history lengths
+        [R] -> tokens [R].
 
         `masks`: by row, what its grammar allows; a row whose slot has a grammar has one.
         The log-probabilities are None where no row wants any. A token is -1 where the row has no finite maximum: the
@@ -121,73 +114,38 @@ class Sampler:
         """
         uses = self._uses[slots]
         any_use = int(np.bitwise_or.reduce(uses)) if len(uses) else 0
-        if not any_use:
-            return ops.greedy(logits), None
-        wanted, processed = (uses & LOGPROBS) != 0, self._processed[slots]
-        shown = asked = _EMPTY
-        raw = unscaled = logits
-        if any_use & LOGPROBS:
-            shown, asked = np.flatnonzero(wanted & ~processed), np.flatnonzero(wanted & self._policy[slots])
-            raw = logits[torch.from_numpy(shown)]  # a copy: what follows changes logits
-            unscaled = logits[torch.from_numpy(asked)]
+        edited = logits
         if any_use & EDITS:
-            self._edit(logits, slots, lengths, uses, any_use, masks or {})
-        drawn = np.flatnonzero(uses & DRAW)
-        if not len(drawn):
-            tokens = ops.greedy(logits)
-        elif len(drawn) == len(slots):
-            tokens = self._draw(logits, None, slots, lengths, uses)
+            edited = logits.to(torch.float32, copy=True)
+            self._edit(edited, slots, lengths, uses, any_use, masks or {})
+        if not any_use & DRAW:
+            tokens, lowest = ops.greedy(edited), None
         else:
-            tokens = ops.greedy(logits)
-            rows = torch.from_numpy(drawn)
-            tokens[rows] = self._draw(logits, rows, slots[drawn], lengths[drawn], uses[drawn])
-        columns: Columns | None = None
-        if any_use & LOGPROBS:
-            columns = [None for _ in range(len(slots))]
-            self._logprobs(columns, raw, tokens, slots, shown)
-            others = np.flatnonzero(wanted & processed)
-            self._logprobs(columns, logits[torch.from_numpy(others)], tokens, slots, others)
-            self._policy_logprobs(columns, unscaled, tokens, slots, asked)
+            tokens, lowest = ops.draw(edited, self._how(slots, lengths, edited.device))
+        if not any_use & LOGPROBS:
+            return tokens, None
+        columns: Columns = [None for _ in range(len(slots))]
+        wanted, processed = (uses & LOGPROBS) != 0, self._processed[slots]
+        self._logprobs(columns, logits, tokens, slots, np.flatnonzero(wanted & ~processed))
+        if (shown := np.flatnonzero(wanted & processed)).size:
+            if lowest is not None:
+                temperature = torch.from_numpy(self._temperature[slots]).to(edited.device)
+                edited = ops.distribution(edited, temperature, lowest)
+            self._logprobs(columns, edited, tokens, slots, shown)
+        asked = wanted & self._policy[slots]
+        same = asked & ~processed & (self._factor[slots] == 1)  # at temperature 1 it is what was told already
+        for row in np.flatnonzero(same).tolist():
+            column = columns[row]
+            assert column is not None
+            column.policy.append(column.values[0])
+        self._policy_logprobs(columns, logits, tokens, slots, np.flatnonzero(asked & ~same))
         return tokens, columns
 
-    def _draw(self, logits: Tensor, rows: Tensor | None, slots: Integers, lengths: Integers, uses: Flags) -> Tensor:
-        """Tokens of `rows` of logits (None: of all). Where processed log-probabilities are wanted, the rows become the
-        logits of the distributions that were drawn from.
-
-        A few rows at a time, so that what they need in between stays in the processor's cache.
-        """
-        positions = (lengths - self._prompt[slots]).astype(np.uint64)
-        noise = ops.draws(self._seed[slots], self._choice[slots], positions, self._vocab_size).to(logits.device)
-        temperature = torch.from_numpy(self._temperature[slots]).to(logits.device)
-        restricted = np.flatnonzero(uses & RESTRICT)
-        shows = bool((self._processed[slots] & ((uses & LOGPROBS) != 0)).any())  # the distributions drawn from
-        parts: list[Tensor] = []
-        size = max(1, DRAW_ELEMENTS // self._vocab_size)
-        for begin in range(0, len(slots), size):
-            part = slice(begin, begin + size)
-            scaled = logits[part] if rows is None else logits[rows[part]]
-            finite = ops.scale(scaled, temperature[part])
-            lowest = None
-            if len(restricted):
-                some = restricted[(restricted >= begin) & (restricted < begin + size)]
-                lowest = self._thresholds(scaled, torch.from_numpy(some - begin), slots[some])
-            parts.append(ops.gumbel_max(scaled, noise[part], lowest).masked_fill_(~finite, -1))
-            if shows and lowest is not None:
-                scaled.masked_fill_(scaled < lowest[:, None], -torch.inf)
-            if shows and rows is not None:
-                logits[rows[part]] = scaled
-        return torch.cat(parts)
-
-    def _thresholds(self, scaled: Tensor, rows: Tensor, slots: Integers) -> Tensor:
-        """The lowest value that each row keeps; `rows`, which hold `slots`, are those that leave out any."""
-        parameters = [torch.from_numpy(column[slots]) for column in (self._top_k, self._top_p, self._min_p)]
-        parameters = [parameter.to(scaled.device) for parameter in parameters]
-        if len(rows) == len(scaled):
-            return ops.thresholds(scaled, *parameters)
-        lowest = scaled.new_full((len(scaled),), -torch.inf)
-        if len(rows):
-            lowest[rows] = ops.thresholds(scaled[rows], *parameters)
-        return lowest
+    def _how(self, slots: Integers, lengths: Integers, device: torch.device) -> ops.Draws:
+        temperature, top_p, min_p = torch.from_numpy(self._floats[:3, slots]).to(device)
+        seeds, choices, top_k, prompts = torch.from_numpy(self._integers[:4, slots]).to(device)
+        positions = torch.from_numpy(lengths).to(device) - prompts
+        return ops.Draws(temperature, seeds, choices, positions, top_k, top_p, min_p)
 
     def _edit(
         self,
@@ -236,12 +194,11 @@ class Sampler:
             row[lists.ends] = -torch.inf
 
     def _logprobs(self, columns: Columns, logits: Tensor, tokens: Tensor, slots: Integers, rows: Integers) -> None:
-        """Fills `columns` at `rows` from the rows' logits [len(rows), V]."""
+        """Fills `columns` at `rows` from all logits [R, V] and tokens [R]."""
         if not len(rows):
             return
         k = self._top_logprobs[slots[rows]].tolist()
-        ids = tokens[torch.from_numpy(rows)].clamp_(min=0)
-        found = token_logprobs(logits, ids, max(k))
+        found = token_logprobs(*_at(logits, tokens, rows), max(k))
         values, ranks, top_values, top_ids = (column.tolist() for column in found)
         for place, row in enumerate(rows.tolist()):
             likely: Any = top_values[place][: k[place]]
@@ -251,16 +208,21 @@ class Sampler:
     def _policy_logprobs(
         self, columns: Columns, logits: Tensor, tokens: Tensor, slots: Integers, rows: Integers
     ) -> None:
-        """Adds to `columns` at `rows` what follows from the model's logits [len(rows), V] and the temperature alone."""
+        """Adds to `columns` at `rows` what follows from the model's logits [R, V] and the temperature alone."""
         if not len(rows):
             return
         factors = torch.from_numpy(self._factor[slots[rows]]).to(logits.device)
-        ids = tokens[torch.from_numpy(rows)].clamp_(min=0)
-        values: list[float] = token_logprobs(logits, ids, 0, factors).values.tolist()
+        values: list[float] = token_logprobs(*_at(logits, tokens, rows), 0, factors).values.tolist()
         for row, value in zip(rows.tolist(), values, strict=True):
             column = columns[row]
             assert column is not None
             column.policy.append(value)
 
 
-_EMPTY: Integers = np.zeros(0, np.int64)
+def _at(logits: Tensor, tokens: Tensor, rows: Integers) -> tuple[Tensor, Tensor]:
+    """The logits and tokens of these rows, in order; a token that could not be drawn is 0."""
+    tokens = tokens.clamp(min=0)
+    if len(rows) == len(tokens):
+        return logits, tokens
+    index = torch.from_numpy(rows).to(logits.device)
+    return logits[index], tokens[index]

@@ -84,11 +84,12 @@ def test_one_server_gives_vllms_lines_and_file(tmp_path: Path, capsys: pytest.Ca
 
 def test_the_flags_that_vllms_tool_takes_too_give_the_figures_that_are_compared(tmp_path: Path) -> None:
     with ScriptedServer(steady(0.01)) as server:
-        load = {"num_prompts": 5, "request_rate": 50.0, "input_len": 4, "output_len": 3}
+        load = {"num_prompts": 5, "request_rate": 50.0, "max_concurrency": 2, "input_len": 4, "output_len": 3}
         given = Namespace(url=server.url, model="scripted", tokenizer=bundled_models()[0].path, **load)
         assert command(*agreement.command([], given, seed=1, out=tmp_path / "r.json")) == 0
     found = json.loads((tmp_path / "r.json").read_text())
     assert all(found[name] > 0 for name in agreement.FIGURES) and found["total_output_tokens"] == 15
+    assert found["max_concurrency"] == 2
 
 
 def test_two_servers_take_turns_and_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -210,6 +210,7 @@ def test_plain_rows_pay_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("thresholds", "penalise"):
         monkeypatch.setattr(ops, name, refuse)
     monkeypatch.setattr("tandem.server.engine.sampler.token_logprobs", refuse)
+    monkeypatch.setattr(ops, "draw", ops.draw.__wrapped__)  # pyright: ignore[reportFunctionMemberAccess]
     rows = Rows([make(), make(temperature=1.0), make(temperature=0.3, top_k=VOCAB, top_p=1.0)])
     rows.sample([0, 1, 2])
     monkeypatch.setattr(ops, "gumbel_max", refuse)

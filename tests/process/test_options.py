@@ -194,6 +194,16 @@ def test_names_belong_to_one_model(model: Path, told: list[ServeOptions]) -> Non
     assert "exactly one model" in serve(model, f"b={model}", *names).stderr
 
 
+def test_no_more_sequences_run_than_a_step_has_tokens(model: Path, told: list[ServeOptions]) -> None:
+    for flags, expected in (
+        ((), 256),
+        (("--max-num-batched-tokens", 64), 64),
+        (("--max-num-batched-tokens", "4K"), 256),
+    ):
+        assert serve(f"m={model}", *flags).exit_code == 0
+        assert told.pop().engine.max_num_seqs == expected
+
+
 def test_flags_reach_the_engine_and_the_api(model: Path, told: list[ServeOptions], tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("two\n\nthree\n")
     flags = "--max-model-len 4K --max-num-seqs 5 --max-waiting-requests 6 --kv-cache-memory-bytes 1G --max-body 1M"
