@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Literal, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from ..kernels import ops
@@ -110,14 +111,21 @@ def quantization_of(
     return Quantization(matrices, "int8" if narrow else "none", stored.plain)
 
 
-def quantize_into(matrix: Tensor, into: Int8) -> None:
-    """`ops.quantize_rows` of a matrix [O, D], wherever it is, some rows at a time on the device of `into`."""
+def quantize_into(matrix: Tensor, into: Int8) -> bool:
+    """`ops.quantize_rows` of a matrix [O, D], wherever it is, some rows at a time on the device of `into`.
+
+    Whether all its numbers are finite: one that is not makes its whole row useless.
+    """
     rows = max(1, (ELEMENTS if into.values.device.type == "cpu" else DEVICE_ELEMENTS) // matrix.shape[1])
     blocks = zip(matrix.split(rows), into.values.split(rows), into.scale.split(rows), strict=True)
+    extremes: list[Tensor] = []
     for block, values, scale in blocks:
-        found = ops.quantize_rows(block.to(values.device, non_blocking=True))
+        block = block.to(values.device, non_blocking=True).contiguous()
+        extremes += torch.aminmax(block)
+        found = ops.quantize_rows(block)
         values.copy_(found.values)
         scale.copy_(found.scale)
+    return bool(torch.stack(extremes).isfinite().all())
 
 
 def dequantized(matrix: Int8) -> Tensor:

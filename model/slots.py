@@ -55,12 +55,13 @@ class Slot(NamedTuple):
         stored = stored.T if self.transposed and not upright else stored
         return stored if self.change is None else self.change(stored)
 
-    def write(self, kept: Tensor) -> None:
-        """Fills `into` with what `kept` gave, rounded to its dtype or quantized."""
-        if self.scale is None:
-            self.into.copy_(kept)
-        else:
-            quantize_into(kept, Int8(self.into, self.scale))
+    def write(self, kept: Tensor) -> bool:
+        """Fills `into` with what `kept` gave, rounded to its dtype or quantized. False: what was quantized was not
+        finite."""
+        if self.scale is not None:
+            return quantize_into(kept, Int8(self.into, self.scale))
+        self.into.copy_(kept)
+        return True
 
     def take(self, other: Slot) -> None:
         """Fills `into` with what the same slot of another model holds, bit by bit."""

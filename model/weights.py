@@ -270,16 +270,15 @@ def _write(slot: Slot, stored: Stored, tensor: Tensor, finite: bool) -> None:
         slot.write_int8(tensor, stored.int8.scales(len(slot.into)), upright=stored.int8.as_outputs)
         return
     kept, into = slot.kept(tensor), slot.into
-    if slot.scale is not None and not all_finite(kept):  # one such number would make its whole row useless
-        raise CheckpointError(f"{stored.file}: {slot.name} has values that are not finite")
-    slot.write(kept)
+    wrong = not slot.write(kept)
     narrowed = into.dtype == torch.float16 and kept.dtype != torch.float16
     if slot.scale is None and (narrowed or finite) and not all_finite(into):
         if narrowed and all_finite(kept):
             message = f"{stored.file}: {slot.name} has values that float16 cannot hold"
             raise CheckpointError(f"{message}; choose --dtype bfloat16 or float32")
-        if finite:
-            raise CheckpointError(f"{stored.file}: {slot.name} has values that are not finite")
+        wrong = finite
+    if wrong:
+        raise CheckpointError(f"{stored.file}: {slot.name} has values that are not finite")
 
 
 def _let_go(tensor: Tensor) -> None:
