@@ -55,7 +55,7 @@ AREAS = {
     ),
     "demo": Area(("examples/rlhf/evaluate.py", "--count", "150"), ("model", "examples/rlhf")),
     "ppo": Area(
-        ("examples/rlhf/ppo.py", "--seed", "1", "2", "3", "--minutes", "7", "--plot", "docs/ppo.png"),
+        ("examples/rlhf/ppo.py", "--seed", "1", "2", "3", "--threads", "1", "--plot", "docs/ppo.png"),
         ("server", "model", "kernels", "examples/rlhf"),
     ),
 }

@@ -27,14 +27,14 @@ Document = tuple[list[int], list[int]]  # ids, and the positions whose next toke
 class Settings:
     """Clip, λ and betas as in InstructGPT and PPO; rates for models of a few million parameters."""
 
-    kl_coef: float = 0.005  # nats cost this much reward
+    kl_coef: float = 0.03  # nats cost this much reward
     clip: float = 0.2
     lam: float = 0.95
-    policy_rate: float = 2.5e-4
+    policy_rate: float = 2e-4
     value_rate: float = 3e-4
     epochs: int = 2
     minibatch: int = 64  # answers
-    ptx: float = 0.05  # weight of the demonstrations' cross-entropy
+    ptx: float = 0.1  # weight of the demonstrations' cross-entropy
     ptx_texts: int = 8  # demonstrations per minibatch
 
 
