@@ -15,7 +15,7 @@ from tandem.model.load import load_model
 PROMPTS = [[5, 6, 7, 8, 9], [40, 41, 42]]
 
 
-@pytest.mark.parametrize("off", [0.0, 0.02])
+@pytest.mark.parametrize("off", [0.0, 0.3])
 def test_another_engine_is_held_to_the_same_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, off: float
 ) -> None:
@@ -45,7 +45,7 @@ def test_kinds_are_both_languages() -> None:
 
 def test_the_readme_says_what_was_found_and_missed() -> None:
     settings = "quantization=int8,kv_dtype=int8"
-    one = {"mean": 1e-5, "largest": 2e-4, "greedy_same": 9, "greedy_tokens": 10, "bar": "largest 0.001"}
+    one = {"mean": 1e-5, "largest": 2e-4, "greedy_same": 9, "greedy_tokens": 10, "bar": "0.001 at most"}
     found = {
         "quality": {
             f"policy,{settings}": {"perplexity_change": -0.0004, "top1_agreement": 0.998},
