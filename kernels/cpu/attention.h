@@ -98,12 +98,13 @@ void values_panels(const bf16* const* rows, long count, long size, bf16* to, lon
 // Where K and V of the positions of one block lie, for one kv head.
 template <class T> struct Block {
     const T *keys[BLOCK], *values[BLOCK];
+    long count = 0;  // positions
 
     // Positions base … base + count - 1; `blank` for those that were never written or whose page is gone: outside of
-    // from … to - 1. What is found is on its way to the cache when this returns.
+    // from … to - 1.
     void find(const T* k_pages, const T* v_pages, const int32_t* table, const Shape& shape, long kv_head, long base,
-              long count, long from, long to, const T* blank) {
-        const long lines = shape.size * (long)sizeof(T);
+              long positions, long from, long to, const T* blank) {
+        count = positions;
         long index = base / shape.page, offset = base % shape.page, place = 0;
         for (long j = 0, at = base; j < count; ++j, ++at, ++offset) {
             if (offset == shape.page) offset = 0, ++index;
@@ -117,20 +118,47 @@ template <class T> struct Block {
             else place += shape.size;
             keys[j] = k_pages + place - 1;
             values[j] = v_pages + place - 1;
-            for (long line = 0; line < lines; line += 64) {
-                __builtin_prefetch((const char*)keys[j] + line);
-                __builtin_prefetch((const char*)values[j] + line);
-            }
         }
+    }
+
+    // Has part `part` of `parts` of its rows (`keys` or `values`) brought to the second-level cache: a little at a time,
+    // beside the work on another block. The first level keeps fewer misses in flight, and makes the core wait for them.
+    void fetch(const T* const* rows, long part, long parts, long size) const {
+        for (long j = count * part / parts; j < count * (part + 1) / parts; ++j)
+            for (long line = 0; line < size * (long)sizeof(T); line += 64)
+                __builtin_prefetch((const char*)rows[j] + line, 0, 2);
     }
 };
 
-// Rows [first, first + count) of sequence `b`, which stand at positions from `position` on, for one kv head.
+// Query rows [first, first + count) of sequence `b`, which stand at positions from `position` on, for one kv head.
+struct Piece {
+    long b, first, count, position, kv_head;
+
+    long last() const { return position + count - 1; }
+    long seen_from(const Shape& shape) const {
+        return shape.window && position + 1 > shape.window ? position + 1 - shape.window : 0;
+    }
+    long first_block(const Shape& shape) const { return seen_from(shape) / BLOCK * BLOCK; }
+    long panels_at(long base) const {
+        const long there = last() + 1 - base < BLOCK ? last() + 1 - base : BLOCK;
+        return (there + COLUMNS - 1) / COLUMNS;
+    }
+};
+
+// What one thread keeps from a piece for the next: blocks[now] is that one's first, on its way, if `found`.
+template <class T> struct Ahead {
+    Block<T> blocks[2];
+    int now = 0;
+    bool found = false;
+};
+
+// `next`: the piece that follows; null: none does.
 template <class T>
-void attend(const T* q, const T* k_pages, const T* v_pages, T* out, const Step& step, const Shape& shape, long b,
-                   long first, long count, long position, long kv_head, const T* blank, Room& room) {
+void attend(const T* q, const T* k_pages, const T* v_pages, T* out, const Step& step, const Shape& shape, const Piece& piece,
+            const Piece* next, const T* blank, Ahead<T>& ahead, Room& room) {
+    const long first = piece.first, count = piece.count, position = piece.position, kv_head = piece.kv_head;
     const long size = shape.size, group = shape.heads / shape.kv_heads, rows = count * group;
-    const long outer = (size + COLUMNS - 1) / COLUMNS, length = step.lengths[b], last = position + count - 1;
+    const long outer = (size + COLUMNS - 1) / COLUMNS, last = piece.last();
     float* queries = room.of(rows * size + rows * (BLOCK * 2 + outer * COLUMNS + 2) + BLOCK * size + BLOCK * outer * COLUMNS);
     float* scores = queries + rows * size;             // [4][rows][16]
     float* weights = scores + rows * BLOCK;            // [rows][BLOCK]
@@ -150,28 +178,28 @@ void attend(const T* q, const T* k_pages, const T* v_pages, T* out, const Step& 
     for (int i = 0; i < COLUMNS; ++i) lanes[i] = (float)i;
     const Lanes lane = load(lanes);
 
-    const long seen = shape.window && position + 1 > shape.window ? position + 1 - shape.window : 0;
-    const int32_t* table = step.table + b * step.table_width;
-    Block<T> blocks[2];
-    const auto panels_at = [last](long base) {
-        const long there = last + 1 - base < BLOCK ? last + 1 - base : BLOCK;
-        return (there + COLUMNS - 1) / COLUMNS;
+    const auto find = [&](const Piece& of, long base, Block<T>& into) {
+        into.find(k_pages, v_pages, step.table + of.b * step.table_width, shape, of.kv_head, base,
+                  of.panels_at(base) * COLUMNS, of.seen_from(shape), step.lengths[of.b], blank);
     };
-    const auto find = [&](long base) {
-        blocks[base / BLOCK % 2].find(k_pages, v_pages, table, shape, kv_head, base, panels_at(base) * COLUMNS, seen, length,
-                                      blank);
-    };
-    find(seen / BLOCK * BLOCK);
-    for (long base = seen / BLOCK * BLOCK; base <= last; base += BLOCK) {
-        const long panels = panels_at(base);
-        const Block<T>& block = blocks[base / BLOCK % 2];
-        if (base + BLOCK <= last) find(base + BLOCK);
+    if (!ahead.found) find(piece, piece.first_block(shape), ahead.blocks[ahead.now]);
+    for (long base = piece.first_block(shape); base <= last; base += BLOCK, ahead.now ^= 1) {
+        const long panels = piece.panels_at(base);
+        const Block<T>& block = ahead.blocks[ahead.now];
+        Block<T>& coming = ahead.blocks[ahead.now ^ 1];
+        coming.count = 0;
+        if (base + BLOCK <= last) find(piece, base + BLOCK, coming);
+        else if (next) find(*next, next->first_block(shape), coming);
         const T *key_panels[4], *value_panels[WIDEST_HEAD / COLUMNS];
         for (long p = 0; p < panels; ++p) {
             key_panels[p] = keys + p * size * COLUMNS;
             keys_panel(block.keys + p * COLUMNS, size, keys + p * size * COLUMNS);
+            coming.fetch(coming.keys, p, panels, size);
         }
-        values_panels(block.values, panels * COLUMNS, size, values, BLOCK * COLUMNS);
+        for (long p = 0; p < panels; ++p) {
+            values_panels(block.values + p * COLUMNS, COLUMNS, size, values + p * COLUMNS * COLUMNS, BLOCK * COLUMNS);
+            coming.fetch(coming.values, p, panels, size);
+        }
         for (long p = 0; p < outer; ++p) value_panels[p] = values + p * BLOCK * COLUMNS;
 
         multiply(rows, queries, size, key_panels, panels, size, scores, rows, true);
@@ -219,6 +247,7 @@ void attend(const T* q, const T* k_pages, const T* v_pages, T* out, const Step& 
         }
         multiply(rows, weights, BLOCK, value_panels, outer, panels * COLUMNS, sums, rows, false);
     }
+    ahead.found = next != nullptr;
     for (long r = 0; r < rows; ++r) {
         T* to = out + ((first + r / group) * shape.heads + kv_head * group + r % group) * size;
         for (long p = 0; p < outer; ++p) {
@@ -245,10 +274,7 @@ void attention(const T* q, const T* k_pages, const T* v_pages, T* out, const Ste
     long total = 0;
     for (long b = 0; b < step.sequences; ++b)
         ends[b] = (int32_t)(total += (step.starts[b + 1] - step.starts[b] + piece - 1) / piece);
-    const auto work = [=](long item) {
-        static thread_local Room room;
-        T blank[WIDEST_HEAD];
-        memset(blank, 0, sizeof(T) * shape.size);
+    const auto piece_of = [=](long item) {
         const long place = total - 1 - item / shape.kv_heads;
         long b = 0;
         for (long step_down = step.sequences; step_down > 0;) {  // how many sequences end at or before this piece
@@ -259,14 +285,24 @@ void attention(const T* q, const T* k_pages, const T* v_pages, T* out, const Ste
             } else step_down = half;
         }
         const long rows = step.starts[b + 1] - step.starts[b], first = (place - (b ? ends[b - 1] : 0)) * piece;
-        const long count = rows - first < piece ? rows - first : piece, size = shape.heads * shape.size;
-        if (step.lengths[b] == 0) memset(out + (step.starts[b] + first) * size, 0, sizeof(T) * count * size);
-        else
-            attend(q, k_pages, v_pages, out, step, shape, b, step.starts[b] + first, count, step.lengths[b] - rows + first,
-                   item % shape.kv_heads, blank, room);
+        return Piece{b, step.starts[b] + first, rows - first < piece ? rows - first : piece, step.lengths[b] - rows + first,
+                     item % shape.kv_heads};
     };
-    each(total * shape.kv_heads, 1, threads, [&](long first, long end) {
-        for (long item = first; item < end; ++item) work(item);
+    const long items = total * shape.kv_heads, part = part_of(items, threads);
+    each(items, part < shape.kv_heads ? part : shape.kv_heads, threads, [&](long first, long end) {
+        static thread_local Room room;
+        T blank[WIDEST_HEAD];
+        memset(blank, 0, sizeof(T) * shape.size);
+        Ahead<T> ahead;
+        Piece piece = piece_of(first), next;
+        for (long item = first; item < end; ++item, piece = next) {
+            const bool more = item + 1 < end && step.lengths[(next = piece_of(item + 1)).b] > 0;
+            if (step.lengths[piece.b] == 0)
+                for (long row = 0; row < piece.count; ++row)
+                    memset(out + ((piece.first + row) * shape.heads + piece.kv_head * (shape.heads / shape.kv_heads)) * shape.size,
+                           0, sizeof(T) * shape.heads / shape.kv_heads * shape.size);
+            else attend(q, k_pages, v_pages, out, step, shape, piece, more ? &next : nullptr, blank, ahead, room);
+        }
     });
 }
 
