@@ -95,7 +95,7 @@ def op(body: Callable[Args, Result]) -> Callable[Args, Result]:
     def call(*args: Args.args, **kwargs: Args.kwargs) -> Result:
         first = args[0]
         assert isinstance(first, Tensor)
-        device = first.device.type
+        device = "cpu" if first.is_cpu else first.device.type  # the latter makes an object and a string, 0.6 µs
         if device not in overrides:
             module = BACKENDS.get(device)
             override = getattr(import_module(module, __package__), body.__name__, body) if module else body

@@ -68,13 +68,36 @@ void add_values(long rows, const S* const* values, long count, long size, const 
     }
 }
 
-// Rows [first, first + count) of sequence `b`, which stand at positions from `position` on, for one kv head.
+// Query rows [first, first + count) of sequence `b`, which stand at positions from `position` on, for one kv head.
+struct Piece {
+    long b, first, count, position, kv_head;
+
+    long last() const { return position + count - 1; }
+    long seen_from(const Shape& shape) const {
+        return shape.window && position + 1 > shape.window ? position + 1 - shape.window : 0;
+    }
+    long first_block(const Shape& shape) const { return seen_from(shape) / BLOCK * BLOCK; }
+    long panels_at(long base) const {
+        const long there = last() + 1 - base < BLOCK ? last() + 1 - base : BLOCK;
+        return (there + COLUMNS - 1) / COLUMNS;
+    }
+};
+
+// What one thread keeps from a piece for the next: blocks[now] is that one's first, on its way, if `found`.
+template <class S> struct Ahead {
+    Block<S> blocks[2];
+    int now = 0;
+    bool found = false;
+};
+
+// `next`: the piece that follows; null: none does.
 template <class T, class S>
-void attend(const T* q, T* out, const Step& step, const Shape& shape, long b, long first, long count, long position,
-            long kv_head, const S* blank, Room& room) {
+void attend(const T* q, T* out, const Step& step, const Shape& shape, const Piece& piece, const Piece* next, const S* blank,
+            Ahead<S>& ahead, Room& room) {
     typedef typename InPanels<S>::Type Panel;
+    const long first = piece.first, count = piece.count, position = piece.position, kv_head = piece.kv_head;
     const long size = shape.pages.size, group = shape.heads / shape.pages.kv_heads, rows = count * group;
-    const long outer = (size + COLUMNS - 1) / COLUMNS, length = step.lengths[b], last = position + count - 1;
+    const long outer = (size + COLUMNS - 1) / COLUMNS, last = piece.last();
     float* queries = room.of(rows * size + rows * (BLOCK * 2 + outer * COLUMNS + 2) + BLOCK * size + BLOCK * outer * COLUMNS);
     float* scores = queries + rows * size;             // [4][rows][16]
     float* weights = scores + rows * BLOCK;            // [rows][BLOCK]
@@ -94,21 +117,18 @@ void attend(const T* q, T* out, const Step& step, const Shape& shape, long b, lo
     for (int i = 0; i < COLUMNS; ++i) lanes[i] = (float)i;
     const Lanes lane = load(lanes);
 
-    const long seen = shape.window && position + 1 > shape.window ? position + 1 - shape.window : 0;
-    const int32_t* table = step.table + b * step.table_width;
-    Block<S> blocks[2];
-    const auto panels_at = [last](long base) {
-        const long there = last + 1 - base < BLOCK ? last + 1 - base : BLOCK;
-        return (there + COLUMNS - 1) / COLUMNS;
+    const auto find = [&](const Piece& of, long base, Block<S>& into) {
+        into.find(step.table + of.b * step.table_width, shape.pages, of.kv_head, base, of.panels_at(base) * COLUMNS,
+                  of.seen_from(shape), step.lengths[of.b], blank);
     };
-    const auto find = [&](long base) {
-        blocks[base / BLOCK % 2].find(table, shape.pages, kv_head, base, panels_at(base) * COLUMNS, seen, length, blank);
-    };
-    find(seen / BLOCK * BLOCK);
-    for (long base = seen / BLOCK * BLOCK; base <= last; base += BLOCK) {
-        const long panels = panels_at(base);
-        const Block<S>& block = blocks[base / BLOCK % 2];
-        if (base + BLOCK <= last) find(base + BLOCK);
+    if (!ahead.found) find(piece, piece.first_block(shape), ahead.blocks[ahead.now]);
+    for (long base = piece.first_block(shape); base <= last; base += BLOCK, ahead.now ^= 1) {
+        const long panels = piece.panels_at(base);
+        const Block<S>& block = ahead.blocks[ahead.now];
+        Block<S>& coming = ahead.blocks[ahead.now ^ 1];
+        coming.count = 0;
+        if (base + BLOCK <= last) find(piece, base + BLOCK, coming);
+        else if (next) find(*next, next->first_block(shape), coming);
         const Panel* key_panels[BLOCK / COLUMNS];
         Lanes key_scales[4], value_scales[4];
         for (long p = 0; p < panels; ++p) {
@@ -118,9 +138,10 @@ void attend(const T* q, T* out, const Step& step, const Shape& shape, long b, lo
             }
             key_panels[p] = keys + p * size * COLUMNS;
             keys_panel(block.keys + p * COLUMNS, size, keys + p * size * COLUMNS);
+            coming.fetch(coming.keys, p, panels, size);
         }
-
         multiply(rows, queries, size, key_panels, panels, size, scores, rows, true);
+        coming.fetch(coming.values, 0, 2, size);
         for (long r = 0; r < rows; ++r) {
             const long own = position + r / group;
             const Lanes behind = all((float)(own - base) + 0.5f);  // a column below it is not in the future
@@ -164,6 +185,7 @@ void attend(const T* q, T* out, const Step& step, const Shape& shape, long b, lo
             }
             totals[r] += sum(total);
         }
+        coming.fetch(coming.values, 1, 2, size);
         if (rows <= TILE) {
             add_values<TILE>(rows, block.values, panels * COLUMNS, size, weights, sums);
             continue;
@@ -173,6 +195,7 @@ void attend(const T* q, T* out, const Step& step, const Shape& shape, long b, lo
         values_panels(block.values, panels * COLUMNS, size, values, BLOCK * COLUMNS);
         multiply(rows, weights, BLOCK, value_panels, outer, panels * COLUMNS, sums, rows, false);
     }
+    ahead.found = next != nullptr;
     for (long r = 0; r < rows; ++r) {
         T* to = out + ((first + r / group) * shape.heads + kv_head * group + r % group) * size;
         for (long p = 0; p < outer; ++p) {
@@ -198,10 +221,7 @@ template <class T, class S> void attention(const T* q, T* out, const Step& step,
     long total = 0;
     for (long b = 0; b < step.sequences; ++b)
         ends[b] = (int32_t)(total += (step.starts[b + 1] - step.starts[b] + piece - 1) / piece);
-    const auto work = [=](long item) {
-        static thread_local Room room;
-        S blank[WIDEST_HEAD];
-        memset(blank, 0, sizeof(S) * shape.pages.size);
+    const auto piece_of = [=](long item) {
         const long place = total - 1 - item / kv_heads;
         long b = 0;
         for (long step_down = step.sequences; step_down > 0;) {  // how many sequences end at or before this piece
@@ -212,14 +232,23 @@ template <class T, class S> void attention(const T* q, T* out, const Step& step,
             } else step_down = half;
         }
         const long rows = step.starts[b + 1] - step.starts[b], first = (place - (b ? ends[b - 1] : 0)) * piece;
-        const long count = rows - first < piece ? rows - first : piece, size = shape.heads * shape.pages.size;
-        if (step.lengths[b] == 0) memset(out + (step.starts[b] + first) * size, 0, sizeof(T) * count * size);
-        else
-            attend(q, out, step, shape, b, step.starts[b] + first, count, step.lengths[b] - rows + first, item % kv_heads, blank,
-                   room);
+        return Piece{b, step.starts[b] + first, rows - first < piece ? rows - first : piece, step.lengths[b] - rows + first,
+                     item % kv_heads};
     };
-    each(total * kv_heads, 1, threads, [&](long first, long end) {
-        for (long item = first; item < end; ++item) work(item);
+    const long items = total * kv_heads, part = part_of(items, threads), width = shape.heads / kv_heads * shape.pages.size;
+    each(items, part < kv_heads ? part : kv_heads, threads, [&](long first, long end) {
+        static thread_local Room room;
+        S blank[WIDEST_HEAD];
+        memset(blank, 0, sizeof(S) * shape.pages.size);
+        Ahead<S> ahead;
+        Piece here = piece_of(first), next;
+        for (long item = first; item < end; ++item, here = next) {
+            const bool more = item + 1 < end && step.lengths[(next = piece_of(item + 1)).b] > 0;
+            if (step.lengths[here.b] == 0)
+                for (long row = here.first; row < here.first + here.count; ++row)
+                    memset(out + (row * kv_heads + here.kv_head) * width, 0, sizeof(T) * width);
+            else attend(q, out, step, shape, here, more ? &next : nullptr, blank, ahead, room);
+        }
     });
 }
 

@@ -103,12 +103,13 @@ template <class S> struct Block {
     const S *keys[BLOCK], *values[BLOCK];
     const float16 *key_scales[BLOCK], *value_scales[BLOCK];  // of int8
     bool together[BLOCK / COLUMNS];                          // whether the 16 positions of a panel lie side by side
+    long count = 0;                                          // of positions
 
-    // Positions base … base + count - 1; `blank` for those that were never written or whose page is gone: outside of
-    // from … to - 1. What is found is on its way to the cache when this returns.
-    void find(const int32_t* table, const Pages& pages, long kv_head, long base, long count, long from, long to,
+    // Positions base … base + positions - 1; `blank` for those that were never written or whose page is gone: outside of
+    // from … to - 1.
+    void find(const int32_t* table, const Pages& pages, long kv_head, long base, long positions, long from, long to,
               const S* blank) {
-        const long lines = pages.size * (long)sizeof(S);
+        count = positions;
         long index = base / pages.page, offset = base % pages.page;
         bool known = false;  // where the position before lies
         for (long j = 0, at = base; j < count; ++j, ++at, ++offset) {
@@ -136,11 +137,15 @@ template <class S> struct Block {
                 }
                 known = true;
             }
-            for (long line = 0; line < lines; line += 64) {
-                __builtin_prefetch((const char*)keys[j] + line);
-                __builtin_prefetch((const char*)values[j] + line);
-            }
         }
+    }
+
+    // Has part `part` of `parts` of its rows (`keys` or `values`) brought to the second-level cache: a little at a time,
+    // beside the work on another block. The first level keeps fewer misses in flight, and makes the core wait for them.
+    void fetch(const S* const* rows, long part, long parts, long size) const {
+        for (long j = count * part / parts; j < count * (part + 1) / parts; ++j)
+            for (long line = 0; line < size * (long)sizeof(S); line += 64)
+                __builtin_prefetch((const char*)rows[j] + line, 0, 2);
     }
 
     // Those of panel p.

@@ -8,10 +8,12 @@ that is no x86-64), and where the processor lacks AVX2, the definitions compute 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor
 from ..ops import KVLayer
 
 SETS = ("none", "AVX2", "AVX-512", "AVX-512 with bfloat16 products")  # by number, see library.cpp
+NUMBERS: Mapping[torch.dtype, int] = MappingProxyType({torch.float32: 0, torch.bfloat16: 1})  # of dtypes in calls.h
 WIDEST_HEAD = 1024
 MOST_INNER = 4096  # matrices · rank of `lora`
 
@@ -76,6 +79,11 @@ class Native:
     library: ctypes.CDLL
     set: int
 
+    @property
+    def multiplies_bfloat16(self) -> bool:
+        """Else products need such rows as float32."""
+        return SETS[self.set] == SETS[-1]
+
     def run(self, name: str, call: ctypes.Structure) -> None:
         threads = torch.get_num_threads()
         getattr(self.library, name)(self.set, threads, ctypes.byref(call))
@@ -100,7 +108,7 @@ def described() -> str:
 
 def number(dtype: torch.dtype) -> int | None:
     """Of a dtype in calls.h; None: not one that is computed there."""
-    return {torch.float32: 0, torch.bfloat16: 1}.get(dtype)
+    return NUMBERS.get(dtype)
 
 
 def pages_of(cache: KVLayer, dtype: torch.dtype) -> ctypes.Structure | None:

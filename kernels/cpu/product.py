@@ -36,7 +36,7 @@ def packed_linear(
     x = F.pad(x, (0, 1)) if weight.ins % 2 else x.contiguous()
     rows, outs = x.shape[0], weight.outs // 2 if activation == "silu_and_mul" else weight.outs
     y = torch.empty(rows, outs, dtype=x.dtype)
-    wide = torch.empty(x.shape, dtype=torch.float32) if kind else None
+    wide = torch.empty(x.shape, dtype=torch.float32) if kind and not found.multiplies_bfloat16 else None
     shape = (rows, x.shape[1], outs, ACTIVATIONS.index(activation), kind, number(weight.data.dtype))
     found.run("tandem_linear", Linear(at(x), at(weight.data), at(bias), at(y), at(wide), *shape))
     return y
