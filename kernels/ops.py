@@ -16,11 +16,8 @@ Statistics, softmax and sums are float32 whatever the dtype of the tensors; resu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import wraps
-from importlib import import_module
-from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,18 +25,20 @@ from torch import Tensor
 
 from . import attention
 from .attention import decode_chunks as decode_chunks
+from .dispatch import op as op
+from .forms import PANEL as PANEL
+from .forms import Int8 as Int8
+from .forms import KVLayer as KVLayer
+from .forms import Packed as Packed
+from .forms import PackedInt8 as PackedInt8
+from .forms import Sequences as Sequences
+from .forms import TokenLogprobs as TokenLogprobs
 
-Args = ParamSpec("Args")
-Result = TypeVar("Result")
 Activation = Literal["silu_and_mul", "gelu_tanh", "gelu"]
-
-# Device type -> module of this package that may define the operations below again.
-BACKENDS: Mapping[str, str] = MappingProxyType({"cuda": ".triton", "cpu": ".cpu"})
 
 # Rows of a product in a fixed order on a CPU: with 16 a single float32 row takes 0.75 of the time, but a prompt of 512
 # 1.2 (bfloat16 1.35) times as long, and 32 rows 1.25 (1.4) times.
 BLOCK_ROWS = 32
-PANEL = 16  # outputs of a packed matrix that are computed side by side
 # Float32 logits that `logprobs_of` holds at once, in elements (64 MiB).
 LOGIT_ELEMENTS = 1 << 24
 # The same on a CUDA device, in the dtype of the weights (128 MiB in 16 bits): each round reads the whole head, so it
@@ -47,72 +46,7 @@ LOGIT_ELEMENTS = 1 << 24
 DEVICE_LOGIT_ELEMENTS = 1 << 26
 
 
-class Sequences(NamedTuple):
-    """Which rows belong to which sequence, and where its K and V are. Row counts, not tokens, are what T counts.
-
-    The first `decodes` sequences have exactly one row each. `lengths` counts the K/V of a sequence including this
-    step's rows, which are its last ones. Entries of `page_table` past a sequence's last page may hold anything. A
-    decoding sequence of length 0 is padding: its row's result is 0.
-    """
-
-    query_starts: Tensor  # [B + 1] int32
-    lengths: Tensor  # [B] int32
-    page_table: Tensor  # [B, M] int32
-    decodes: int
-    max_query: int
-    max_length: int
-    work: Tensor | None = None  # `attention_work` of these lengths; without it every layer makes its own on CUDA
-    deterministic: bool = False  # a row's bits depend on its own position, K and V only
-    backend: Literal["triton", "flash", "torch"] = "triton"  # what computes attention on CUDA
-    memo: dict[Any, Any] | None = (
-        None  # empty at first; the definition keeps here what it need not find out in each layer
-    )
-
-
-class KVLayer(NamedTuple):
-    """The pages of one layer. int8 values stand for value * scale, one scale per token and kv head."""
-
-    k: Tensor  # [P, K, S, H]
-    v: Tensor  # [P, K, S, H]
-    k_scale: Tensor | None = None  # [P, K, S] float16
-    v_scale: Tensor | None = None
-
-
-class TokenLogprobs(NamedTuple):
-    """Log-probabilities of given tokens; `top_*` has as many columns as were asked for, most likely first."""
-
-    values: Tensor  # [T] float32
-    ranks: Tensor  # [T] int64, 1 is the most likely
-    top_values: Tensor  # [T, top] float32
-    top_ids: Tensor  # [T, top] int64
-
-
-def op(body: Callable[Args, Result]) -> Callable[Args, Result]:
-    """Call the backend's function of the same name where there is one for the first tensor's device, else `body`."""
-    overrides: dict[str, Callable[Args, Result]] = {}  # filled on first use, never changed after
-
-    @wraps(body)
-    def call(*args: Args.args, **kwargs: Args.kwargs) -> Result:
-        first = args[0]
-        assert isinstance(first, Tensor)
-        device = "cpu" if first.is_cpu else first.device.type  # the latter makes an object and a string, 0.6 µs
-        if device not in overrides:
-            module = BACKENDS.get(device)
-            override = getattr(import_module(module, __package__), body.__name__, body) if module else body
-            overrides[device] = override
-        return overrides[device](*args, **kwargs)
-
-    return call
-
-
 # Rows in int8 ---------------------------------------------------------------------------------------------------------
-
-
-class Int8(NamedTuple):
-    """Rows in int8: row r stands for values[r] · scale[r]. Of a matrix [O, D] a row is an output."""
-
-    values: Tensor  # [R, D] int8, -127 … 127
-    scale: Tensor  # [R] float32, positive
 
 
 @op
@@ -233,23 +167,6 @@ def in_blocks(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return torch.cat([product(block) for block in blocks])[:count]
 
 
-class Packed(NamedTuple):
-    """A matrix [outs, ins] in panels of PANEL rows, which are computed side by side; what is beyond `outs` is 0.
-
-    `data` is [panels, ins / 2, PANEL, 2] in bfloat16 and [panels, ins, PANEL] in float32, `ins` rounded up to an even
-    number; what is beyond it is 0, too.
-    """
-
-    data: Tensor
-    outs: int
-    ins: int
-
-    def unpack(self) -> Tensor:
-        """[outs, ins], in the dtype it is kept in."""
-        panels = self.data.transpose(1, 2) if self.data.dim() == 4 else self.data.mT  # [panels, PANEL, ins (/ 2, 2)]
-        return panels.reshape(len(panels) * PANEL, -1)[: self.outs, : self.ins]
-
-
 @op
 def pack(weight: Tensor, activation: Activation | None = None) -> Packed | None:
     """weight [O, D] as `packed_linear` takes it, if the backend has such an order; `activation`: what comes behind it.
@@ -305,31 +222,6 @@ def linear_w8a8(
     sums = torch._int_mm(x, weight.values.T).float()  # pyright: ignore[reportPrivateUsage]
     y = sums * x_scale.unsqueeze(-1) * weight.scale
     return activate((y if bias is None else y + bias.float()).to(dtype), activation, by_row=True)
-
-
-class PackedInt8(NamedTuple):
-    """An int8 matrix [outs, ins] in the order of its device's products, with its outputs' scales.
-
-    `depth`: neighbouring columns of one output that lie side by side, 2 for products with floats and 4 for those with
-    int8. `data` is [panels, ins / depth, PANEL, depth] int8, and 0 beyond `outs` and `ins`. `totals`: Σ values of each
-    output, for products with int8.
-    """
-
-    data: Tensor
-    scale: Tensor  # [panels · PANEL] float32
-    totals: Tensor | None  # [panels · PANEL] int32
-    outs: int
-    ins: int
-
-    @property
-    def depth(self) -> int:
-        return self.data.shape[3]
-
-    def unpack(self) -> Int8:
-        """[outs, ins] and [outs]."""
-        panels = self.data.transpose(1, 2)  # [panels, PANEL, ins / depth, depth]
-        values = panels.reshape(len(panels) * PANEL, -1)[: self.outs, : self.ins]
-        return Int8(values, self.scale[: self.outs])
 
 
 @op

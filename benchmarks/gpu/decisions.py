@@ -16,7 +16,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from ...kernels import ops
+from ...kernels import dispatch, ops
 from ...server.engine.device_sampler import DeviceSampler
 from ...server.engine.request import Sampling
 from . import attention
@@ -64,7 +64,7 @@ STRIPS = ((8, 1024, 4), (2, 1024, 4), (4, 512, 4), (4, 2048, 8), (2, 2048, 4), (
 
 def run(setting: Setting, report: Report) -> None:
     with report.case("decisions"):
-        if not setting.cuda or not ops.BACKENDS.get("cuda"):
+        if not setting.cuda or not dispatch.BACKENDS.get("cuda"):
             raise Absent("there are no kernels for this device")
         names = ("attention_decode", "attention_prefill", "linear", "logprobs", "sampling")
         modules: list[Any] = [import_module(f".triton.{name}", ops.__package__) for name in names]

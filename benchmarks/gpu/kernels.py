@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...kernels import ops
+from ...kernels import dispatch, ops
 from ...model.linear import Linear
 from ...model.slots import Place
 from ...server.engine.device_sampler import DeviceSampler
@@ -48,7 +48,7 @@ def run(setting: Setting, report: Report) -> None:
 
 def kind(setting: Setting, name: str) -> str:
     """What computes the operation on this device."""
-    module = ops.BACKENDS.get(setting.device.type)
+    module = dispatch.BACKENDS.get(setting.device.type)
     found = module is not None and hasattr(import_module(module, ops.__package__), name)
     return "kernel" if found else "definition"
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tandem.kernels import ops
+from tandem.kernels import dispatch, ops
 from tandem.kernels.ops import KVLayer
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -254,7 +254,7 @@ def test_more_likely_tokens_than_there_are() -> None:
 
 def test_an_operation_runs_its_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """A backend's function of the same name takes the calls of its device type; what it lacks runs the body."""
-    monkeypatch.setattr(ops, "BACKENDS", {"meta": ".sampling"})
+    monkeypatch.setattr(dispatch, "BACKENDS", {"meta": ".sampling"})
 
     def body(x: Tensor) -> str:
         return "body"
