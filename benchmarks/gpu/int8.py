@@ -27,52 +27,38 @@ INT_MM_ROWS = 17  # torch's product of int8 with int8 takes no fewer
 
 def run(setting: Setting, report: Report) -> None:
     for outs, ins in setting.pick(SHAPES, ((96, 64),)):
-        wide = (torch.randn(outs, ins, device=setting.device) * ins**-0.5).to(setting.dtype(BFLOAT16))
-        weight = ops.quantize_rows(wide)
+        weight = ops.quantize_rows(torch.randn(outs, ins, device=setting.device) * ins**-0.5)
         for rows in setting.pick(ROWS, (1, 20)):
-            products(setting, report, rows, wide, weight)
+            products(setting, report, rows, weight)
         release(setting.device)
 
 
-def products(setting: Setting, report: Report, rows: int, wide: Tensor, weight: Int8) -> None:
+def products(setting: Setting, report: Report, rows: int, weight: Int8) -> None:
     """With one matrix in 16 bits, in int8, and int8 rows by it."""
-    (outs, ins), device = wide.shape, setting.device
-    x = torch.randn(rows, ins, device=device).to(wide.dtype)
+    (outs, ins), dtype = weight.values.shape, setting.dtype(BFLOAT16)
+    wide = (weight.values.float() * weight.scale.unsqueeze(-1)).to(dtype)
+    x = torch.randn(rows, ins, device=setting.device).to(dtype)
     given = ops.quantize_rows(x)
-    name = f"{rows} × {ins} → {outs}"
+    expected = F.linear(x, wide)
 
-    def time(call: Callable[[], Tensor], exact: Tensor) -> float:
-        attention.same(call(), exact)
-        return device_time(call, device, tiny=setting.tiny).median
-
-    meant = (weight.values.float() * weight.scale.unsqueeze(-1)).to(wide.dtype)
-    expected = F.linear(x, meant)
-    own: dict[str, float] = {}
-    with report.case(f"linear, {name}"):
-        own["bf16"] = device_time(lambda: ops.linear(x, wide), device, tiny=setting.tiny).median
-    calls: dict[str, tuple[Callable[[], Tensor], torch.dtype]] = {
-        "int8": (lambda: ops.linear_int8(x, weight), wide.dtype),
-        "w8a8": (lambda: ops.linear_w8a8(*given, weight, None, None, wide.dtype), torch.int8),
-    }
-    for label, (call, dtype) in calls.items():
-        with report.case(f"linear_{label}, {name}"):
+    def measure(label: str, call: Callable[[], Tensor], matrix: Tensor, kind: torch.dtype, plain: float = 0.0) -> float:
+        """A row, with how many times as fast it is as what took `plain`; its seconds, 0 where there are none."""
+        taken, name = 0.0, f"{label}, {rows} × {ins} → {outs}"
+        with report.case(name):
             attention.same(call(), expected)
-            taken = device_time(call, device, tiny=setting.tiny)
-            own[label] = taken.median
-            floor = max(weight.values.nbytes / setting.limits.read, 2 * rows * outs * ins / setting.limits.peak(dtype))
-            detail: dict[str, Any] = {}
-            if "bf16" in own:
-                detail = {"linear_us": 1e6 * own["bf16"], "against_linear": own["bf16"] / taken.median}
-            share = floor / taken.median
-            report.add(f"linear_{label}, {name}", taken, "µs", scale=1e6, limit=1e6 * floor, share=share, **detail)
-    peers: dict[str, tuple[str, Callable[[], Tensor]]] = {
-        "int8": ("torch._weight_int8pack_mm", lambda: packed_mm(setting, x, weight)),
-        "w8a8": ("torch._int_mm", lambda: int_mm(setting, given, weight, wide.dtype)),
-    }
-    for label, (peer, call) in peers.items():
-        with report.case(f"{peer}, {name}"):
-            theirs = time(call, expected)
-            report.add(f"{peer}, {name}", theirs, "µs", scale=1e6, against=theirs / own[label])
+            timing = device_time(call, setting.device, tiny=setting.tiny)
+            taken = timing.median
+            floor = max(matrix.nbytes / setting.limits.read, 2 * rows * outs * ins / setting.limits.peak(kind))
+            detail: dict[str, Any] = {"against_linear": plain / taken} if plain else {}
+            report.add(name, timing, "µs", scale=1e6, limit=1e6 * floor, share=floor / taken, **detail)
+        return taken
+
+    values, int8 = weight.values, torch.int8
+    plain = measure("linear", lambda: ops.linear(x, wide), wide, dtype)
+    measure("linear_int8", lambda: ops.linear_int8(x, weight), values, dtype, plain)
+    measure("linear_w8a8", lambda: ops.linear_w8a8(*given, weight, None, None, dtype), values, int8, plain)
+    measure("torch._weight_int8pack_mm", lambda: packed_mm(setting, x, weight), values, dtype, plain)
+    measure("torch._int_mm", lambda: int_mm(setting, given, weight, dtype), values, int8, plain)
 
 
 def packed_mm(setting: Setting, x: Tensor, weight: Int8) -> Tensor:
