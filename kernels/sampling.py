@@ -253,7 +253,8 @@ def _draw(logits: Tensor, how: Draws) -> tuple[Tensor, Tensor]:
     drawn = how.temperature >= GREEDY_BELOW
     scaled = logits.to(torch.float32, copy=True)
     finite = scale(scaled, how.temperature.where(drawn, 1))
-    noise = draws(*map(_unsigned, (how.seeds, how.choices, how.positions)), scaled.shape[1]).to(scaled.device)
+    seeds, choices, positions = (_unsigned(column) for column in (how.seeds, how.choices, how.positions))
+    noise = draws(seeds, choices, positions, scaled.shape[1]).to(scaled.device)
     filters = how.top_k, how.top_p, how.min_p
     limited = (how.top_k > 0) & (how.top_k < scaled.shape[1]) | (how.top_p < 1) | (how.min_p > 0)
     rows = (limited & drawn & finite).nonzero()[:, 0]

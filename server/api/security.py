@@ -63,15 +63,14 @@ class Gate:
             await send(message)
 
         refusal = self._refusal(scope, headers.get("authorization", ""))
-        if refusal is not None:
-            await refusal.response()(scope, receive, tell)
-        else:
-            try:
-                await self._app(scope, receive, tell)
-            except Exception:
-                log.exception("request %s: %s %s", request_id, scope["method"], scope["path"])
-                if not status:
-                    await bug(request_id).response()(scope, receive, tell)
+        try:
+            await (refusal.response() if refusal is not None else self._app)(scope, receive, tell)
+        except Exception:
+            log.exception("request %s: %s %s", request_id, scope["method"], scope["path"])
+            if not status:
+                await bug(request_id).response()(scope, receive, tell)
+        finally:
+            del scope["state"]["send"]  # which holds the scope: all of a request would wait for the collector of cycles
         if self._observe is not None:
             self._observe(scope, status or 499, time.perf_counter() - began)
 

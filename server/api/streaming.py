@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from fastapi import Request
@@ -150,31 +150,19 @@ class EventStream(Response):
         self._generation, self._shape, self._first = generation, shape, first
         self._silence, self._patience = options.ping_seconds, options.stream_timeout
         self._moves = 0  # sends that began or ended: odd while something is being sent
+        self._seen, self._since = 0, 0.0  # moves at the look before, and since when there are so many
+        self._timer: asyncio.TimerHandle  # of the next look; cancelled it holds nothing
         self._ping: asyncio.Task[None] | None = None
         self._send: Send
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         loop, request_id = asyncio.get_running_loop(), str(scope["state"]["request_id"])
         over = False  # nobody reads any more
-        seen, since = 0, loop.time()
-        pause = min(self._silence, self._patience) / LOOKS
 
         def end() -> None:
             nonlocal over
             over = True
             writer.cancel()
-
-        def look() -> None:
-            nonlocal seen, since, timer
-            now = loop.time()
-            if self._moves != seen:
-                seen, since = self._moves, now
-            elif self._moves % 2 and now - since > self._patience:
-                log.info("request %s: aborted, its reader takes nothing", request_id)
-                return end()
-            elif self._moves % 2 == 0 and now - since >= self._silence:
-                self._ping = loop.create_task(self._put(PING))
-            timer = loop.call_later(pause, look)
 
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         self._send = scope["state"]["send"]
@@ -182,20 +170,36 @@ class EventStream(Response):
         writer = loop.create_task(self._answer(request_id))
         gone = loop.create_task(_left(receive))
         gone.add_done_callback(lambda left: None if left.cancelled() else end())
-        timer = loop.call_later(pause, look)
+        self._since = loop.time()
+        self._look_later(loop, request_id, end)
         try:
             await writer
         except asyncio.CancelledError:
             if not over:
                 raise
         finally:
-            timer.cancel()
+            self._timer.cancel()
             gone.cancel()
             if self._ping is not None:
                 self._ping.cancel()
             if isinstance(self._first, asyncio.Task):
                 self._first.cancel()
             self._generation.close()
+
+    def _look_later(self, loop: asyncio.AbstractEventLoop, request_id: str, end: Callable[[], None]) -> None:
+        pause = min(self._silence, self._patience) / LOOKS
+        self._timer = loop.call_later(pause, self._look, loop, request_id, end)
+
+    def _look(self, loop: asyncio.AbstractEventLoop, request_id: str, end: Callable[[], None]) -> None:
+        now = loop.time()
+        if self._moves != self._seen:
+            self._seen, self._since = self._moves, now
+        elif self._moves % 2 and now - self._since > self._patience:
+            log.info("request %s: aborted, its reader takes nothing", request_id)
+            return end()
+        elif self._moves % 2 == 0 and now - self._since >= self._silence:
+            self._ping = loop.create_task(self._put(PING))
+        self._look_later(loop, request_id, end)
 
     async def _answer(self, request_id: str) -> None:
         generation, shape, first = self._generation, self._shape, self._first

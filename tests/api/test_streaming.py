@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Iterable
 
 import httpx
 import pytest
 from fastapi import FastAPI, Request
+from starlette.types import Message, Scope
 
 from tandem.server.api import errors
 from tandem.server.api.errors import invalid
@@ -91,3 +94,46 @@ async def test_a_bug_while_streaming_is_an_error_event(caplog: pytest.LogCapture
     answer = await streamed(late, first_byte_seconds=0.02)
     assert '"code":"internal"' in answer.text and "secret" not in answer.text and answer.text.endswith("[DONE]\n\n")
     assert "secret" in caplog.text
+
+
+async def test_an_answer_that_is_over_needs_no_collector_of_cycles() -> None:
+    """Nothing of a request refers to itself: a worker with hundreds of streams would spend much of its time on that."""
+    kept: list[weakref.ref[Slow]] = []
+    app = FastAPI()
+
+    @app.get("/")
+    async def route(request: Request):
+        generation = request.state.generation = Slow(0)
+        kept.append(weakref.ref(generation))
+        return await stream(request, generation, Shape(), ApiOptions(), {})
+
+    errors.install(app)
+    app.add_middleware(Gate, api_keys=())
+    gc.disable()
+    try:
+        exchange = Exchange()
+        await app(exchange.scope, exchange.receive, exchange.send)
+        assert exchange.sent.decode().strip().split("\n\n") == ANSWER
+        del exchange
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert kept[0]() is None
+    finally:
+        gc.enable()
+
+
+class Exchange:
+    """One request, held together as uvicorn does it: whoever has its `send` has its scope."""
+
+    def __init__(self) -> None:
+        self.scope: Scope = {"type": "http", "method": "GET", "path": "/", "headers": [], "query_string": b""}
+        self.sent, self._asked = b"", False
+
+    async def receive(self) -> Message:
+        if self._asked:
+            await asyncio.Event().wait()
+        self._asked = True
+        return {"type": "http.request", "body": b""}
+
+    async def send(self, message: Message) -> None:
+        self.sent += message.get("body", b"")
