@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,7 +12,7 @@ from ..ops import PANEL, Activation, Int8, PackedInt8
 from .native import LinearInt8, Quantize, at, native, number
 from .product import ACTIVATIONS
 
-ROWS = 1024  # of a matrix that are brought into panels at once: whole panels
+ROWS = 128  # of a matrix that are brought into panels at once: whole panels
 
 
 def quantize_rows(x: Tensor) -> Int8:
@@ -39,7 +40,7 @@ def pack_int8(values: Tensor, scale: Tensor, depth: int, activation: Activation 
         into = data[first // PANEL :][: len(whole) // PANEL].view(side_by_side).squeeze(-1)
         into.copy_(whole.unflatten(0, (-1, PANEL)).mT)
         if depth == 4:
-            totals[first : first + len(rows)] = rows.sum(1, dtype=torch.int32)
+            totals[first : first + len(rows)] = torch.from_numpy(rows.numpy().sum(1, dtype=np.int32))
     return PackedInt8(data, F.pad(scale, (0, beyond)), totals if depth == 4 else None, outs, ins)
 
 
