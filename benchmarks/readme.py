@@ -89,7 +89,7 @@ def ppo(figures: Record) -> Iterator[Line]:
 
 
 def rlhf(figures: Record) -> Iterator[Line]:
-    updates, shared, same = figures["updates"], figures["shared_prompt"], figures["agreement"]
+    updates, shared, same, beside = (figures[name] for name in ("updates", "shared_prompt", "agreement", "beside"))
     yield (
         f"{updates['updates']} weight updates under {updates['streams']} chat streams: "
         "failed requests, wrong spans, stale answers",
@@ -112,6 +112,13 @@ def rlhf(figures: Record) -> Iterator[Line]:
         f"a score alone against the same in {same['batches']} batches, beside chats, largest difference",
         f"{same['scores_alone_to_batch']:.1e}",
         "of max(1, score); bar 1e-5",
+    )
+    gaps = f"{beside['gap_p99_ms_alone']} → {beside['gap_p99_ms_beside']} ms"
+    yield (
+        f"{beside['streams']} chats beside {beside['scorers']} scorers of {beside['scored_tokens']} tokens, 125M each: "
+        "gap between tokens, p99",
+        f"{beside['times_later']} × the gap alone",
+        f"{gaps}; bar 2{'' if beside['ok'] else ', **missed**'}",
     )
 
 

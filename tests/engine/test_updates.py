@@ -170,7 +170,7 @@ def test_other_models_do_not_change_by_a_bit(checkpoints: Path) -> None:
 @ahead
 def test_requests_in_flight_end_where_that_is_asked_for(checkpoints: Path, run_ahead: bool) -> None:
     hub = make_hub(checkpoints / "policy", run_ahead=run_ahead)
-    running = generate(1, "policy", prompt(20), max_tokens=60, ignore_eos=True)
+    running = generate(1, "policy", prompt(20), max_tokens=400, ignore_eos=True)
     assert hub.submit(running) == []
     outputs = [output for _ in range(10) for output in hub.step()]
     send(hub, checkpoints / "odd", in_flight="abort")
