@@ -51,7 +51,7 @@ AREAS = {
     "rlhf": Area(("-m", "tandem.benchmarks.rlhf.proof"), ("server", "model", "kernels", "benchmarks/rlhf")),
     "demo": Area(("examples/rlhf/evaluate.py", "--count", "150"), ("model", "examples/rlhf")),
     "ppo": Area(
-        ("examples/rlhf/ppo.py", "--seed", "1", "2", "3", "--plot", "docs/ppo.png"),
+        ("examples/rlhf/ppo.py", "--seed", "1", "2", "3", "--threads", "1", "--plot", "docs/ppo.png"),
         ("server", "model", "kernels", "examples/rlhf"),
     ),
 }

@@ -91,10 +91,9 @@ class Ranking:
         ]
 
     def ties(self) -> list[tuple[int, int]]:
-        """Answers of one grade."""
-        return [
-            (i, j) for i, j in itertools.combinations(range(len(self.grades)), 2) if self.grades[i] == self.grades[j]
-        ]
+        """Right answers of one grade."""
+        right = [i for i, grade in enumerate(self.grades) if grade < 2]
+        return [(i, j) for i, j in itertools.combinations(right, 2) if self.grades[i] == self.grades[j]]
 
 
 @functools.cache

@@ -1,8 +1,9 @@
 """PPO on answers that a server sampled and scored: what each token earned, its advantage, and the two networks.
 
 The networks are transformers' own in float32, so that their parameters bear the checkpoint's names. Answers stand
-behind their prompts, padded on the right; attention is causal, so nothing that counts ever sees the padding. What
-counts is flat: the N answer tokens of a batch, each with the place before it, where both networks predict.
+behind their prompts, padded on the right within blocks of like length; attention is causal, so nothing that counts ever
+sees the padding. What counts is flat: the N answer tokens of a batch, each with the place before it, where both
+networks predict.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from rollouts import Sample
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+BLOCKS = 4  # of a batch, by length: what is padded costs as much as what counts
 Document = tuple[list[int], list[int]]  # ids, and the positions whose next token is learnt
 
 
@@ -25,14 +27,14 @@ Document = tuple[list[int], list[int]]  # ids, and the positions whose next toke
 class Settings:
     """Clip, λ and betas as in InstructGPT and PPO; rates for models of a few million parameters."""
 
-    kl_coef: float = 0.05  # nats cost this much reward
+    kl_coef: float = 0.03  # nats cost this much reward
     clip: float = 0.2
     lam: float = 0.95
-    policy_rate: float = 1e-4
+    policy_rate: float = 2e-4
     value_rate: float = 3e-4
     epochs: int = 2
     minibatch: int = 64  # answers
-    ptx: float = 0.0  # weight of the demonstrations' cross-entropy
+    ptx: float = 0.15  # weight of the demonstrations' cross-entropy
     ptx_texts: int = 8  # demonstrations per minibatch
 
 
@@ -70,19 +72,33 @@ def policy_loss(new: Tensor, old: Tensor, advantage: Tensor, clip: float) -> tup
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences ids [B, L] and their N tokens that count: `places` index the flat [B·L] positions before them."""
+    """Sequences in blocks of like length, padded, and their N tokens that count.
 
-    ids: Tensor
+    `places` index the blocks' positions, flat and one block behind another: those before the tokens.
+    """
+
+    blocks: tuple[Tensor, ...]  # ids [rows, length] each
     places: Tensor  # [N]
-    tokens: Tensor  # [N]
+    tokens: Tensor  # [N], sequence by sequence as they were given
 
     @classmethod
     def of(cls, sequences: list[list[int]], before: list[list[int]]) -> Batch:
         """`before[i]`: positions in sequence i whose next token counts."""
-        ids = nn.utils.rnn.pad_sequence([torch.tensor(sequence) for sequence in sequences], batch_first=True)
-        width = ids.shape[1]
-        places = torch.tensor([row * width + at for row, own in enumerate(before) for at in own])
-        return cls(ids, places, ids.flatten()[places + 1])
+        order = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))
+        blocks, starts, flat = [], [0] * len(sequences), 0
+        for part in torch.tensor(order).chunk(BLOCKS):
+            rows = part.tolist()
+            block = nn.utils.rnn.pad_sequence([torch.tensor(sequences[row]) for row in rows], batch_first=True)
+            for line, row in enumerate(rows):
+                starts[row] = flat + line * block.shape[1]
+            blocks, flat = [*blocks, block], flat + block.numel()
+        places = torch.tensor([start + at for start, own in zip(starts, before, strict=True) for at in own])
+        return cls(tuple(blocks), places, torch.cat([block.flatten() for block in blocks])[places + 1])
+
+    def hidden(self, model: nn.Module) -> Tensor:
+        """The model's last hidden states at the places [N, D]."""
+        blocks = [model(ids, use_cache=False).last_hidden_state.flatten(0, 1) for ids in self.blocks]
+        return torch.cat(blocks)[self.places]
 
 
 @dataclass(frozen=True)
@@ -109,13 +125,12 @@ class Learner:
 
     def logprobs(self, batch: Batch) -> Tensor:
         """The policy's log-probabilities of the tokens that count [N]."""
-        hidden = self.policy.model(batch.ids, use_cache=False).last_hidden_state.flatten(0, 1)[batch.places]
-        return self.policy.lm_head(hidden).log_softmax(-1).gather(1, batch.tokens[:, None])[:, 0]
+        logits = self.policy.lm_head(batch.hidden(self.policy.model))
+        return logits.log_softmax(-1).gather(1, batch.tokens[:, None])[:, 0]
 
     def values(self, batch: Batch) -> Tensor:
         """What the value function expects before the tokens that count [N]."""
-        hidden = self.value.model(batch.ids, use_cache=False).last_hidden_state.flatten(0, 1)[batch.places]
-        return self.value.score(hidden)[:, 0] + self.offset
+        return self.value.score(batch.hidden(self.value.model))[:, 0] + self.offset
 
     def update(self, samples: list[Sample], rate: float) -> dict[str, float]:
         """Trains on one rollout, at `rate` times the full learning rates."""

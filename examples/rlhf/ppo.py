@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import math
 import random
 import statistics
 import time
@@ -136,10 +137,10 @@ def train(options: argparse.Namespace, seed: int) -> Run:
 
 
 def iterate(tandem: Tandem, learner: Learner, ids: Ids, options: argparse.Namespace, run: Run, end: float) -> None:
-    """PPO's iterations until the clock says `end`: answers come from the server, new weights go there."""
+    """PPO's iterations until the clock says `end` or all are done: answers come from the server, weights go there."""
     progress, start, exercises = Progress(), time.monotonic(), training_exercises(run.seed)
     done = 0.0
-    while done < 1 and len(run.rewards) != options.iterations:
+    while done < 1:
         number = len(run.rewards) + 1
         prompts = ids.prompts(itertools.islice(exercises, options.prompts))
         seed = 1000 * run.seed + number
@@ -149,7 +150,7 @@ def iterate(tandem: Tandem, learner: Learner, ids: Ids, options: argparse.Namesp
         now = Measured.of(samples)
         run.rewards.append(now.reward)
         run.kls.append(now.kl)
-        done = (time.monotonic() - start) / max(end - start, 1.0)
+        done = max((time.monotonic() - start) / max(end - start, 1.0), number / (options.iterations or math.inf))
         progress.show(
             done,
             f"iteration {number} reward {now.reward:.3f} kl {now.kl:.2f} cut {now.cut:.3f} clipped "
@@ -221,7 +222,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, help="the picture; None: OUT/ppo.png")
     parser.add_argument("--seed", type=int, nargs="+", default=[1], help="several: one run after the other")
     parser.add_argument("--minutes", type=float, default=10.0, help="of one run, both evaluations included")
-    parser.add_argument("--iterations", type=int, help="end earlier, after this many")
+    parser.add_argument("--iterations", type=int, help="end after this many, if time allows")
     parser.add_argument("--threads", type=int, default=2, help="of the server and of this process, which take turns")
     parser.add_argument("--prompts", type=int, default=64, help="per iteration")
     parser.add_argument("--n", type=int, default=4, help="answers per prompt")

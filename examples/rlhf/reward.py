@@ -72,10 +72,11 @@ def scale_loss(scores: Tensor, batch: Batch, anchor: float, tie: float) -> Tenso
     """What pairs leave open: where a prompt's scores lie, and how far apart equals are.
 
     Well-formed answers are drawn to 0 whatever the prompt, so that rewards of different prompts can be compared, and
-    answers of one grade to each other, so that a reward's deviation is of quality and not of taste.
+    right answers of one grade to each other, so that a reward's deviation is of quality and not of taste.
     """
-    left, right = torch.tensor(batch.ties).T
-    return anchor * scores[batch.wanted].square().mean() + tie * (scores[left] - scores[right]).square().mean()
+    left, right = torch.tensor(batch.ties, dtype=torch.long).reshape(-1, 2).T
+    apart = (scores[left] - scores[right]).square().sum() / max(1, len(batch.ties))
+    return anchor * scores[batch.wanted].square().mean() + tie * apart
 
 
 def ranking_loss(scores: Tensor, pairs: list[list[tuple[int, int]]]) -> Tensor:

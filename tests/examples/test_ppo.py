@@ -80,10 +80,16 @@ def test_clipped_loss(ratio: float, advantage: float, loss: float, outside: floa
 
 
 def test_a_batch_names_the_places_before_the_tokens_that_count() -> None:
-    batch = learner.Batch.of([[3, 4, 5], [6, 7, 8, 9, 2]], [[1], [2, 3]])
-    assert batch.ids.tolist() == [[3, 4, 5, 0, 0], [6, 7, 8, 9, 2]]
-    assert batch.ids.flatten()[batch.places].tolist() == [4, 8, 9]
-    assert batch.tokens.tolist() == [5, 9, 2]
+    sequences = [[6, 7, 8, 9, 2], [3, 4, 5], [9], [8, 7], [5, 6, 7, 8]]
+    batch = learner.Batch.of(sequences, [[2, 3], [1], [], [0], [0, 2]])
+    assert [block.tolist() for block in batch.blocks] == [
+        [[9, 0], [8, 7]],
+        [[3, 4, 5, 0], [5, 6, 7, 8]],
+        [[6, 7, 8, 9, 2]],
+    ]
+    flat = torch.cat([block.flatten() for block in batch.blocks])
+    assert flat[batch.places].tolist() == [8, 9, 4, 8, 5, 7]
+    assert batch.tokens.tolist() == [9, 2, 5, 7, 6, 8]
 
 
 @pytest.fixture
