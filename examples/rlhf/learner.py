@@ -34,7 +34,7 @@ class Settings:
     value_rate: float = 3e-4
     epochs: int = 2
     minibatch: int = 64  # answers
-    ptx: float = 0.1  # weight of the demonstrations' cross-entropy
+    ptx: float = 0.15  # weight of the demonstrations' cross-entropy
     ptx_texts: int = 8  # demonstrations per minibatch
 
 
