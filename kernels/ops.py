@@ -111,7 +111,7 @@ def op(body: Callable[Args, Result]) -> Callable[Args, Result]:
 class Int8(NamedTuple):
     """Rows in int8: row r stands for values[r] · scale[r]. Of a matrix [O, D] a row is an output."""
 
-    values: Tensor  # [R, D] int8, -127 … 127
+    values: Tensor  # [R, D] int8, -127 … 127; a checkpoint that others quantized may hold -128
     scale: Tensor  # [R] float32, positive
 
 

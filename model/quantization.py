@@ -117,15 +117,15 @@ def quantize_into(matrix: Tensor, into: Int8) -> bool:
     Whether all its numbers are finite: one that is not makes its whole row useless.
     """
     rows = max(1, (ELEMENTS if into.values.device.type == "cpu" else DEVICE_ELEMENTS) // matrix.shape[1])
-    blocks = zip(matrix.split(rows), into.values.split(rows), into.scale.split(rows), strict=True)
-    extremes: list[Tensor] = []
-    for block, values, scale in blocks:
+    blocks = list(zip(matrix.split(rows), into.values.split(rows), into.scale.split(rows), strict=True))
+    extremes = torch.empty(len(blocks), 2, dtype=matrix.dtype, device=into.values.device)
+    for (block, values, scale), (least, most) in zip(blocks, extremes, strict=True):
         block = block.to(values.device, non_blocking=True).contiguous()
-        extremes += torch.aminmax(block)
+        torch.aminmax(block, out=(least, most))
         found = ops.quantize_rows(block)
         values.copy_(found.values)
         scale.copy_(found.scale)
-    return bool(torch.stack(extremes).isfinite().all())
+    return bool(extremes.isfinite().all())
 
 
 def dequantized(matrix: Int8) -> Tensor:
