@@ -119,7 +119,7 @@ def main() -> None:
     report["missed"] += [f"vLLM, {scheme}" for scheme, found in report["vllm"].items() if not found["ok"]]
     print("vLLM", json.dumps(report["vllm"]), flush=True)
     plain = by_kind(accuracy("", count))
-    report["accuracy"] = {"bfloat16": plain}
+    report["accuracy"] = {"bfloat16": plain, "float32": by_kind(accuracy("dtype=float32", count))}  # for a measure
     for settings, _, _ in POLICIES:
         found = by_kind(accuracy(settings, count))
         report["accuracy"][settings] = found
