@@ -219,7 +219,7 @@ def linear_w8a8(
 
     Products and sums are whole numbers (int32): a row's bits depend on that row, weight and bias only.
     """
-    sums = torch._int_mm(x, weight.values.T).float()  # pyright: ignore[reportPrivateUsage]
+    sums = torch._int_mm(x, weight.values.T).float()  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
     y = sums * x_scale.unsqueeze(-1) * weight.scale
     return activate((y if bias is None else y + bias.float()).to(dtype), activation, by_row=True)
 
