@@ -157,7 +157,7 @@ def test_answers_validate_as_the_sdks_types(http: httpx.Client) -> None:
         streamed = http.post(path, json={**body, "stream": True, "stream_options": {"include_usage": True}})
         assert streamed.headers["content-type"].startswith("text/event-stream")
         events = streamed.text.strip().split("\n\n")
-        assert events.pop() == "data: [DONE]" and len(events) >= 4
+        assert events.pop() == "data: [DONE]" and len(events) >= 2  # under load tokens share an event
         for event in events:
             chunk = json.loads(event.removeprefix("data: "))
             for choice in chunk["choices"] if model is Completion else ():

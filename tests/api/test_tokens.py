@@ -80,7 +80,7 @@ def test_server_info(http: httpx.Client, context: int) -> None:
     now = about["models"][0]["now"]
     assert now["running"] == now["waiting"] == now["pages_used"] == 0 < now["pages"]
     assert about["models"][0]["max_model_len"] == context
-    assert about["options"]["engine"]["max_num_seqs"] == 64 and about["options"]["api_workers"] == 1
+    assert about["options"]["engine"]["max_num_seqs"] == 256 and about["options"]["api_workers"] == 1
 
 
 async def test_keys_are_not_shown(narrow_http: httpx.AsyncClient) -> None:
