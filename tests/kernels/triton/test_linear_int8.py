@@ -79,16 +79,15 @@ def test_activations(rows: int, activation: Activation | None, biased: bool, dty
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 2, 16, 30])
 def test_every_value_is_what_it_stands_for(rows: int, dtype: torch.dtype) -> None:
-    """Each of the 255 converted on every path, picked out by a row of x that is 1 at one place and 0 elsewhere."""
-    values = torch.arange(-127, 128).roll(31).to(torch.int8).repeat(2, 1).to(DEVICE)
-    weight = Int8(values, torch.tensor([1.0, 2.0**-7], device=DEVICE))
-    for first in range(0, 255, max(rows, 40)):
-        x = torch.zeros(rows, 255, dtype=dtype, device=DEVICE)
-        places = (torch.arange(rows) + first) % 255
-        x[torch.arange(rows), places] = 1
-        wanted = (values[:, places.to(DEVICE)].T.double() * weight.scale.double()).to(dtype)
-        assert torch.equal(linear_int8(x, weight), wanted)
-        assert torch.equal(linear_int8(x, weight, deterministic=True), wanted)
+    """All 256 in each column, of which a row of x picks one out: -128, too, which others' checkpoints have."""
+    output, column = torch.arange(256).unsqueeze(-1), torch.arange(33)
+    values = ((output + 37 * column) % 256 - 128).to(torch.int8).to(DEVICE)
+    weight = Int8(values, 2.0 ** -(torch.arange(256, device=DEVICE) % 8).float())
+    picked = torch.arange(rows, device=DEVICE) % 33
+    x = torch.nn.functional.one_hot(picked, 33).to(dtype)
+    wanted = (values[:, picked].T.double() * weight.scale.double()).to(dtype)
+    for deterministic in (False, True):
+        assert torch.equal(linear_int8(x, weight, deterministic=deterministic), wanted)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
