@@ -29,6 +29,7 @@ from tandem.server.engine.hub import Hub
 from tandem.server.engine.options import EngineOptions, ModelSpec
 from tandem.server.engine.request import Group, Output, Request
 
+LONG = 4096  # context: an answer may go on while many updates are staged, however fast its steps are
 ahead = pytest.mark.parametrize("run_ahead", [False, True], ids=["waits", "ahead"])
 
 
@@ -37,7 +38,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`policy` draws even tokens, `odd` odd ones; `reference` and `reward` are others."""
     directory = tmp_path_factory.mktemp("checkpoints")
     for name, seed, drawn in (("policy", 1, 0), ("odd", 2, 1)):
-        write_checkpoint(directory / name, "llama-gqa", seed=seed, tokenizer=False)
+        write_checkpoint(directory / name, "llama-gqa", seed=seed, tokenizer=False, max_position_embeddings=LONG)
         file = directory / name / "model.safetensors"
         tensors = load_file(file)
         tensors["lm_head.weight"][1 - drawn :: 2] = 0  # some other logit is always above 0
@@ -71,7 +72,11 @@ def check_parity(output: Output) -> None:
 @ahead
 def test_every_token_tells_the_version_that_drew_it(checkpoints: Path, run_ahead: bool) -> None:
     hub = make_hub(checkpoints / "policy", run_ahead=run_ahead)
-    requests = [generate(i, "policy", prompt(20, i), max_tokens=480, ignore_eos=True, logprobs=0) for i in range(12)]
+    lengths = [2000] + [480] * 11
+    requests = [
+        generate(i, "policy", prompt(20, i), max_tokens=length, ignore_eos=True, logprobs=0)
+        for i, length in enumerate(lengths)
+    ]
     for request in requests[:10]:
         assert hub.submit(request) == []
     outputs: list[Output] = []
@@ -86,13 +91,12 @@ def test_every_token_tells_the_version_that_drew_it(checkpoints: Path, run_ahead
         assert hub.catalog.models[0].weight_label == f"step-{number}"
     while hub.has_work:
         outputs += hub.step()
-    for request in requests:
+    for request, length in zip(requests, lengths, strict=True):
         mine = [output for output in outputs if output.request_id == request.id]
-        assert len(collect(mine)[0].token_ids) == 480
+        assert len(collect(mine)[0].token_ids) == length
         for output in mine:
             check_parity(output)
-    versions = {output.weight_version for output in outputs if output.request_id == 0}
-    assert len(versions) > 2, "as many as come while it runs"
+    assert len({output.weight_version for output in outputs if output.request_id == 0}) > 8
     counts = hub.engines[0].stats.counts
     assert counts.weight_updates == counts.weight_update_seconds.count == counts.weight_commit_seconds.count == 12
     assert_nothing_is_held(hub)
@@ -171,7 +175,7 @@ def test_other_models_do_not_change_by_a_bit(checkpoints: Path) -> None:
 @ahead
 def test_requests_in_flight_end_where_that_is_asked_for(checkpoints: Path, run_ahead: bool) -> None:
     hub = make_hub(checkpoints / "policy", run_ahead=run_ahead)
-    running = generate(1, "policy", prompt(20), max_tokens=490, ignore_eos=True)
+    running = generate(1, "policy", prompt(20), max_tokens=800, ignore_eos=True)
     assert hub.submit(running) == []
     outputs = [output for _ in range(10) for output in hub.step()]
     send(hub, checkpoints / "odd", in_flight="abort")
