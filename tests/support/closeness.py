@@ -78,3 +78,17 @@ def assert_close(found: Tensor, exact: Tensor, dtype: torch.dtype, ulps: float =
             f"{int((error > ulps).sum())} of {error.numel()} elements are off by more than {ulps} ulps; the worst, at "
             f"{place}, is {float(found[place])} for {float(exact[place])}: {float(error[worst]):.3g} ulps"
         )
+
+
+def exact_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
+    """`ops.linear` in float64, rounded to x's dtype before the activation as it is."""
+    y = x.double() @ weight.double().T
+    if bias is not None:
+        y += bias.double()
+    if activation is None:
+        return y
+    y = y.to(x.dtype).double()
+    if activation == "silu_and_mul":
+        gate, up = y.chunk(2, dim=-1)
+        return gate * gate.sigmoid() * up
+    return torch.nn.functional.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")

@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 import torch
-from closeness import DTYPES, assert_close, frame_is_whole, framed, noise, poisoned_memory
+from closeness import DTYPES, assert_close, exact_linear, frame_is_whole, framed, noise, poisoned_memory
 from torch import Tensor
 
 from tandem.kernels.ops import Activation
@@ -14,19 +14,6 @@ from tandem.kernels.triton import linear
 
 SHAPES = [(1, 1), (5, 123), (9, 64), (3, 1030)]  # [outs, ins]; 1030: one whole block of columns, and a part
 ACTIVATIONS = [None, *get_args(Activation)]
-
-
-def exact(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation | None) -> Tensor:
-    y = x.double() @ weight.double().T
-    if bias is not None:
-        y += bias.double()
-    if activation is None:
-        return y
-    y = y.to(x.dtype).double()
-    if activation == "silu_and_mul":
-        gate, up = y.chunk(2, dim=-1)
-        return gate * gate.sigmoid() * up
-    return torch.nn.functional.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 def check(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
@@ -44,7 +31,7 @@ def test_linear(rows: int, outs: int, ins: int, biased: bool, dtype: torch.dtype
     for deterministic in (False, True):
         with poisoned_memory():
             found = linear(x, weight, bias, deterministic=deterministic)
-        check(found, exact(x, weight, bias, None), dtype)
+        check(found, exact_linear(x, weight, bias, None), dtype)
     assert frame_is_whole(x)
 
 
@@ -57,7 +44,7 @@ def test_activations(rows: int, activation: Activation | None, biased: bool, dty
     x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype) if biased else None
     with poisoned_memory():
         found = linear(x, weight, bias, activation)
-    check(found, exact(x, weight, bias, activation), dtype)
+    check(found, exact_linear(x, weight, bias, activation), dtype)
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # numpy under the interpreter; infinity is right
@@ -100,7 +87,7 @@ def test_real_shapes(outs: int, ins: int, dtype: torch.dtype) -> None:
     """On a device instructions could depend on T: they must not."""
     x, weight = noise(1030, ins, dtype=dtype), (noise(outs, ins, seed=1) / ins**0.5).to(dtype)
     whole = linear(x, weight, deterministic=True)
-    check(whole, exact(x, weight, None, None), dtype)
+    check(whole, exact_linear(x, weight, None, None), dtype)
     for rows in (1, 2, 4, 5, 16, 63, 64, 65, 256):
         assert torch.equal(linear(x[:rows], weight, deterministic=True), whole[:rows])
-        check(linear(x[:rows], weight), exact(x[:rows], weight, None, None), dtype)
+        check(linear(x[:rows], weight), exact_linear(x[:rows], weight, None, None), dtype)

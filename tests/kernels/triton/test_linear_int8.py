@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from closeness import DEVICE, DTYPES, assert_close, frame_is_whole, framed, noise, poisoned_memory
+from closeness import DEVICE, DTYPES, assert_close, exact_linear, frame_is_whole, framed, noise, poisoned_memory
 from torch import Tensor
 
 from tandem.kernels import ops
@@ -31,16 +31,7 @@ def matrix(outs: int, ins: int, outlier: float = 50) -> Int8:
 
 
 def exact(x: Tensor, weight: Int8, bias: Tensor | None, activation: Activation | None = None) -> Tensor:
-    y = x.double() @ (weight.values.double() * weight.scale.double().unsqueeze(-1)).T
-    if bias is not None:
-        y += bias.double()
-    if activation is None:
-        return y
-    y = y.to(x.dtype).double()
-    if activation == "silu_and_mul":
-        gate, up = y.chunk(2, dim=-1)
-        return gate * gate.sigmoid() * up
-    return torch.nn.functional.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return exact_linear(x, weight.values.double() * weight.scale.double().unsqueeze(-1), bias, activation)
 
 
 def check(found: Tensor, wanted: Tensor, dtype: torch.dtype, magnitude: float = 8) -> None:
