@@ -108,7 +108,8 @@ METRICS: tuple[Gauge | Labelled | Count | Spread, ...] = (
     ),
     Labelled(
         "request_success",
-        "Choices by how they ended; abort: the client left, error: no answer.",
+        "Choices by how they ended for the engine, which hears of a stop string once the text is read and may have "
+        "drawn the last token by then; abort: the client left, error: no answer.",
         ("finished_reason",),
         lambda m: _by_reason(m.counts.finished),
     ),
