@@ -136,6 +136,14 @@ def test_every_package_is_listed_in_pyproject() -> None:
     assert listed == {".".join(["tandem", *file.parent.relative_to(ROOT).parts]) for file in FILES}
 
 
+def test_every_cpp_file_is_built_from() -> None:
+    """What is missing here is in no source distribution, and nothing is built again when it changes."""
+    extension = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"][0]
+    for key, pattern in (("sources", "*.cpp"), ("depends", "*.h")):
+        there = sorted(str(file.relative_to(ROOT)) for file in (ROOT / "kernels" / "cpu").glob(pattern))
+        assert extension[key] == there, key
+
+
 @pytest.mark.parametrize("top", TOPS)
 def test_top_level_directories_are_no_packages(top: str) -> None:
     """Hugging Face ships a package named `kernels`; a directory without __init__.py never shadows it."""
