@@ -13,7 +13,7 @@ from .errors import CheckpointError
 from .fields import Fields
 from .head_formats import FILES, FoundHead, find_head, no_head, read_head
 from .pooling import PoolingMode, ScorePoolingMode
-from .weights import Stored, find_files, open_file
+from .stored import Stored, find_files, open_file
 
 AnyPooling = PoolingMode | ScorePoolingMode
 LANGUAGE_HEAD = r"lm_head\.(weight|bias)|embed_out\.weight"  # what a model with another head leaves out

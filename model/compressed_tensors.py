@@ -27,7 +27,7 @@ from torch import Tensor
 from .errors import CheckpointError
 from .fields import Fields
 from .quantization import SchemeName
-from .weights import Int8Rows, Stored
+from .stored import Int8Rows, Stored
 
 FORMATS = ("int-quantized", "naive-quantized", "pack-quantized")
 SCALE, PACKED, SHAPE = ".weight_scale", ".weight_packed", ".weight_shape"

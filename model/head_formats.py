@@ -12,7 +12,7 @@ from .config import ScoreConfig
 from .errors import CheckpointError
 from .fields import Fields
 from .pooling import ScorePoolingMode, score_pooling, token_ids_of
-from .weights import Stored
+from .stored import Stored
 
 FILES = ("value_head.safetensors", "value_head.bin")  # LLaMA-Factory's, beside the decoder's
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .checkpoint import head_files
 from .errors import CheckpointError
-from .weights import DTYPES, INTEGERS, Stored, digest, open_file, weight_files
+from .stored import DTYPES, INTEGERS, Stored, digest, open_file, weight_files
 
 MOST_HEADER = 100_000_000  # bytes; safetensors' own bound
 SHARED_MEMORY = Path("/dev/shm")

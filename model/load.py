@@ -19,7 +19,8 @@ from .model import AnyHead, Model
 from .quantization import PLAIN, Quantization, WantedHead, WantedScheme, quantization_of
 from .registry import ARCHITECTURES, Decoder
 from .slots import Place, Slot
-from .weights import Naming, Progress, Storage, digest, fill, slots_of, storage_of
+from .stored import digest
+from .weights import Naming, Progress, Storage, fill, slots_of, storage_of
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 

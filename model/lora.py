@@ -26,7 +26,7 @@ from .fields import Fields
 from .incoming import read_safetensors
 from .linear import Linear, linears
 from .registry import Decoder
-from .weights import DTYPES, Stored, digest, listed, open_file
+from .stored import DTYPES, Stored, digest, listed, open_file
 
 CONFIG = "adapter_config.json"
 FILES = ("adapter_model.safetensors", "adapter_model.bin")  # in the order in which they are looked for

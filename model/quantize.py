@@ -35,7 +35,8 @@ from .quantization import quantize_into
 from .registry import ARCHITECTURES, Decoder
 from .shards import Header, Piece, header_dtype, write_shards
 from .slots import Place
-from .weights import Progress, Stored, all_finite, find_files, listed
+from .stored import Stored, find_files, listed
+from .weights import Progress, all_finite
 
 WrittenScheme = Literal["int8", "w8a8"]
 Change = Callable[[Tensor], Tensor]

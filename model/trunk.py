@@ -17,7 +17,8 @@ from .heads import ScoreHead
 from .load import naming_of
 from .model import Model
 from .registry import ARCHITECTURES
-from .weights import Naming, Stored, digest, fill
+from .stored import Stored, digest
+from .weights import Naming, fill
 
 # Fields of a config that say nothing of the decoder.
 AROUND = frozenset(

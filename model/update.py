@@ -20,7 +20,8 @@ from .compressed_tensors import joined
 from .linear import Linear
 from .load import unfilled
 from .model import Model
-from .weights import Filling, Stored, slots_at
+from .stored import Stored
+from .weights import Filling, slots_at
 
 
 class Update:

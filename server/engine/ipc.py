@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...model.errors import CheckpointError
 from ...model.incoming import named_dtype
-from ...model.weights import Stored
+from ...model.stored import Stored
 from .commands import IpcTensor
 
 MOST_HANDLE = 4096  # bytes

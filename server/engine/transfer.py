@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ...model.errors import CheckpointError
 from ...model.incoming import named_dtype
-from ...model.weights import Stored
+from ...model.stored import Stored
 from .commands import InitTransfer, TensorSpec
 
 Named = list[tuple[str, Stored]]

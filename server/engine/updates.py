@@ -13,8 +13,8 @@ import torch
 from ...model.errors import CheckpointError
 from ...model.incoming import digest_of, from_disk, from_shared_memory
 from ...model.model import Model
+from ...model.stored import Stored
 from ...model.update import Update
-from ...model.weights import Stored
 from . import commands
 from .adapting import Adapting
 from .commands import FinishUpdate, Refused, Source, Updated, UpdateWeights
