@@ -123,6 +123,17 @@ struct Logprobs {
     long rows, size, top, type;
 };
 
+// One of the library's functions and its arguments.
+struct ReplayStep {
+    void (*function)(int set, int threads, const void* arguments);
+    const void* arguments;
+};
+
+struct Replay {
+    const ReplayStep* steps;
+    long count;
+};
+
 struct Kernels {
     void (*pack)(const Pack&, int threads);
     void (*linear)(const Linear&, int threads);

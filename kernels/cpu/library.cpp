@@ -36,4 +36,8 @@ void tandem_attention(int set, int threads, const Attention* a) { SETS[set]->att
 void tandem_greedy(int set, int threads, const Greedy* a) { SETS[set]->greedy(*a, threads); }
 void tandem_draw(int set, int threads, const Draw* a) { SETS[set]->draw(*a, threads); }
 void tandem_logprobs(int set, int threads, const Logprobs* a) { SETS[set]->logprobs(*a, threads); }
+
+void tandem_replay(int set, int threads, const Replay* a) {
+    for (long i = 0; i < a->count; ++i) a->steps[i].function(set, threads, a->steps[i].arguments);
+}
 }

@@ -22,4 +22,6 @@ def lora(x: Tensor, a: Tensor, b: Tensor, outs: tuple[int, ...], slots: Tensor, 
     assert slots.shape == (len(x),) and slots.dtype == torch.int64 and slots.is_contiguous()
     widths = (ctypes.c_long * parts)(*outs)
     shape = (x.shape[0], x.shape[1], parts, rank, kind)
-    found.run("tandem_lora", Lora(at(x), at(a), at(b), at(slots), ctypes.addressof(widths), at(y), *shape))
+    call = Lora(at(x), at(a), at(b), at(slots), ctypes.addressof(widths), at(y), *shape)
+    call.held = widths  # as long as the call, which a recording keeps
+    found.run("tandem_lora", call)

@@ -8,7 +8,8 @@ that is no x86-64), and where the processor lacks AVX2, the definitions compute 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -70,6 +71,11 @@ Logprobs = _call(
     **_fields("logits targets factors values ranks top_values top_tokens", _POINTER),
     **_fields("rows size top type", _LONG),
 )
+ReplayStep = _call(**_fields("function arguments", _POINTER))
+Replay = _call(steps=_POINTER, count=_LONG)
+
+# Told of every call of this thread's, while one is set. See recording.py.
+RECORDER: ContextVar[Callable[[str, ctypes.Structure], None] | None] = ContextVar("recorder", default=None)
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,9 @@ class Native:
     def run(self, name: str, call: ctypes.Structure) -> None:
         threads = torch.get_num_threads()
         getattr(self.library, name)(self.set, threads, ctypes.byref(call))
+        recorder = RECORDER.get()
+        if recorder is not None:
+            recorder(name, call)
 
 
 @cache

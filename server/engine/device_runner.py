@@ -146,6 +146,9 @@ class DeviceRunner:
         with self._on_stream():
             work()
 
+    def renew(self) -> None:
+        pass  # on CUDA devices, where graphs are, matrices are replaced in place
+
     def _on_stream(self) -> AbstractContextManager[object]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 

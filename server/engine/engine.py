@@ -243,6 +243,7 @@ class Engine:
 
     def renew(self, label: str) -> int:
         """The model's weights have just been replaced; nothing is launched. Gives how many pages are forgotten."""
+        self.runner.renew()
         version = self.scheduler.weight_version + 1
         self.card = replace(self.card, weight_version=version, weight_label=label)
         return self.scheduler.set_version(version)

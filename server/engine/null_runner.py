@@ -91,6 +91,9 @@ class NullRunner:
     def write(self, work: Callable[[], None]) -> None:
         work()
 
+    def renew(self) -> None:
+        pass
+
     def refusal(self, request: Request) -> EngineError | None:
         """What it cannot even pretend to do: to draw no other tokens than those that are allowed."""
         sampling = request.sampling

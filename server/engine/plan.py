@@ -159,3 +159,7 @@ class Executor(Protocol):
     def write(self, work: Callable[[], None]) -> None:
         """Does work on the model's tensors behind the steps that are launched, and before those to come."""
         ...
+
+    def renew(self) -> None:
+        """The model's weights are others, and its matrices may lie elsewhere; nothing is launched."""
+        ...

@@ -26,6 +26,7 @@ from ...kernels.ops import Sequences
 from ...model.batch import Batch
 from ...model.kv_cache import KVCache
 from ...model.model import Model
+from .decodes import Decodes
 from .guides import Guides
 from .options import AttentionBackend
 from .plan import Plan, Sampled
@@ -83,11 +84,7 @@ class Runner:
         self._sampler = Sampler(self._history, model.config.vocab_size, end_ids)
         self._pooled = None if model.config.pools is None else Pooled(model, max_seqs, self._device)
         self._pinned = Pinned(max_seqs, model, self._device)
-        self._row_numbers = np.arange(max_seqs + 1, dtype=np.int32)
-        # Of the last pure decode: slots, their adapters, positions, and the page table while it still holds.
-        self._slots = self._starts = np.zeros(0, np.int64)
-        self._row_adapters: Tensor | None = None
-        self._pages: Tensor | None = None
+        self._decodes = Decodes(model, cache, self._history, self._table, self._adapter, self._device, self._attention)
 
     def request(self, slot: int) -> Request:
         """The request in a slot."""
@@ -109,34 +106,35 @@ class Runner:
     def write(self, work: Callable[[], None]) -> None:
         work()
 
+    def renew(self) -> None:
+        self._decodes.forget_weights()
+
     @torch.inference_mode()
     def execute(self, plan: Plan) -> Sampled:
         self._apply(plan)
-        if plan.decodes == len(plan.slots):
-            batch, ends = self._decode_batch(plan), None
-        else:
-            batch, ends = self._mixed_batch(plan)
-        hidden = self.model.forward(batch, self._cache)
         result = Sampled([])
+        if plan.decodes == len(plan.slots):
+            logits = self._decodes.logits(plan)
+            self._draw(logits, self._decodes.slots, self._decodes.starts + 1, result)
+            return result
+        self._decodes.forget_rows()
+        batch, ends = self._mixed_batch(plan)
+        hidden = self.model.forward(batch, self._cache)
         if plan.samples:
             self._sample(plan, hidden, ends, result)
         if plan.scores:
-            assert ends is not None
             rows = ends[[row for row, _ in plan.scores]]
             result.scores = self.model.scores(hidden[self._tensor(rows)]).tolist()
         if plan.values:
-            assert ends is not None
             rows = self._pinned.gather(hidden, *map(self._tensor, Rows.of(plan, plan.values, ends)))
             result.values = [part.tolist() for part in self.model.values(rows).split(sizes_of(plan.values))]
         if plan.prompt_logprobs:
-            assert ends is not None
             result.prompt_logprobs = self._prompt_logprobs(plan, hidden, ends)
         if plan.pooled:
-            assert ends is not None and self._pooled is not None
+            assert self._pooled is not None
             found = self._pooled.take(plan, hidden, ends.tolist())
             result.pooled = [] if found is None else found.tolist()
         if plan.pins:
-            assert ends is not None
             rows, pins = np.array(plan.pins).T
             self._pinned.keep(self._tensor(pins), hidden[self._tensor(ends[rows])])
         return result
@@ -162,45 +160,13 @@ class Runner:
         if plan.page_updates:
             updates = np.array(plan.page_updates)
             self._table[updates[:, 0], updates[:, 1]] = updates[:, 2]
-            self._pages = None
+            self._decodes.forget_pages()
         if plan.copies:
             pages = self._tensor(np.array(plan.copies))
             self._cache.copy_pages(pages[:, 0], pages[:, 1])
 
-    def _decode_batch(self, plan: Plan) -> Batch:
-        """One token per row."""
-        if plan.steady and len(self._slots) == len(plan.slots):
-            self._starts += 1
-        else:
-            self._slots, self._starts = np.array(plan.slots), np.array(plan.starts)
-            self._row_adapters = self._adapters_of(self._slots)
-            self._pages = None
-        slots, starts = self._slots, self._starts
-        rows, longest = len(slots), int(starts.max()) + 1
-        page, offset = np.divmod(starts, self._page_size)
-        if self._pages is None or self._pages.shape[1] * self._page_size < longest:
-            self._pages = self._page_table(slots, longest)
-        return Batch(
-            self._tensor(self._history[slots, starts].astype(np.int64)),
-            self._tensor(starts.copy()),
-            self._tensor(self._table[slots, page] * np.int64(self._page_size) + offset),
-            Sequences(
-                self._tensor(self._row_numbers[: rows + 1]),
-                self._tensor((starts + 1).astype(np.int32)),
-                self._pages,
-                rows,
-                1,
-                longest,
-                deterministic=self.model.deterministic,
-                backend=self._attention,
-                memo={},
-            ),
-            self._row_adapters,
-        )
-
     def _mixed_batch(self, plan: Plan) -> tuple[Batch, Integers]:
         """Rows of any length, and where in the batch each row's last token stands, [B]."""
-        self._slots = np.zeros(0, np.int64)
         slots, starts, counts = np.array(plan.slots), np.array(plan.starts), np.array(plan.counts)
         firsts = np.zeros(len(slots) + 1, np.int64)
         np.cumsum(counts, out=firsts[1:])
@@ -237,19 +203,19 @@ class Runner:
         """[B, M] int32, as wide as the longest sequence needs."""
         return self._tensor(self._table[slots, : -(-longest // self._page_size)])
 
-    def _sample(self, plan: Plan, hidden: Tensor, ends: Integers | None, result: Sampled) -> None:
-        """Draws the tokens and writes them behind their sequences."""
-        if ends is None:  # pure decode: every row, in order
-            slots, lengths = self._slots, self._starts + 1
-            logits = self.model.logits(hidden)
-        else:
-            pairs = np.array(plan.samples)
-            rows, slots = pairs[:, 0], pairs[:, 1]
-            lengths = (np.array(plan.starts) + np.array(plan.counts))[rows]
-            needed, copies = np.unique(rows, return_inverse=True)
-            logits = self.model.logits(hidden[self._tensor(ends[needed])])
-            if len(needed) < len(rows):  # several choices draw from one row
-                logits = logits[self._tensor(copies)]
+    def _sample(self, plan: Plan, hidden: Tensor, ends: Integers, result: Sampled) -> None:
+        """Draws the plan's tokens from the step's hidden states [T, D]."""
+        pairs = np.array(plan.samples)
+        rows, slots = pairs[:, 0], pairs[:, 1]
+        lengths = (np.array(plan.starts) + np.array(plan.counts))[rows]
+        needed, copies = np.unique(rows, return_inverse=True)
+        logits = self.model.logits(hidden[self._tensor(ends[needed])])
+        if len(needed) < len(rows):  # several choices draw from one row
+            logits = logits[self._tensor(copies)]
+        self._draw(logits, slots, lengths, result)
+
+    def _draw(self, logits: Tensor, slots: Integers, lengths: Integers, result: Sampled) -> None:
+        """A token for each slot, from logits [R, V], written behind the `lengths` that its sequence has."""
         guides = {} if self._guides is None else self._guides.of(slots.tolist())
         masks = {} if self._guides is None else self._guides.words(guides)
         drawn, result.logprobs = self._sampler.sample(logits, slots, lengths, masks)

@@ -15,6 +15,7 @@ from hubs import Answer, answer, assert_nothing_is_held, collect, generate, make
 from tandem.model.model import Model
 from tandem.server.engine.hub import Hub
 from tandem.server.engine.request import Request
+from tandem.server.engine.sampler import Sampler
 
 TEXTS = ["llama-gqa", "gpt2", "bloom", "qwen3"]
 
@@ -236,15 +237,15 @@ def test_a_step_that_raises_ends_its_own_requests_alone(
     path = checkpoints / "llama-gqa"
     hub = make_hub(path, max_num_seqs=2)
     requests = [generate(i, "llama-gqa", prompt(20, i), **(SAMPLED | {"seed": i})) for i in range(3)]
-    forward, calls = Model.forward, []
+    sample, calls = Sampler.sample, []
 
     def failing(*arguments: Any) -> Any:
         calls.append(1)
         if len(calls) == 4:
             raise RuntimeError("the device fell off")
-        return forward(*arguments)
+        return sample(*arguments)
 
-    monkeypatch.setattr(Model, "forward", failing)
+    monkeypatch.setattr(Sampler, "sample", failing)
     with caplog.at_level(logging.CRITICAL, "tandem.server.engine.engine"):
         outputs = hub.run(requests)
     for number in (0, 1):
