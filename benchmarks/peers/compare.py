@@ -36,6 +36,7 @@ from .checkpoint import checkpoint
 DTYPE = "bfloat16" if cpu_has_bfloat16() else "float32"
 LARGE, TINY = "random:125m", "random:tiny"
 OWN_TOOL_ROUNDS = 5
+SEEDS_APART = 1_000_000  # more than the rounds of a load lie apart
 CLOSE = 0.05  # how far two tools' medians may lie apart
 
 
@@ -64,6 +65,12 @@ class Run:
     runs: int
     save: Path | None
     rows: list[Row] = field(default_factory=list[Row])
+    loads: int = 0  # so far
+
+    def next_seed(self) -> int:
+        """Each load has prompts of its own: a server that stays up has those of earlier ones in its prefix cache."""
+        self.loads += 1
+        return self.loads * SEEDS_APART
 
     def add(self, name: str, value: dict[str, Any] | float, beside: str = "", **goal: Any) -> None:
         """A row: of a Spread as a dict, or of one figure."""
@@ -84,7 +91,13 @@ def between(run: Run, servers: Sequence[Server], **given: Any) -> dict[str, Any]
     dataset = Dataset("random", count=given.pop("count"), input_len=given.pop("given"), output_len=given.pop("wanted"))
     sides = tuple(Side(server.name, server.base_url, server.pid) for server in servers)
     options = ServeOptions(
-        sides, tokenizer=str(given.pop("model")), dataset=dataset, runs=run.runs, num_warmups=8, seed=7, **given
+        sides,
+        tokenizer=str(given.pop("model")),
+        dataset=dataset,
+        runs=run.runs,
+        num_warmups=8,
+        seed=run.next_seed(),
+        **given,
     )
     return serve.run(options)
 

@@ -12,6 +12,7 @@
 namespace {
 
 constexpr long ROWS = 64, DEPTH = 1024;  // of x between two readings of W; of K per visit of a tile
+constexpr long AHEAD = 1 << 17;          // bytes, from what is read of W to what is fetched: some panels, within the L2 cache
 
 // Rows that a tile of one panel (with AVX-512 also of two) holds, and one of four: their sums, and two registers for W, must
 // fit the registers.
@@ -34,6 +35,12 @@ INLINE void tile(const X* x, long x_step, const W* const* panels, long depth, fl
         for (int r = 0; r < R; ++r) sums[p][r] = fresh ? zeros() : load(c + (p * c_step + r) * COLUMNS);
     }
     for (long k = 0; k < depth; k += STEP<X, W>) {
+        // The processor follows a stream to the end of its 4 KiB page. That is enough for four at a time, which wait for
+        // memory anyway, but between more rows' products one or two would wait at each page.
+        if (P < 4) {
+#pragma GCC unroll 2
+            for (int p = 0; p < P; ++p) __builtin_prefetch((const char*)(w[p] + k * COLUMNS) + AHEAD, 0, 2);
+        }
 #pragma GCC unroll 64
         for (int i = 0; i < R * P; ++i) {
             const int r = P < 4 ? i / P : i % R, p = P < 4 ? i % P : i / R;
