@@ -71,7 +71,8 @@ class BloomAttention(nn.Module):
     def forward(self, x: Tensor, batch: Batch, alibi: Tensor, cache: KVLayer) -> Tensor:
         q, k, v = self.query_key_value(x).unflatten(-1, (self.heads, 3, -1)).unbind(2)  # [T, N, H] each
         ops.write_kv(k, v, batch.slots, cache)
-        return self.dense(ops.paged_attention(q, cache, batch.sequences, self.scale, alibi=alibi).flatten(1))
+        out = ops.paged_attention(q, cache, batch.sequences, self.scale, alibi=alibi)
+        return self.dense(batch.kept(out).flatten(1))
 
 
 class BloomMLP(nn.Module):
@@ -97,8 +98,10 @@ class BloomLayer(nn.Module):
         self.mlp = BloomMLP(config, place)
 
     def forward(self, x: Tensor, batch: Batch, alibi: Tensor, cache: KVLayer) -> Tensor:
+        """x [T, D] -> those of its rows that go on."""
         normed = self.input_layernorm(x)
-        x = self.self_attention(normed, batch, alibi, cache).add_(normed if self.residual_after_norm else x)
+        attended = self.self_attention(normed, batch, alibi, cache)
+        x = attended.add_(batch.kept(normed if self.residual_after_norm else x))
         normed = self.post_attention_layernorm(x)
         return self.mlp(normed).add_(normed if self.residual_after_norm else x)
 
@@ -121,8 +124,8 @@ class BloomDecoder(nn.Module):
         return self.word_embeddings.weight
 
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
-        """Hidden states [T, D] after the last norm. K and V of the rows go into the cache."""
+        """Hidden states [R, D] after the last norm. K and V of all rows go into the cache."""
         x = self.word_embeddings_layernorm(self.word_embeddings(batch.token_ids))
-        for layer, pages in zip(self.h, cache.layers, strict=True):
-            x = layer(x, batch, self.alibi, pages)
+        for layer, pages, rows in zip(self.h, cache.layers, batch.of_layers(len(self.h)), strict=True):
+            x = layer(x, rows, self.alibi, pages)
         return self.ln_f(x)

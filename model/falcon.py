@@ -101,7 +101,8 @@ class FalconAttention(nn.Module):
             q = ops.qk_norm_rotary_and_write_kv(
                 qkv, None, None, 0.0, batch.positions, rotary.cos, rotary.sin, False, batch.slots, cache
             )
-        return self.dense(ops.paged_attention(q, cache, batch.sequences, self.scale, alibi=alibi).flatten(1))
+        out = ops.paged_attention(q, cache, batch.sequences, self.scale, alibi=alibi)
+        return self.dense(batch.kept(out).flatten(1))
 
 
 class FalconMLP(nn.Module):
@@ -142,15 +143,18 @@ class FalconLayer(nn.Module):
 
     def forward(
         self, x: Tensor, residual: Tensor, batch: Batch, rotary: Rotary | None, alibi: Tensor | None, cache: KVLayer
-    ) -> Tensor:
-        """`residual` [T, D] grows by `x`, the last layer's output, and, if not parallel, by this attention's."""
+    ) -> tuple[Tensor, Tensor]:
+        """`residual` [T, D] grows by `x`, the last layer's output, and, if not parallel, by this attention's.
+        Gives both for the rows that go on."""
         first = self.input_layernorm or self.ln_attn
         assert first is not None
         normed = first(x, residual)
         attended = self.self_attention(normed, batch, rotary, alibi, cache)
+        residual = batch.kept(residual)
         if self.post_attention_layernorm is not None:
-            return self.mlp(self.post_attention_layernorm(attended, residual))
-        return self.mlp(normed if self.ln_mlp is None else self.ln_mlp(residual)).add_(attended)
+            return self.mlp(self.post_attention_layernorm(attended, residual)), residual
+        normed = batch.kept(normed) if self.ln_mlp is None else self.ln_mlp(residual)
+        return self.mlp(normed).add_(attended), residual
 
 
 class FalconDecoder(nn.Module):
@@ -171,9 +175,9 @@ class FalconDecoder(nn.Module):
         return self.word_embeddings.weight
 
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
-        """Hidden states [T, D] after the last norm. K and V of the rows go into the cache."""
+        """Hidden states [R, D] after the last norm. K and V of all rows go into the cache."""
         x = self.word_embeddings(batch.token_ids)
         residual = x.new_zeros(x.shape)
-        for layer, pages in zip(self.h, cache.layers, strict=True):
-            x = layer(x, residual, batch, self.rotary, self.alibi, pages)
+        for layer, pages, rows in zip(self.h, cache.layers, batch.of_layers(len(self.h)), strict=True):
+            x, residual = layer(x, residual, rows, self.rotary, self.alibi, pages)
         return self.ln_f(x, residual)

@@ -163,7 +163,7 @@ class GemmaAttention(nn.Module):
         out = ops.paged_attention(  # [T, N, H]
             q, cache, batch.sequences, self.scale, window=self.window, softcap=self.softcap
         )
-        return self.o_proj(out.flatten(1))
+        return self.o_proj(batch.kept(out).flatten(1))
 
 
 class GemmaMLP(nn.Module):
@@ -190,11 +190,15 @@ class GemmaLayer(nn.Module):
         self.mlp = GemmaMLP(config, place)
         self.post_feedforward_layernorm = GemmaRMSNorm(size, eps, place)
 
-    def forward(self, x: Tensor, residual: Tensor, batch: Batch, rotary: Rotary, cache: KVLayer) -> Tensor:
-        """`residual` [T, D] grows by `x`, the last layer's output, and then by this attention's, in place."""
+    def forward(
+        self, x: Tensor, residual: Tensor, batch: Batch, rotary: Rotary, cache: KVLayer
+    ) -> tuple[Tensor, Tensor]:
+        """`residual` [T, D] grows by `x`, the last layer's output, and then by this attention's, in place.
+        Gives both for the rows that go on."""
         x = self.self_attn(self.input_layernorm(x, residual), batch, rotary, cache)
+        residual = batch.kept(residual)
         x = self.mlp(self.pre_feedforward_layernorm(self.post_attention_layernorm(x), residual))
-        return self.post_feedforward_layernorm(x)
+        return self.post_feedforward_layernorm(x), residual
 
 
 class GemmaDecoder(nn.Module):
@@ -219,9 +223,9 @@ class GemmaDecoder(nn.Module):
         return self.embed_tokens.weight
 
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
-        """Hidden states [T, D] after the last norm. K and V of the rows go into the cache."""
+        """Hidden states [R, D] after the last norm. K and V of all rows go into the cache."""
         x = self.embed_tokens(batch.token_ids).mul_(self.scale)
         residual = x.new_zeros(x.shape)
-        for layer, pages in zip(self.layers, cache.layers, strict=True):
-            x = layer(x, residual, batch, self.local_rotary if layer.local else self.rotary, pages)
+        for layer, pages, rows in zip(self.layers, cache.layers, batch.of_layers(len(self.layers)), strict=True):
+            x, residual = layer(x, residual, rows, self.local_rotary if layer.local else self.rotary, pages)
         return self.norm(x, residual)

@@ -57,7 +57,7 @@ class GPT2Attention(nn.Module):
     def forward(self, x: Tensor, batch: Batch, cache: KVLayer) -> Tensor:
         q, k, v = self.c_attn(x).unflatten(-1, (3, self.heads, -1)).unbind(1)  # [T, N, H] each
         ops.write_kv(k, v, batch.slots, cache)
-        return self.c_proj(ops.paged_attention(q, cache, batch.sequences, self.scale).flatten(1))
+        return self.c_proj(batch.kept(ops.paged_attention(q, cache, batch.sequences, self.scale)).flatten(1))
 
 
 class GPT2MLP(nn.Module):
@@ -88,9 +88,12 @@ class GPT2Layer(nn.Module):
         self.ln_2 = LayerNorm(config.hidden_size, config.norm_eps, place)
         self.mlp = GPT2MLP(config, place)
 
-    def forward(self, x: Tensor, residual: Tensor, batch: Batch, cache: KVLayer) -> Tensor:
-        """`residual` [T, D] grows by `x`, the last layer's output, and then by this attention's, in place."""
-        return self.mlp(self.ln_2(self.attn(self.ln_1(x, residual), batch, cache), residual))
+    def forward(self, x: Tensor, residual: Tensor, batch: Batch, cache: KVLayer) -> tuple[Tensor, Tensor]:
+        """`residual` [T, D] grows by `x`, the last layer's output, and then by this attention's, in place.
+        Gives both for the rows that go on."""
+        x = self.attn(self.ln_1(x, residual), batch, cache)
+        residual = batch.kept(residual)
+        return self.mlp(self.ln_2(x, residual)), residual
 
 
 class GPT2Decoder(nn.Module):
@@ -110,9 +113,9 @@ class GPT2Decoder(nn.Module):
         return self.wte.weight
 
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
-        """Hidden states [T, D] after the last norm. K and V of the rows go into the cache."""
+        """Hidden states [R, D] after the last norm. K and V of all rows go into the cache."""
         x = self.wte(batch.token_ids)
         residual = self.wpe(batch.positions)
-        for layer, pages in zip(self.h, cache.layers, strict=True):
-            x = layer(x, residual, batch, pages)
+        for layer, pages, rows in zip(self.h, cache.layers, batch.of_layers(len(self.h)), strict=True):
+            x, residual = layer(x, residual, rows, pages)
         return self.ln_f(x, residual)

@@ -91,7 +91,7 @@ class GPTNeoXAttention(nn.Module):
             batch.slots,
             cache,
         )
-        return self.dense(ops.paged_attention(q, cache, batch.sequences, self.scale).flatten(1))
+        return self.dense(batch.kept(ops.paged_attention(q, cache, batch.sequences, self.scale)).flatten(1))
 
 
 class GPTNeoXMLP(nn.Module):
@@ -122,12 +122,16 @@ class GPTNeoXLayer(nn.Module):
         self.attention = GPTNeoXAttention(config, place)
         self.mlp = GPTNeoXMLP(config, place)
 
-    def forward(self, x: Tensor, residual: Tensor, batch: Batch, rotary: Rotary, cache: KVLayer) -> Tensor:
-        """`residual` [T, D] grows by `x`, the last layer's output, and, if not parallel, by this attention's."""
+    def forward(
+        self, x: Tensor, residual: Tensor, batch: Batch, rotary: Rotary, cache: KVLayer
+    ) -> tuple[Tensor, Tensor]:
+        """`residual` [T, D] grows by `x`, the last layer's output, and, if not parallel, by this attention's.
+        Gives both for the rows that go on."""
         attended = self.attention(self.input_layernorm(x, residual), batch, rotary, cache)
+        residual = batch.kept(residual)
         if self.parallel:
-            return self.mlp(self.post_attention_layernorm(residual)).add_(attended)
-        return self.mlp(self.post_attention_layernorm(attended, residual))
+            return self.mlp(self.post_attention_layernorm(residual)).add_(attended), residual
+        return self.mlp(self.post_attention_layernorm(attended, residual)), residual
 
 
 class GPTNeoXDecoder(nn.Module):
@@ -148,9 +152,9 @@ class GPTNeoXDecoder(nn.Module):
         return self.embed_in.weight
 
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
-        """Hidden states [T, D] after the last norm. K and V of the rows go into the cache."""
+        """Hidden states [R, D] after the last norm. K and V of all rows go into the cache."""
         x = self.embed_in(batch.token_ids)
         residual = x.new_zeros(x.shape)
-        for layer, pages in zip(self.layers, cache.layers, strict=True):
-            x = layer(x, residual, batch, self.rotary, pages)
+        for layer, pages, rows in zip(self.layers, cache.layers, batch.of_layers(len(self.layers)), strict=True):
+            x, residual = layer(x, residual, rows, self.rotary, pages)
         return self.final_layer_norm(x, residual)

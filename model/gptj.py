@@ -70,7 +70,7 @@ class GPTJAttention(nn.Module):
             batch.slots,
             cache,
         )
-        return self.out_proj(ops.paged_attention(q, cache, batch.sequences, self.scale).flatten(1))
+        return self.out_proj(batch.kept(ops.paged_attention(q, cache, batch.sequences, self.scale)).flatten(1))
 
 
 class GPTJMLP(nn.Module):
@@ -99,10 +99,13 @@ class GPTJLayer(nn.Module):
         self.attn = GPTJAttention(config, place)
         self.mlp = GPTJMLP(config, place)
 
-    def forward(self, x: Tensor, residual: Tensor, batch: Batch, rotary: Rotary, cache: KVLayer) -> Tensor:
-        """`residual` [T, D] grows by `x`, the last layer's output, in place."""
+    def forward(
+        self, x: Tensor, residual: Tensor, batch: Batch, rotary: Rotary, cache: KVLayer
+    ) -> tuple[Tensor, Tensor]:
+        """`residual` [T, D] grows by `x`, the last layer's output, in place. Gives both for the rows that go on."""
         normed = self.ln_1(x, residual)
-        return self.mlp(normed).add_(self.attn(normed, batch, rotary, cache))
+        attended = self.attn(normed, batch, rotary, cache)
+        return self.mlp(batch.kept(normed)).add_(attended), batch.kept(residual)
 
 
 class GPTJDecoder(nn.Module):
@@ -123,9 +126,9 @@ class GPTJDecoder(nn.Module):
         return self.wte.weight
 
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
-        """Hidden states [T, D] after the last norm. K and V of the rows go into the cache."""
+        """Hidden states [R, D] after the last norm. K and V of all rows go into the cache."""
         x = self.wte(batch.token_ids)
         residual = x.new_zeros(x.shape)
-        for layer, pages in zip(self.h, cache.layers, strict=True):
-            x = layer(x, residual, batch, self.rotary, pages)
+        for layer, pages, rows in zip(self.h, cache.layers, batch.of_layers(len(self.h)), strict=True):
+            x, residual = layer(x, residual, rows, self.rotary, pages)
         return self.ln_f(x, residual)

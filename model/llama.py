@@ -113,7 +113,7 @@ class LlamaAttention(nn.Module):
             cache,
         )
         out = ops.paged_attention(q, cache, batch.sequences, self.scale, window=self.window)  # [T, N, H]
-        return self.o_proj(out.flatten(1))
+        return self.o_proj(batch.kept(out).flatten(1))
 
 
 class LlamaMLP(nn.Module):
@@ -143,10 +143,14 @@ class LlamaLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps, place)
         self.mlp = LlamaMLP(config, place)
 
-    def forward(self, x: Tensor, residual: Tensor, batch: Batch, rotary: Rotary, cache: KVLayer) -> Tensor:
-        """`residual` [T, D] grows by `x`, the last layer's output, and then by this attention's, in place."""
+    def forward(
+        self, x: Tensor, residual: Tensor, batch: Batch, rotary: Rotary, cache: KVLayer
+    ) -> tuple[Tensor, Tensor]:
+        """`residual` [T, D] grows by `x`, the last layer's output, and then by this attention's, in place.
+        Gives both for the rows that go on."""
         x = self.self_attn(self.input_layernorm(x, residual), batch, rotary, cache)
-        return self.mlp(self.post_attention_layernorm(x, residual))
+        residual = batch.kept(residual)
+        return self.mlp(self.post_attention_layernorm(x, residual)), residual
 
 
 class LlamaDecoder(nn.Module):
@@ -167,9 +171,9 @@ class LlamaDecoder(nn.Module):
         return self.embed_tokens.weight
 
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
-        """Hidden states [T, D] after the last norm. K and V of the rows go into the cache."""
+        """Hidden states [R, D] after the last norm. K and V of all rows go into the cache."""
         x = self.embed_tokens(batch.token_ids)
         residual = x.new_zeros(x.shape)
-        for layer, pages in zip(self.layers, cache.layers, strict=True):
-            x = layer(x, residual, batch, self.rotary, pages)
+        for layer, pages, rows in zip(self.layers, cache.layers, batch.of_layers(len(self.layers)), strict=True):
+            x, residual = layer(x, residual, rows, self.rotary, pages)
         return self.norm(x, residual)

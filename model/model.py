@@ -1,6 +1,6 @@
 """A decoder with its head, as the engine sees it.
 
-Letters: T tokens of a step, R rows that a head reads, D model size, V vocabulary.
+Letters: T tokens of a step, R rows that are read of it or that a head reads, D model size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class Model:
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
-        """Hidden states [T, D] after the last norm, in the model's dtype. Writes the rows' K and V into the cache."""
+        """Hidden states [R, D] after the last norm, in the model's dtype, of the rows that the batch says are read.
+        Writes all rows' K and V into the cache."""
         if self.adapters is None:
             assert batch.adapters is None, "rows with an adapter, but no room for any was made"
             return self.decoder(batch, cache)

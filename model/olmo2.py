@@ -85,7 +85,7 @@ class Olmo2Attention(nn.Module):
         q = ops.qk_norm_rotary_and_write_kv(
             qkv, None, None, 0.0, batch.positions, rotary.cos, rotary.sin, False, batch.slots, cache
         )
-        return self.o_proj(ops.paged_attention(q, cache, batch.sequences, self.scale).flatten(1))
+        return self.o_proj(batch.kept(ops.paged_attention(q, cache, batch.sequences, self.scale)).flatten(1))
 
 
 class Olmo2Layer(nn.Module):
@@ -97,8 +97,9 @@ class Olmo2Layer(nn.Module):
         self.post_feedforward_layernorm = norm_of(config.hidden_size, config, place)
 
     def forward(self, x: Tensor, batch: Batch, rotary: Rotary, cache: KVLayer) -> Tensor:
-        """x [T, D], which is overwritten."""
-        x.add_(self.post_attention_layernorm(self.self_attn(x, batch, rotary, cache)))
+        """x [T, D], which is overwritten -> those of its rows that go on."""
+        attended = self.post_attention_layernorm(self.self_attn(x, batch, rotary, cache))
+        x = batch.kept(x).add_(attended)
         return x.add_(self.post_feedforward_layernorm(self.mlp(x)))
 
 
@@ -120,8 +121,8 @@ class Olmo2Decoder(nn.Module):
         return self.embed_tokens.weight
 
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
-        """Hidden states [T, D] after the last norm. K and V of the rows go into the cache."""
+        """Hidden states [R, D] after the last norm. K and V of all rows go into the cache."""
         x = self.embed_tokens(batch.token_ids)
-        for layer, pages in zip(self.layers, cache.layers, strict=True):
-            x = layer(x, batch, self.rotary, pages)
+        for layer, pages, rows in zip(self.layers, cache.layers, batch.of_layers(len(self.layers)), strict=True):
+            x = layer(x, rows, self.rotary, pages)
         return self.norm(x)

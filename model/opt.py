@@ -67,7 +67,7 @@ class OPTAttention(nn.Module):
     def forward(self, x: Tensor, batch: Batch, cache: KVLayer) -> Tensor:
         q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.heads, -1)).unbind(1)  # [T, N, H] each
         ops.write_kv(k, v, batch.slots, cache)
-        return self.out_proj(ops.paged_attention(q, cache, batch.sequences, self.scale).flatten(1))
+        return self.out_proj(batch.kept(ops.paged_attention(q, cache, batch.sequences, self.scale)).flatten(1))
 
 
 class OPTLayer(nn.Module):
@@ -83,11 +83,13 @@ class OPTLayer(nn.Module):
         self.final_layer_norm = LayerNorm(outer, config.norm_eps, place, config.norm_affine)
 
     def forward(self, x: Tensor, batch: Batch, cache: KVLayer) -> Tensor:
-        """x [T, D], which is overwritten."""
+        """x [T, D], which is overwritten -> those of its rows that go on."""
         if self.norm_first:
-            x.add_(self.self_attn(self.self_attn_layer_norm(x), batch, cache))
+            attended = self.self_attn(self.self_attn_layer_norm(x), batch, cache)
+            x = batch.kept(x).add_(attended)
             return x.add_(self._mlp(self.final_layer_norm(x)))
-        x = self.self_attn_layer_norm(self.self_attn(x, batch, cache), x)
+        attended = self.self_attn(x, batch, cache)
+        x = self.self_attn_layer_norm(attended, batch.kept(x))
         return self.final_layer_norm(self._mlp(x), x)
 
     def _mlp(self, x: Tensor) -> Tensor:
@@ -114,8 +116,8 @@ class OPTLayers(nn.Module):
         x = self.embed_tokens(batch.token_ids)
         x = x if self.project_in is None else self.project_in(x)
         x = x.add_(self.embed_positions(batch.positions + OFFSET))
-        for layer, pages in zip(self.layers, cache.layers, strict=True):
-            x = layer(x, batch, pages)
+        for layer, pages, rows in zip(self.layers, cache.layers, batch.of_layers(len(self.layers)), strict=True):
+            x = layer(x, rows, pages)
         x = x if self.final_layer_norm is None else self.final_layer_norm(x)
         return x if self.project_out is None else self.project_out(x)
 
@@ -134,5 +136,5 @@ class OPTDecoder(nn.Module):
         return self.decoder.embed_tokens.weight
 
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
-        """Hidden states [T, E] after the last layer. K and V of the rows go into the cache."""
+        """Hidden states [R, E] after the last layer. K and V of all rows go into the cache."""
         return self.decoder(batch, cache)

@@ -82,10 +82,14 @@ class Starcoder2Layer(nn.Module):
         self.post_attention_layernorm = LayerNorm(config.hidden_size, config.norm_eps, place)
         self.mlp = Starcoder2MLP(config, place)
 
-    def forward(self, x: Tensor, residual: Tensor, batch: Batch, rotary: Rotary, cache: KVLayer) -> Tensor:
-        """`residual` [T, D] grows by `x`, the last layer's output, and then by this attention's, in place."""
+    def forward(
+        self, x: Tensor, residual: Tensor, batch: Batch, rotary: Rotary, cache: KVLayer
+    ) -> tuple[Tensor, Tensor]:
+        """`residual` [T, D] grows by `x`, the last layer's output, and then by this attention's, in place.
+        Gives both for the rows that go on."""
         x = self.self_attn(self.input_layernorm(x, residual), batch, rotary, cache)
-        return self.mlp(self.post_attention_layernorm(x, residual))
+        residual = batch.kept(residual)
+        return self.mlp(self.post_attention_layernorm(x, residual)), residual
 
 
 class Starcoder2Decoder(nn.Module):
@@ -106,9 +110,9 @@ class Starcoder2Decoder(nn.Module):
         return self.embed_tokens.weight
 
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
-        """Hidden states [T, D] after the last norm. K and V of the rows go into the cache."""
+        """Hidden states [R, D] after the last norm. K and V of all rows go into the cache."""
         x = self.embed_tokens(batch.token_ids)
         residual = x.new_zeros(x.shape)
-        for layer, pages in zip(self.layers, cache.layers, strict=True):
-            x = layer(x, residual, batch, self.rotary, pages)
+        for layer, pages, rows in zip(self.layers, cache.layers, batch.of_layers(len(self.layers)), strict=True):
+            x, residual = layer(x, residual, rows, self.rotary, pages)
         return self.norm(x, residual)

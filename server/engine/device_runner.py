@@ -35,7 +35,7 @@ from .launched import Clock, Launched, logprobs_to_host, to_host
 from .options import AttentionBackend
 from .plan import Plan
 from .pooled import Pooled
-from .prompt_rows import Pinned, Rows, factors_of, sizes_of, targets_of
+from .prompt_rows import Pinned, Read, Rows, factors_of, sizes_of, targets_of
 from .request import Request
 from .runner import NO_ADAPTERS
 from .staging import Staging
@@ -335,19 +335,23 @@ class DeviceRunner:
         ends, lengths = firsts[1:] - 1, starts + counts
         drawing = np.array(plan.samples, np.int64).reshape(-1, 2)
         needed, copies = np.unique(drawing[:, 0], return_inverse=True)
-        scored = ends[[row for row, _ in plan.scores]]
-        valued, asked = Rows.of(plan, plan.values, ends), Rows.of(plan, plan.prompt_logprobs, ends)
+        read = Read.of(plan, ends, self._any_adapter(plan.slots))
+        scored = read.at(ends[[row for row, _ in plan.scores]])
+        valued, asked = (Rows.of(plan, wanted, ends, read) for wanted in (plan.values, plan.prompt_logprobs))
         requests = [self.request(plan.slots[rows.row]) for rows in plan.prompt_logprobs]
         factors = factors_of(requests, plan.prompt_logprobs)
         sent = self._send(
             plan,
             *(slots, starts, counts, firsts, lengths, _prefixes(plan, plan.decodes)),
-            *(ends[needed], copies.reshape(-1), drawing[:, 1], lengths[drawing[:, 0]]),
+            *(read.at(ends[needed]), copies.reshape(-1), drawing[:, 1], lengths[drawing[:, 0]]),
             *(scored, *valued, *asked, targets_of(plan, plan.prompt_logprobs, self._history.shape[1])),
             NONE if factors is None else factors.view(np.int32).astype(np.int64),
-            *np.array([(ends[row], pin) for row, pin in plan.pins], np.int64).reshape(-1, 2).T,
+            read.at(ends[[row for row, _ in plan.pins]]),
+            np.array([pin for _, pin in plan.pins], np.int64),
+            NONE if read.numbers is None else read.numbers,
         )
-        hidden = self._forward(plan, int(lengths.max()), *sent[:6])
+        *sent, numbers = sent
+        hidden = self._forward(plan, int(lengths.max()), *sent[:6], read=None if read.numbers is None else numbers)
         rows, places, drawers, histories, scored_rows = sent[6:11]
         valued_rows, asked_rows, (target_places, sent_factors, last_rows, pins) = sent[11:14], sent[14:17], sent[17:]
         if plan.samples:
@@ -385,8 +389,9 @@ class DeviceRunner:
         firsts: Tensor,
         lengths: Tensor,
         prefixes: Tensor,
+        read: Tensor | None,
     ) -> Tensor:
-        """Hidden states [T, D] of rows of any length."""
+        """Hidden states [R, D] of those that are read of rows of any length."""
         row, place = self._spread(counts, plan.tokens)
         table = self._table[slots, : -(-longest // self._page_size)]
         room = sum(decode_chunks(start + 1) for start in plan.starts[: plan.decodes])
@@ -395,6 +400,7 @@ class DeviceRunner:
             None if plan.prefixes is None else prefixes.int(),
         )
         batch = self._batch(slots[row], starts[row] + place, sequences, self._any_adapter(plan.slots))
+        batch.read = read
         return self.model.forward(batch, self._cache)
 
     # Draws ------------------------------------------------------------------------------------------------------------

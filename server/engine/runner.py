@@ -31,7 +31,7 @@ from .guides import Guides
 from .options import AttentionBackend
 from .plan import Plan, Sampled
 from .pooled import Pooled
-from .prompt_rows import Pinned, Rows, factors_of, sizes_of, targets_of
+from .prompt_rows import Pinned, Read, Rows, factors_of, sizes_of, targets_of
 from .request import Logprobs, Request
 from .sampler import Sampler
 
@@ -118,25 +118,27 @@ class Runner:
             self._draw(logits, self._decodes.slots, self._decodes.starts + 1, result)
             return result
         self._decodes.forget_rows()
-        batch, ends = self._mixed_batch(plan)
+        batch, ends, read = self._mixed_batch(plan)
         hidden = self.model.forward(batch, self._cache)
         if plan.samples:
-            self._sample(plan, hidden, ends, result)
+            self._sample(plan, hidden, read.at(ends), result)
         if plan.scores:
-            rows = ends[[row for row, _ in plan.scores]]
+            rows = read.at(ends[[row for row, _ in plan.scores]])
             result.scores = self.model.scores(hidden[self._tensor(rows)]).tolist()
         if plan.values:
-            rows = self._pinned.gather(hidden, *map(self._tensor, Rows.of(plan, plan.values, ends)))
+            rows = self._pinned.gather(hidden, *map(self._tensor, Rows.of(plan, plan.values, ends, read)))
             result.values = [part.tolist() for part in self.model.values(rows).split(sizes_of(plan.values))]
         if plan.prompt_logprobs:
-            result.prompt_logprobs = self._prompt_logprobs(plan, hidden, ends)
+            result.prompt_logprobs = self._prompt_logprobs(
+                plan, hidden, Rows.of(plan, plan.prompt_logprobs, ends, read)
+            )
         if plan.pooled:
             assert self._pooled is not None
             found = self._pooled.take(plan, hidden, ends.tolist())
             result.pooled = [] if found is None else found.tolist()
         if plan.pins:
             rows, pins = np.array(plan.pins).T
-            self._pinned.keep(self._tensor(pins), hidden[self._tensor(ends[rows])])
+            self._pinned.keep(self._tensor(pins), hidden[self._tensor(read.at(ends[rows]))])
         return result
 
     def _apply(self, plan: Plan) -> None:
@@ -165,8 +167,8 @@ class Runner:
             pages = self._tensor(np.array(plan.copies))
             self._cache.copy_pages(pages[:, 0], pages[:, 1])
 
-    def _mixed_batch(self, plan: Plan) -> tuple[Batch, Integers]:
-        """Rows of any length, and where in the batch each row's last token stands, [B]."""
+    def _mixed_batch(self, plan: Plan) -> tuple[Batch, Integers, Read]:
+        """Rows of any length, where in the batch each row's last token stands, [B], and which tokens' rows are read."""
         slots, starts, counts = np.array(plan.slots), np.array(plan.starts), np.array(plan.counts)
         firsts = np.zeros(len(slots) + 1, np.int64)
         np.cumsum(counts, out=firsts[1:])
@@ -175,6 +177,8 @@ class Runner:
         lengths = starts + counts
         longest = int(lengths.max())
         page, offset = np.divmod(positions, self._page_size)
+        adapters, ends = self._adapters_of(slot), firsts[1:] - 1
+        read = Read.of(plan, ends, adapters is not None)
         batch = Batch(
             self._tensor(self._history[slot, positions].astype(np.int64)),
             self._tensor(positions),
@@ -190,9 +194,10 @@ class Runner:
                 backend=self._attention,
                 memo={},
             ),
-            self._adapters_of(slot),
+            adapters,
+            None if read.numbers is None else self._tensor(read.numbers),
         )
-        return batch, firsts[1:] - 1
+        return batch, ends, read
 
     def _adapters_of(self, slots: Integers) -> Tensor | None:
         """[T] int64, None where no row has one."""
@@ -204,7 +209,7 @@ class Runner:
         return self._tensor(self._table[slots, : -(-longest // self._page_size)])
 
     def _sample(self, plan: Plan, hidden: Tensor, ends: Integers, result: Sampled) -> None:
-        """Draws the plan's tokens from the step's hidden states [T, D]."""
+        """Draws the plan's tokens from hidden states [R, D], where each row of the plan has its last one at `ends`."""
         pairs = np.array(plan.samples)
         rows, slots = pairs[:, 0], pairs[:, 1]
         lengths = (np.array(plan.starts) + np.array(plan.counts))[rows]
@@ -229,13 +234,13 @@ class Runner:
         if self._guides is not None and guides:
             result.failures = self._guides.advance(guides, result.tokens)
 
-    def _prompt_logprobs(self, plan: Plan, hidden: Tensor, ends: Integers) -> list[Logprobs]:
+    def _prompt_logprobs(self, plan: Plan, hidden: Tensor, wanted: Rows) -> list[Logprobs]:
         """The columns of each entry of `plan.prompt_logprobs`; all entries go through the head together."""
         entries = plan.prompt_logprobs
         requests = [self.request(plan.slots[wanted.row]) for wanted in entries]
         top = [request.prompt_logprobs or 0 for request in requests]
         targets = self._history.ravel()[targets_of(plan, entries, self._history.shape[1])]
-        rows = self._pinned.gather(hidden, *map(self._tensor, Rows.of(plan, entries, ends)))
+        rows = self._pinned.gather(hidden, *map(self._tensor, wanted))
         factors = factors_of(requests, entries)
         chosen = self._tensor(targets.astype(np.int64))
         found = self.model.logprobs_of(rows, chosen, max(top), None if factors is None else self._tensor(factors))

@@ -31,7 +31,7 @@ class FakeModel:
     def forward(self, batch: Batch, cache: Any) -> Tensor:
         self.batches.append(batch)
         self.log.append("forward")
-        return torch.nn.functional.one_hot((batch.token_ids + batch.positions) % VOCAB, VOCAB).float() * 9
+        return batch.kept(torch.nn.functional.one_hot((batch.token_ids + batch.positions) % VOCAB, VOCAB).float() * 9)
 
     def logits(self, hidden: Tensor) -> Tensor:
         self.log.append(f"logits {len(hidden)}")
