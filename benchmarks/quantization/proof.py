@@ -106,7 +106,7 @@ def logits() -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=400, help="prompts per kind and language")
+    parser.add_argument("--count", type=int, default=1600, help="prompts per kind and language")
     count = parser.parse_args().count
     report: dict[str, Any] = {"quality": {}, "missed": []}
     for name, figures, bars in quality():
