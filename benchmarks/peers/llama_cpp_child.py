@@ -6,6 +6,7 @@ directly: prompts are computed as soon as a slot is free, then all running seque
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from pathlib import Path
@@ -39,7 +40,7 @@ class LlamaCpp:
         self.vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
         self.slots = options.get("max_num_seqs")
         self.step_tokens = options.get("max_num_batched_tokens") or 2048
-        self.threads = options.get("threads") or llama_cpp.llama_context_default_params().n_threads
+        self.threads = options.get("threads") or len(os.sched_getaffinity(0))  # its own default is four, on any machine
         self.context: Any = None
         self.shape = (0, 0)
         known = ("dtype", "threads", "max_num_seqs", "max_num_batched_tokens", "max_model_len", "device")
