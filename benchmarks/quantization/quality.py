@@ -28,8 +28,8 @@ class LanguageQuality:
     divergences: list[float] = field(default_factory=list[float])  # KL(p ‖ q) in nats, of each token
 
     def add(self, reference: Tensor, candidate: Tensor, targets: Tensor) -> None:
-        """Logits [T, V] float32 of both, and the tokens that came [T]."""
-        p, q = reference.log_softmax(-1), candidate.log_softmax(-1)
+        """Logits [T, V] of both, and the tokens that came [T]."""
+        p, q = reference.float().log_softmax(-1), candidate.float().log_softmax(-1)
         place = targets.unsqueeze(-1)
         self.nll_reference -= float(p.gather(-1, place).double().sum())
         self.nll_candidate -= float(q.gather(-1, place).double().sum())

@@ -285,7 +285,7 @@ class DeviceRunner:
         self._logits[:rows] = self._decode_logits(rows, self._room(rows), grouped, adapted)
 
     def _decode_logits(self, rows: int, room: int, grouped: bool, adapted: bool) -> Tensor:
-        """One token per row: the last one of its slot. [rows, V] float32. `room`: for attention's partial results."""
+        """One token per row: the last one of its slot. [rows, V]. `room`: for attention's partial results."""
         slots, lengths = self._slots[:rows], self._lengths[:rows]
         positions = lengths - 1
         sequences = self._sequences(

@@ -55,6 +55,15 @@ def test_a_model_is_like_itself() -> None:
     assert figures["top1_agreement"] == 1
 
 
+def test_logits_in_16_bits_are_compared_in_32() -> None:
+    """Log-probabilities rounded to 8 bits would look like a divergence of their own."""
+    p, q = logits(40, 11).bfloat16(), logits(40, 11).bfloat16()
+    targets, found = torch.zeros(40, dtype=torch.int64), [LanguageQuality(), LanguageQuality()]
+    found[0].add(p, q, targets)
+    found[1].add(p.float(), q.float(), targets)
+    assert found[0].figures() == found[1].figures()
+
+
 @pytest.mark.parametrize("top", [1, 3, 12])
 def test_the_most_likely_tokens_bound_the_divergence(top: int) -> None:
     p, q = logits(30, 12).log_softmax(-1).double(), logits(30, 12).log_softmax(-1).double()
