@@ -112,7 +112,7 @@ def test_a_request_past_its_deadline(http: httpx.Client) -> None:
 
 def test_a_deadline_that_strikes_while_streaming(http: httpx.Client) -> None:
     """The status is out by then: an error event tells, and the stream ends as every stream."""
-    body = {"prompt": "a", "max_tokens": 1900, "ignore_eos": True, "timeout": 0.3, "stream": True}
+    body = {"prompt": "a", "max_tokens": 1900, "ignore_eos": True, "timeout": 0.1, "stream": True}
     lines = http.post("/v1/completions", json=body).text.strip().split("\n\n")
     assert len(lines) > 3 and json.loads(lines[0].removeprefix("data: "))["choices"][0]["text"] is not None
     assert json.loads(lines[-2].removeprefix("data: "))["error"]["code"] == "deadline"
