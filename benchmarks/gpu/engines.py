@@ -108,9 +108,8 @@ def skip_prompts(model: Model) -> None:
         if not any(cache is known for known in filled):
             filled.append(cache)
             fill_noise(cache)
-        return torch.zeros(
-            len(batch.token_ids), model.config.hidden_size, dtype=model.dtype, device=batch.token_ids.device
-        )
+        shape = len(batch.token_ids), model.config.hidden_size
+        return batch.kept(torch.zeros(shape, dtype=model.dtype, device=batch.token_ids.device))
 
     model.forward = decode_only  # type: ignore[method-assign]
 
