@@ -1,7 +1,7 @@
 """Pure decodes, one token per row, where the host waits for every step.
 
-Where C++ kernels compute, a decode of as many rows as one before is replayed (`kernels/cpu/recording.py`): its integers
-are written to where the recorded step read them.
+Where C++ kernels compute, a decode of as many rows as some before is replayed (`kernels/cpu/recording.py`): its
+integers are written to where the recorded step read them.
 """
 
 # torch and numpy type some of the functions used here only in part.
@@ -30,6 +30,7 @@ from .plan import Plan
 
 Integers = NDArray[np.int64]
 
+OFTEN = 2  # so often a number of rows is decoded first: to record takes as long as two replays save
 MOST_RECORDINGS = 64  # numbers of rows, those that were decoded last
 MEMORY = 32 << 20  # bytes for a step's activations and logits; where they take more, Python's part is small anyway
 
@@ -60,6 +61,7 @@ class Decodes:
         self._inputs = _Inputs.of(table) if device.type == "cpu" and native() is not None else None
         self._recordings: OrderedDict[int, Recording] = OrderedDict()  # by rows
         self._most_rows = len(table)  # for which recordings are tried
+        self._times = [0] * (len(table) + 1)  # that so many rows were decoded
         self._memory = Memory(MEMORY)
 
     def forget_rows(self) -> None:
@@ -76,8 +78,7 @@ class Decodes:
 
     def logits(self, plan: Plan) -> Tensor:
         """[B, V] of the plan's rows, good until the next call."""
-        steady = plan.steady and len(self.slots) == len(plan.slots)
-        if steady:
+        if plan.steady and len(self.slots) == len(plan.slots):
             self.starts += 1
         else:
             self.slots, self.starts = np.array(plan.slots), np.array(plan.starts)
@@ -95,7 +96,8 @@ class Decodes:
         )
         if self._inputs is not None and self._row_adapters is None:
             recording = self._recordings.get(rows)
-            if recording is not None or (steady and rows <= self._most_rows):
+            self._times[rows] += 1
+            if recording is not None or (rows <= self._most_rows and self._times[rows] > OFTEN):
                 self._inputs.write(*integers)
                 if recording is None:
                     return self._recorded(rows, longest, self._inputs)
@@ -115,7 +117,8 @@ class Decodes:
             return logits
         self._recordings[rows] = recording
         if len(self._recordings) > MOST_RECORDINGS:
-            self._recordings.popitem(last=False)
+            least_used, _ = self._recordings.popitem(last=False)
+            self._times[least_used] = 0
         return logits
 
     def _compute(self, batch: Batch) -> Tensor:
