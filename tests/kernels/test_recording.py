@@ -83,6 +83,19 @@ def test_places_are_used_again() -> None:
         assert record(layers_of(x, torch.float32), Memory(size))[1] is None
 
 
+def test_results_of_pytorchs_operations_lie_in_the_memory_too() -> None:
+    """However many recordings there are, they hold no more than it."""
+    x, memory = torch.arange(1024.0), Memory(MEMORY)
+    with torch.inference_mode():
+        result, recording = record(lambda: (x + 1) * 2 - x, memory)
+        assert recording is not None
+        begin = result.data_ptr() - memory.data.ctypes.data
+        assert 0 <= begin < 3 * x.nbytes
+        x.neg_()
+        assert torch.equal(recording.replay(), (x + 1) * 2 - x)
+        assert record(lambda: x + 1, Memory(x.nbytes - 64))[1] is None
+
+
 def refused(work: Callable[[], Tensor]) -> None:
     with torch.inference_mode():
         result, recording = record(work, Memory(MEMORY))
