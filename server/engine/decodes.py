@@ -1,6 +1,6 @@
 """Pure decodes, one token per row, where the host waits for every step.
 
-Where C++ kernels compute, a decode of as many rows as some before is replayed (`kernels/cpu/recording.py`): its
+Where C++ kernels compute, a decode of as many rows as two before is replayed (`kernels/cpu/recording.py`): its
 integers are written to where the recorded step read them.
 """
 
