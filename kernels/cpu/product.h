@@ -12,7 +12,6 @@
 namespace {
 
 constexpr long ROWS = 64, DEPTH = 1024;  // of x between two readings of W; of K per visit of a tile
-constexpr long AHEAD = 1 << 17;          // bytes, from what is read of W to what is fetched: some panels, within the L2 cache
 
 // Rows that a tile of one panel (with AVX-512 also of two) holds, and one of four: their sums, and two registers for W, must
 // fit the registers.
@@ -22,15 +21,23 @@ constexpr long TILE = 12, WIDE_TILE = 6;
 constexpr long TILE = 5, WIDE_TILE = 1;
 #endif
 
+// What is brought to the second-level cache beside products: of every panel, what lies `ahead` bytes behind it, a part of
+// `parts` with each tile of rows. 0 parts: nothing.
+struct Fetch { long ahead, parts, part; };
+
 // R rows of x (stride `x_step`) times P panels, over `depth` of K (a multiple of STEP). c [P][.. `c_step` rows][16]: sums so
 // far. Few rows take W from memory panel by panel, more of them share registers.
 template <int R, int P, class X, class W>
-INLINE void tile(const X* x, long x_step, const W* const* panels, long depth, float* c, long c_step, bool fresh) {
+INLINE void tile(const X* x, long x_step, const W* const* panels, long depth, float* c, long c_step, bool fresh, Fetch fetch) {
+    constexpr long LINES = STEP<X, W> * COLUMNS * sizeof(W);  // bytes of a panel at a time
     Lanes sums[P][R];
     const W* w[P];
+    const char* coming[P];
+    long pace = fetch.parts ? (LINES + fetch.parts - 1) / fetch.parts : 0;
 #pragma GCC unroll 8
     for (int p = 0; p < P; ++p) {
         w[p] = panels[p];
+        coming[p] = (const char*)w[p] + fetch.ahead + (fetch.parts ? depth * COLUMNS * (long)sizeof(W) * fetch.part / fetch.parts : 0);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) sums[p][r] = fresh ? zeros() : load(c + (p * c_step + r) * COLUMNS);
     }
@@ -39,7 +46,7 @@ INLINE void tile(const X* x, long x_step, const W* const* panels, long depth, fl
         // memory anyway, but between more rows' products one or two would wait at each page.
         if (P < 4) {
 #pragma GCC unroll 2
-            for (int p = 0; p < P; ++p) __builtin_prefetch((const char*)(w[p] + k * COLUMNS) + AHEAD, 0, 2);
+            for (int p = 0; p < P; ++p) __builtin_prefetch(coming[p], 0, 2), coming[p] += pace;
         }
 #pragma GCC unroll 64
         for (int i = 0; i < R * P; ++i) {
@@ -56,33 +63,34 @@ INLINE void tile(const X* x, long x_step, const W* const* panels, long depth, fl
 
 // Rows by a template's number: R = rows, or one less.
 template <int R, int P, class X, class W>
-void rows_of(long rows, const X* x, long x_step, const W* const* w, long depth, float* c, long c_step, bool fresh) {
+void rows_of(long rows, const X* x, long x_step, const W* const* w, long depth, float* c, long c_step, bool fresh, Fetch fetch) {
     if constexpr (R > 0) {
-        if (rows == R) return tile<R, P>(x, x_step, w, depth, c, c_step, fresh);
-        rows_of<R - 1, P>(rows, x, x_step, w, depth, c, c_step, fresh);
+        if (rows == R) return tile<R, P>(x, x_step, w, depth, c, c_step, fresh, fetch);
+        rows_of<R - 1, P>(rows, x, x_step, w, depth, c, c_step, fresh, fetch);
     }
 }
 
 // `rows` rows times `count` panels that start at w[0], w[1], …; c [count][c_step][16].
 template <class X, class W>
 void multiply(long rows, const X* x, long x_step, const W* const* w, long count, long depth, float* c, long c_step,
-                     bool fresh) {
+                     bool fresh, long ahead = 0) {
     const long tiles = (rows + TILE - 1) / TILE;
     for (long t = 0, first = 0; t < tiles; ++t) {
         const long here = (rows - first + tiles - t - 1) / (tiles - t);  // shared out evenly
         const X* from = x + first * x_step;
         float* to = c + first * COLUMNS;
+        const Fetch fetch = {ahead, ahead ? tiles : 0, t};
         long p = 0;
         // Few rows are few chains of additions: several panels at a time fill the pipelines.
         if (here <= WIDE_TILE)
             for (; p + 4 <= count; p += 4)
-                rows_of<WIDE_TILE, 4>(here, from, x_step, w + p, depth, to + p * c_step * COLUMNS, c_step, fresh);
+                rows_of<WIDE_TILE, 4>(here, from, x_step, w + p, depth, to + p * c_step * COLUMNS, c_step, fresh, fetch);
         if (here <= TILE / 2 || TANDEM_AVX512)
             for (; p + 2 <= count; p += 2)
                 rows_of<TANDEM_AVX512 ? TILE : TILE / 2, 2>(here, from, x_step, w + p, depth, to + p * c_step * COLUMNS,
-                                                            c_step, fresh);
+                                                            c_step, fresh, fetch);
         for (; p < count; ++p)
-            rows_of<TILE, 1>(here, from, x_step, w + p, depth, to + p * c_step * COLUMNS, c_step, fresh);
+            rows_of<TILE, 1>(here, from, x_step, w + p, depth, to + p * c_step * COLUMNS, c_step, fresh, fetch);
         first += here;
     }
 }
@@ -155,7 +163,7 @@ void some_panels(const X* x, const W* w, const Meant& meant, const T* bias, T* y
     for (long k = 0; k < ins; k += DEPTH) {
         for (long p = 0; p < all_panels; ++p)
             starts[p] = w + ((p < count ? first + p : panels + first + p - count) * ins + k) * COLUMNS;
-        multiply(rows, x + k, ins, starts, all_panels, ins - k < DEPTH ? ins - k : DEPTH, c, rows, k == 0);
+        multiply(rows, x + k, ins, starts, all_panels, ins - k < DEPTH ? ins - k : DEPTH, c, rows, k == 0, count * ins * COLUMNS * sizeof(W));
     }
     for (long p = 0; p < count; ++p) {
         const long column = (first + p) * COLUMNS, width = outs - column < COLUMNS ? outs - column : COLUMNS;
