@@ -4,6 +4,8 @@
 //   scores [R, BLOCK] = q · Kᵀ,  m' = max(m, max scores),  p = exp(scores - m'),  l = l · exp(m - m') + Σ p,
 //   sums [R, H] = sums · exp(m - m') + p · V,  and at the end sums / l.
 //
+// q · Kᵀ is a product of bfloat16 where the processor has those; p stays float32.
+//
 // K and V in int8 become bfloat16 in their panels; K's scales multiply the scores, V's scales p where it meets V.
 //
 // The order of all of it depends on a row's own position only: its bits are the same in a prompt, in any chunk of it and
@@ -90,25 +92,37 @@ template <class S> struct Ahead {
     bool found = false;
 };
 
+// What q, of T, is multiplied as by panels of K.
+template <class T, class Panel> struct Query { typedef float Type; };
+#if TANDEM_BF16_PRODUCTS
+template <> struct Query<bf16, bf16> { typedef bf16 Type; };
+#endif
+
+INLINE void take_row(const bf16* from, bf16* to, long size) { memcpy(to, from, size * sizeof(bf16)); }
+template <class T> INLINE void take_row(const T* from, float* to, long size) {
+    for (long i = 0; i < size; ++i) to[i] = wide(from[i]);
+}
+
 // `next`: the piece that follows; null: none does.
 template <class T, class S>
 void attend(const T* q, T* out, const Step& step, const Shape& shape, const Piece& piece, const Piece* next, const S* blank,
             Ahead<S>& ahead, Room& room) {
     typedef typename InPanels<S>::Type Panel;
+    typedef typename Query<T, Panel>::Type Q;
     const long first = piece.first, count = piece.count, position = piece.position, kv_head = piece.kv_head;
     const long size = shape.pages.size, group = shape.heads / shape.pages.kv_heads, rows = count * group;
     const long outer = (size + COLUMNS - 1) / COLUMNS, last = piece.last();
-    float* queries = room.of(rows * size + rows * (BLOCK * 2 + outer * COLUMNS + 2) + BLOCK * size + BLOCK * outer * COLUMNS);
-    float* scores = queries + rows * size;             // [4][rows][16]
-    float* weights = scores + rows * BLOCK;            // [rows][BLOCK]
+    float* scores = room.of(rows * size + rows * (BLOCK * 2 + outer * COLUMNS + 2) + BLOCK * size + BLOCK * outer * COLUMNS);
+    float* weights = scores + rows * BLOCK;            // [rows][BLOCK]; scores: [4][rows][16]
     float* sums = weights + rows * BLOCK;              // [outer][rows][16]
     float *tops = sums + rows * outer * COLUMNS, *totals = tops + rows;
-    Panel* keys = (Panel*)(totals + rows);             // 4 panels of size · 16
+    Q* queries = (Q*)(totals + rows);                  // [rows][size]
+    Panel* keys = (Panel*)((float*)queries + rows * size);  // 4 panels of size · 16
     Panel* values = (Panel*)((float*)keys + BLOCK * size);  // `outer` panels of BLOCK · 16
 
     for (long r = 0; r < rows; ++r) {
         const T* from = q + ((first + r / group) * shape.heads + kv_head * group + r % group) * size;
-        for (long i = 0; i < size; ++i) queries[r * size + i] = wide(from[i]);
+        take_row(from, queries + r * size, size);
         tops[r] = -__builtin_inff();
         totals[r] = 0;
     }
@@ -243,7 +257,8 @@ template <class T, class S> void attention(const T* q, T* out, const Step& step,
         Ahead<S> ahead;
         Piece here = piece_of(first), next;
         for (long item = first; item < end; ++item, here = next) {
-            const bool more = item + 1 < end && step.lengths[(next = piece_of(item + 1)).b] > 0;
+            // The one behind the last is fetched, too: this thread is the likeliest to take it.
+            const bool more = item + 1 < items && step.lengths[(next = piece_of(item + 1)).b] > 0;
             if (step.lengths[here.b] == 0)
                 for (long row = here.first; row < here.first + here.count; ++row)
                     memset(out + (row * kv_heads + here.kv_head) * width, 0, sizeof(T) * width);

@@ -10,8 +10,12 @@ constexpr long BLOCK = 64;  // positions
 
 INLINE void transpose_8x8(const uint32_t* const* rows, long from, uint32_t* to) {
     __m256 r[8], t[8];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps((const float*)(rows[i] + from));
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {  // halves of rows i and i + 4 side by side, which is for free where one comes from memory
+        const float *low = (const float*)(rows[i] + from), *high = (const float*)(rows[i + 4] + from);
+        r[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low)), _mm_loadu_ps(high), 1);
+        r[i + 4] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low + 4)), _mm_loadu_ps(high + 4), 1);
+    }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
         t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
@@ -19,15 +23,11 @@ INLINE void transpose_8x8(const uint32_t* const* rows, long from, uint32_t* to) 
     }
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
-        r[4 * i] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
-        r[4 * i + 1] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0xee);
-        r[4 * i + 2] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
-        r[4 * i + 3] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xee);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-        _mm256_storeu_ps((float*)(to + i * COLUMNS), _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
-        _mm256_storeu_ps((float*)(to + (i + 4) * COLUMNS), _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+        float* at = (float*)to + 4 * i * COLUMNS;
+        _mm256_storeu_ps(at, _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44));
+        _mm256_storeu_ps(at + COLUMNS, _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0xee));
+        _mm256_storeu_ps(at + 2 * COLUMNS, _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44));
+        _mm256_storeu_ps(at + 3 * COLUMNS, _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xee));
     }
 }
 
@@ -102,7 +102,7 @@ template <class S> struct Block {
     static constexpr bool SCALED = sizeof(S) == 1;
     const S *keys[BLOCK], *values[BLOCK];
     const float16 *key_scales[BLOCK], *value_scales[BLOCK];  // of int8
-    bool together[BLOCK / COLUMNS];                          // whether the 16 positions of a panel lie side by side
+    bool together[BLOCK / COLUMNS];                          // whether the scales of a panel's 16 positions lie side by side
     long count = 0;                                          // of positions
 
     // Positions base … base + positions - 1; `blank` for those that were never written or whose page is gone: outside of
@@ -110,34 +110,34 @@ template <class S> struct Block {
     void find(const int32_t* table, const Pages& pages, long kv_head, long base, long positions, long from, long to,
               const S* blank) {
         count = positions;
-        long index = base / pages.page, offset = base % pages.page;
-        bool known = false;  // where the position before lies
-        for (long j = 0, at = base; j < count; ++j, ++at, ++offset) {
-            if (offset == pages.page) offset = 0, ++index;
-            const bool follows = known && offset > 0;
-            together[j / COLUMNS] = j % COLUMNS == 0 || (together[j / COLUMNS] && follows);
-            if (at < from || at >= to) {
+        const long known_from = from > base ? from - base : 0, known_to = to - base < count ? to - base : count;
+        for (long j = 0; j < count;) {
+            if (j < known_from || j >= known_to) {
                 keys[j] = values[j] = blank;
-                key_scales[j] = value_scales[j] = &NO_SCALE;
-                known = together[j / COLUMNS] = false;
+                if (SCALED) key_scales[j] = value_scales[j] = &NO_SCALE;
+                ++j;
                 continue;
             }
-            if (follows) {
-                keys[j] = keys[j - 1] + pages.size, values[j] = values[j - 1] + pages.size;
-                key_scales[j] = key_scales[j - 1] + 1, value_scales[j] = value_scales[j - 1] + 1;
-            } else {
-                const long page = table[index], line = kv_head * pages.page + offset;
-                const long place = page * pages.step + line * pages.size, scale_place = page * pages.scale_step + line;
-                keys[j] = (const S*)pages.k + place, values[j] = (const S*)pages.v + place;
-                key_scales[j] = (const float16*)pages.k_scale + scale_place;
-                value_scales[j] = (const float16*)pages.v_scale + scale_place;
-                if (SCALED) {
-                    __builtin_prefetch(key_scales[j]);
-                    __builtin_prefetch(value_scales[j]);
-                }
-                known = true;
+            const long offset = (base + j) % pages.page, page = table[(base + j) / pages.page], line = kv_head * pages.page + offset;
+            const long place = page * pages.step + line * pages.size, end = j + pages.page - offset;
+            const S *key = (const S*)pages.k + place, *value = (const S*)pages.v + place;
+            const long begin = j;
+            for (; j < end && j < known_to; ++j, key += pages.size, value += pages.size) keys[j] = key, values[j] = value;
+            if (SCALED) {
+                const long scale_place = page * pages.scale_step + line;
+                const float16 *key_scale = (const float16*)pages.k_scale + scale_place;
+                const float16 *value_scale = (const float16*)pages.v_scale + scale_place;
+                __builtin_prefetch(key_scale);
+                __builtin_prefetch(value_scale);
+                for (long i = begin; i < j; ++i) key_scales[i] = key_scale++, value_scales[i] = value_scale++;
             }
         }
+        if (SCALED)
+            for (long p = 0; p < count / COLUMNS; ++p) {
+                const float16* const* at = key_scales + p * COLUMNS;
+                together[p] = true;
+                for (long i = 1; i < COLUMNS; ++i) together[p] = together[p] && at[i] == at[0] + i;
+            }
     }
 
     // Has part `part` of `parts` of its rows (`keys` or `values`) brought to the second-level cache: a little at a time,

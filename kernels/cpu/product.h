@@ -29,6 +29,7 @@ struct Fetch { long ahead, parts, part; };
 // far. Few rows take W from memory panel by panel, more of them share registers.
 template <int R, int P, class X, class W>
 INLINE void tile(const X* x, long x_step, const W* const* panels, long depth, float* c, long c_step, bool fresh, Fetch fetch) {
+    constexpr int THIRDS = (R + 2) / 3;
     constexpr long LINES = STEP<X, W> * COLUMNS * sizeof(W);  // bytes of a panel at a time
     Lanes sums[P][R];
     const W* w[P];
@@ -41,6 +42,11 @@ INLINE void tile(const X* x, long x_step, const W* const* panels, long depth, fl
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) sums[p][r] = fresh ? zeros() : load(c + (p * c_step + r) * COLUMNS);
     }
+    // Of every third row a pointer, by which an instruction finds the next two as well: one for each row, and some would lie
+    // in vector registers, whose moves cost as much as products.
+    const X* thirds[THIRDS];
+#pragma GCC unroll 8
+    for (int t = 0; t < THIRDS; ++t) thirds[t] = x + 3 * t * x_step;
     for (long k = 0; k < depth; k += STEP<X, W>) {
         // The processor follows a stream to the end of its 4 KiB page. That is enough for four at a time, which wait for
         // memory anyway, but between more rows' products one or two would wait at each page.
@@ -51,8 +57,15 @@ INLINE void tile(const X* x, long x_step, const W* const* panels, long depth, fl
 #pragma GCC unroll 64
         for (int i = 0; i < R * P; ++i) {
             const int r = P < 4 ? i / P : i % R, p = P < 4 ? i % P : i / R;
-            sums[p][r] = add<R>(x + r * x_step + k, w[p] + k * COLUMNS, sums[p][r]);
+            sums[p][r] = add<R>(thirds[r / 3] + r % 3 * x_step, w[p], sums[p][r]);
         }
+#pragma GCC unroll 8
+        for (int t = 0; t < THIRDS; ++t) {
+            thirds[t] += STEP<X, W>;
+            asm("" : "+r"(thirds[t]));
+        }
+#pragma GCC unroll 4
+        for (int p = 0; p < P; ++p) w[p] += STEP<X, W> * COLUMNS;
     }
 #pragma GCC unroll 8
     for (int p = 0; p < P; ++p) {
