@@ -83,6 +83,11 @@ def record(work: Callable[[], Tensor], memory: Memory) -> tuple[Tensor, Recordin
 
 
 class _Recorder(TorchDispatchMode):
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """PyTorch asks; if so, it would import its compiler at the first operation, which takes more than a second."""
+        return False
+
     def __init__(self, memory: Memory, library: Native) -> None:
         super().__init__()
         self._memory, self._library = memory, library

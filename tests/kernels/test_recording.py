@@ -3,6 +3,8 @@ replayed is recorded."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 
@@ -135,3 +137,16 @@ def test_calls_of_other_threads_are_not_recorded() -> None:
     with torch.inference_mode():
         _, recording = record(beside, Memory(MEMORY))
         assert recording is not None and recording.calls == {"tandem_norm": 5, "tandem_linear": 4}
+
+
+def test_recording_does_not_import_the_compiler() -> None:
+    """That would be a second's pause in the middle of the first answer."""
+    program = """
+import sys, torch
+from tandem.kernels.cpu.recording import Memory, record
+x = torch.ones(4)
+result, recording = record(lambda: x + 1, Memory(1 << 10))
+assert recording is not None and torch.equal(recording.replay(), x + 1)
+sys.exit("torch._dynamo" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == 0
