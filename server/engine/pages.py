@@ -18,12 +18,12 @@ pool needs: unused ones at once, used ones when their last sequence ends. No use
 
 from __future__ import annotations
 
-from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from heapq import heapify, heappop, heappush
+from struct import Struct
 from typing import NamedTuple
 
 from .arena import OWN, Lender, Slab
@@ -62,6 +62,7 @@ class Pages:
         self.staying = count  # of those held, without slabs that leave
         self.promised = 0  # so many stay, whoever calls
         self.relieved = False  # other pools have made room; whoever looks resets it
+        self._packed = Struct(f"{page_size}i").pack  # a page's tokens
         self._lender = lender
         if lender:
             lender.join(self)
@@ -131,7 +132,7 @@ class Pages:
         digest = root.digest
         size = self.page_size
         for start in range(0, min(limit, len(token_ids)) - size + 1, size):
-            digest = _digest(digest, token_ids[start : start + size])
+            digest = self._digest(digest, token_ids[start : start + size])
             page = self._published.get(digest)
             if page is None:
                 break
@@ -158,11 +159,11 @@ class Pages:
                 pass
             while len(self._free) + len(self._idle) < number and self._lender.lend(unlent=False):
                 pass
-        pages: list[int] = []
+        free, references, slab_of, pages = self._free, self._references, self._slab_of, list[int]()
         for _ in range(number):
-            page = heappop(self._free) if self._free else self._evict()
-            self._references[page] = 1
-            self._slab_of[page].used += 1
+            page = heappop(free) if free else self._evict()
+            references[page] = 1
+            slab_of[page].used += 1
             pages.append(page)
         self.used += number
         return pages
@@ -236,13 +237,13 @@ class Pages:
         """
         size = self.page_size
         for index in range(chain.pages, computed // size):
-            chain.digest = _digest(chain.digest, token_ids[index * size : (index + 1) * size])
+            digest = chain.digest = self._digest(chain.digest, token_ids[index * size : (index + 1) * size])
             chain.pages = index + 1
             page = table[index]
-            if self._digests[page] is not None or chain.digest in self._published or self._slab_of[page].leaving:
+            if self._digests[page] is not None or digest in self._published or self._slab_of[page].leaving:
                 continue
-            self._published[chain.digest] = page
-            self._digests[page] = chain.digest
+            self._published[digest] = page
+            self._digests[page] = digest
 
     def drop(self) -> int:
         """Forgets every published prefix: cached pages become free, used ones when they are released. Gives the number
@@ -322,6 +323,5 @@ class Pages:
             del self._published[digest]
             self._digests[page] = None
 
-
-def _digest(parent: bytes, token_ids: Sequence[int]) -> bytes:
-    return blake2b(parent + array("q", token_ids).tobytes(), digest_size=16).digest()
+    def _digest(self, parent: bytes, token_ids: Sequence[int]) -> bytes:
+        return blake2b(parent + self._packed(*token_ids), digest_size=16).digest()

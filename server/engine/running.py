@@ -174,6 +174,22 @@ class Running:
         sequence.forked = False
         return True
 
+    def grow_all(self, sequences: list[Sequence]) -> bool:
+        """`grow` of each, in one go. False, and nobody has grown, unless all need a page of their own and there are as
+        many."""
+        pages, size = self.pages, self.pages.page_size
+        if any(one.forked or len(one.token_ids) <= len(one.table) * size for one in sequences):
+            return False
+        for sequence in sequences:
+            self.publish(sequence)
+        fresh = pages.allocate(len(sequences))
+        if fresh is None:
+            return False
+        for sequence, page in zip(sequences, fresh, strict=True):
+            self._page_updates.append((sequence.slot, len(sequence.table), page))
+            sequence.table.append(page)
+        return True
+
     def leave(self, sequence: Sequence) -> None:
         """Takes slot and pages of a running sequence; what it computed stays published."""
         self.publish(sequence)

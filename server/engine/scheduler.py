@@ -294,7 +294,8 @@ class Scheduler:
             base, decodes, ready = (None, list(decodes), ready) if turn is None else (None, turn, [])
             needy = running.beginning(decodes)
         needy = sorted([*needy, *running.beginning(ready)], key=by_rank)
-        for sequence in needy:  # by rank: whoever is preempted has not got anything from this plan yet
+        for sequence in [] if running.grow_all(needy) else needy:
+            # By rank: whoever is preempted has not got anything from this plan yet.
             while sequence.decoding and not running.grow(sequence):
                 if not self._line.make_room():
                     self._line.preempt(running.last() or sequence)
