@@ -230,6 +230,9 @@ class Hub:
         return engine, asked
 
     def _next(self) -> _Place | None:
+        if len(self._places) == 1:
+            place = self._places[0]
+            return place if place.engine.has_work else None
         busy = [place for place in self._places if place.engine.has_work]
         if not busy:
             for place in self._places:

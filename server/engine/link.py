@@ -29,6 +29,8 @@ BEAT_SECONDS = 0.5
 HELLO_SECONDS = 0.02
 STALLED_MESSAGES = 1000  # waiting for one worker before its outputs are merged
 
+POLLIN = int(zmq.POLLIN)  # an enum's operators take longer than a look at the socket
+
 State = Literal["starting", "ready", "down"]
 Reply = TypeVar("Reply")
 
@@ -42,7 +44,7 @@ def address(directory: Path, epoch: int) -> str:
 
 
 def readable(socket: zmq.Socket[bytes]) -> bool:
-    return bool(cast(int, socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+    return bool(cast(int, socket.getsockopt(zmq.EVENTS)) & POLLIN)
 
 
 class EngineClient:

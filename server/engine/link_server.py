@@ -33,6 +33,7 @@ from .messages import (
 from .request import Catalog, Group, Output, Outputs, Request, Tokens
 from .stream import merge
 
+NOW, NOW_AND_MORE = int(zmq.DONTWAIT), int(zmq.DONTWAIT | zmq.SNDMORE)
 RETRY_SECONDS = 0.05  # between attempts to reach a stalled worker
 SEEN_SECONDS = 5.0  # for which a command's answer waits for a worker that is there but takes no catalog
 
@@ -87,6 +88,8 @@ class EngineServer:
         self._poller.register(self._socket, zmq.POLLIN)
         if wake is not None:
             self._poller.register(wake, zmq.POLLIN)
+        self._together: list[int] | None = None  # requests of one worker, the last such list that came
+        self._worker = 0
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(Hello | Submit | Abort | Ask | Open | Close | Order | Seen).decode
 
@@ -129,7 +132,10 @@ class EngineServer:
         """One message per worker."""
         by_worker: dict[int, Outputs] = {}
         for tokens in outputs.tokens:
-            for worker, own in _by_worker(tokens):
+            parts = _by_worker(tokens) if tokens.request_ids is not self._together else [(self._worker, tokens)]
+            if len(parts) == 1:
+                self._together, self._worker = tokens.request_ids, parts[0][0]
+            for worker, own in parts:
                 by_worker.setdefault(worker, Outputs()).tokens.append(own)
         for output in outputs.others:
             by_worker.setdefault(output.request_id >> WORKER_SHIFT, Outputs()).others.append(output)
@@ -185,7 +191,8 @@ class EngineServer:
     def _post(self, worker: int, message: bytes) -> bool:
         """False: the worker is alive but takes no more now."""
         try:
-            self._socket.send_multipart((str(worker).encode(), message), zmq.DONTWAIT)
+            self._socket.send(str(worker).encode(), NOW_AND_MORE)
+            self._socket.send(message, NOW)
         except zmq.Again:
             return False
         except zmq.ZMQError as error:

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from heapq import heapify, heappop, heappush
-from struct import Struct
+from struct import Struct, error
 from typing import NamedTuple
 
 from .arena import OWN, Lender, Slab
@@ -62,7 +62,7 @@ class Pages:
         self.staying = count  # of those held, without slabs that leave
         self.promised = 0  # so many stay, whoever calls
         self.relieved = False  # other pools have made room; whoever looks resets it
-        self._packed = Struct(f"{page_size}i").pack  # a page's tokens
+        self._packed, self._packed_wide = Struct(f"{page_size}i").pack, Struct(f"{page_size}q").pack  # a page's tokens
         self._lender = lender
         if lender:
             lender.join(self)
@@ -324,4 +324,8 @@ class Pages:
             self._digests[page] = None
 
     def _digest(self, parent: bytes, token_ids: Sequence[int]) -> bytes:
-        return blake2b(parent + self._packed(*token_ids), digest_size=16).digest()
+        try:
+            page = self._packed(*token_ids)
+        except error:  # ids beyond 32 bits; as the other is shorter, no two pages look alike
+            page = self._packed_wide(*token_ids)
+        return blake2b(parent + page, digest_size=16).digest()

@@ -180,14 +180,15 @@ class Running:
         pages, size = self.pages, self.pages.page_size
         if any(one.forked or len(one.token_ids) <= len(one.table) * size for one in sequences):
             return False
-        for sequence in sequences:
-            self.publish(sequence)
+        for one in sequences:
+            if one.chain:
+                pages.publish(one.chain, one.table, one.token_ids, len(one.token_ids) - 1)
         fresh = pages.allocate(len(sequences))
         if fresh is None:
             return False
-        for sequence, page in zip(sequences, fresh, strict=True):
-            self._page_updates.append((sequence.slot, len(sequence.table), page))
-            sequence.table.append(page)
+        for one, page in zip(sequences, fresh, strict=True):
+            self._page_updates.append((one.slot, len(one.table), page))
+            one.table.append(page)
         return True
 
     def leave(self, sequence: Sequence) -> None:
