@@ -1,11 +1,12 @@
-"""Whether `tandem bench serve` and `vllm bench serve` find the same at one server: in turns, ratios of their medians.
+"""Whether `tandem bench serve` and another tool find the same at one server: in turns, ratios of their medians.
 
 `python -m tandem.benchmarks.bench.agreement --url URL --model NAME --tokenizer DIR`
 
 Each tool draws random prompts of its own, of the same length, and keeps as many requests open; prompts are new in every
 round. With --request-rate each draws Poisson arrivals of its own instead, and a few dozen of them load a server that
-has little headroom in different ways. vLLM's tool is that of the peer's environment; the server should leave it a core.
-1 is agreement. Completions are compared, because the tools count the first token of a chat differently (metrics.py).
+has little headroom in different ways. The other tool is `vllm bench serve` of the peer's environment, or with
+`--beside sdk` the `openai` SDK and a clock (stopwatch.py); the server should leave it a core. 1 is agreement.
+Completions are compared, because the tools count the first token of a chat differently (metrics.py).
 """
 
 from __future__ import annotations
@@ -78,23 +79,24 @@ def main() -> None:
     parser.add_argument("--input-len", type=int, default=64)
     parser.add_argument("--output-len", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--beside", choices=("vllm", "sdk"), default="vllm", help="the other tool")
     parser.add_argument("--out", type=Path, help="a JSON file")
     given = parser.parse_args()
 
-    try:
-        python = interpreter("vllm")
-    except EngineError as error:
-        parser.error(str(error))
-    tools = {
-        "tandem": figures([sys.executable, "-m", "tandem.server", "bench", "serve", "--as-text"], given, None),
-        "vllm": figures(
-            [str(python.with_name("vllm")), "bench", "serve"], given, {**os.environ, **environment("vllm")}
-        ),
-    }
+    tools = {"tandem": figures([sys.executable, "-m", "tandem.server", "bench", "serve", "--as-text"], given, None)}
+    if given.beside == "sdk":
+        tools["sdk"] = figures([sys.executable, "-m", "tandem.benchmarks.bench.stopwatch"], given, None)
+    else:
+        try:
+            python = interpreter("vllm")
+        except EngineError as error:
+            parser.error(str(error))
+        own = [str(python.with_name("vllm")), "bench", "serve"]
+        tools["vllm"] = figures(own, given, {**os.environ, **environment("vllm")})
     found = interleaved(
         tools, given.rounds, on_done=lambda name, number: print(f"{name}, round {number}", file=sys.stderr)
     )
-    print(f"{'':24} {'tandem':>10} {'vllm':>10} {'ratio':>8}  (10th - 90th percentile, {given.rounds} rounds)")
+    print(f"{'':24} {'tandem':>10} {given.beside:>10} {'ratio':>8}  (10th - 90th percentile, {given.rounds} rounds)")
     result: dict[str, Any] = {
         "benchmark": "agreement",
         **describe(),
@@ -102,9 +104,9 @@ def main() -> None:
         "figures": {},
     }
     for name in FIGURES:
-        ours, theirs = ([one[name] for one in found[tool]] for tool in ("tandem", "vllm"))
+        ours, theirs = ([one[name] for one in found[tool]] for tool in ("tandem", given.beside))
         quotient = ratio(ours, theirs)
-        result["figures"][name] = {"tandem": ours, "vllm": theirs, "ratio": asdict(quotient)}
+        result["figures"][name] = {"tandem": ours, given.beside: theirs, "ratio": asdict(quotient)}
         medians = f"{spread(ours).median:>10.2f} {spread(theirs).median:>10.2f}"
         print(f"{name:24} {medians} {quotient.median:>8.3f}  ({quotient.low:.3f} - {quotient.high:.3f})")
     if given.out is not None:

@@ -198,30 +198,32 @@ def offline_section(run: Run) -> None:
     run.add("4 prompts of 512, tandem / transformers", found["ratios"]["tandem / transformers"], beside, least=1.2)
 
 
-def own_tool_section(run: Run) -> None:
-    """`tandem bench serve` and `vllm bench serve` against the same server, in turns: do they say the same?
+def agreement(run: Run, name: str, beside: str, arguments: Sequence[str], *load: str) -> None:
+    """`tandem bench serve` and another tool against the same server, in turns: do they say the same?
 
     The model is busy on one core, so that the tools have the other: beside the tiny one, whose server needs both, the
     heavier tool slows down what it measures.
     """
-    model, dtype = checkpoint(LARGE), ("--dtype", DTYPE)
-    with start("vllm", model, threads=1, arguments=dtype) as server, tempfile.TemporaryDirectory() as directory:
+    model = checkpoint(LARGE)
+    with start(name, model, threads=1, arguments=arguments) as server, tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / "agreement.json"
         words = ["--url", server.base_url, "--model", server.model, "--tokenizer", str(model), "--out", str(out)]
-        words += ["--num-prompts", "32", "--max-concurrency", "4", "--rounds", str(OWN_TOOL_ROUNDS)]
+        words += ["--beside", beside, "--rounds", str(OWN_TOOL_ROUNDS), *load]
         command = [sys.executable, "-m", "tandem.benchmarks.bench.agreement", *words]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         found = json.loads(out.read_text())
-    run.keep("agreement", found)
-    for name, figure in found["figures"].items():
-        beside = ", ".join(f"{tool} bench {percentile(figure[tool], 50):.4g}" for tool in ("tandem", "vllm"))
-        run.add(
-            f"vLLM's server, {name}, tandem bench / vllm bench",
-            figure["ratio"],
-            beside,
-            least=1 - CLOSE,
-            most=1 + CLOSE,
-        )
+    run.keep(f"agreement_{name}", found)
+    for figure, about in found["figures"].items():
+        medians = ", ".join(f"{tool} {percentile(about[tool], 50):.4g}" for tool in ("tandem", beside))
+        row = f"{name}'s server, {figure}, tandem bench / {beside}"
+        run.add(row, about["ratio"], medians, least=1 - CLOSE, most=1 + CLOSE)
+
+
+def own_tool_section(run: Run) -> None:
+    """Beside vLLM's own tool at its server, and beside the `openai` SDK at transformers', which has no tool."""
+    agreement(run, "vllm", "vllm", ("--dtype", DTYPE), "--num-prompts", "32", "--max-concurrency", "4")
+    one_by_one = ("--num-prompts", "8", "--max-concurrency", "1", "--output-len", "16")
+    agreement(run, "transformers", "sdk", ("--dtype", DTYPE), *one_by_one)
 
 
 SECTIONS: dict[str, Callable[[Run], None]] = {
