@@ -327,5 +327,6 @@ class Pages:
         try:
             page = self._packed(*token_ids)
         except error:  # ids beyond 32 bits; as the other is shorter, no two pages look alike
+            assert len(token_ids) == self.page_size, f"a page of {self.page_size} with {len(token_ids)} tokens"
             page = self._packed_wide(*token_ids)
         return blake2b(parent + page, digest_size=16).digest()
