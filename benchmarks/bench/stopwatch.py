@@ -84,9 +84,9 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.0)
     given, _ = parser.parse_known_args()
 
-    texts = prompts(Path(given.tokenizer), given.num_prompts, given.random_input_len, given.seed)
+    first, *texts = prompts(Path(given.tokenizer), 1 + given.num_prompts, given.random_input_len, given.seed)
     client = OpenAI(base_url=f"{given.base_url}/v1", api_key="none", max_retries=0, timeout=600)
-    answer(client, given.model, texts[0], 2, given.temperature)  # connects, and warms up
+    answer(client, given.model, first, 2, given.temperature)  # connects, and warms up
     with client, ThreadPoolExecutor(given.max_concurrency) as pool:
         answers = list(
             pool.map(lambda text: answer(client, given.model, text, given.random_output_len, given.temperature), texts)

@@ -112,8 +112,9 @@ void attend(const T* q, T* out, const Step& step, const Shape& shape, const Piec
     const long first = piece.first, count = piece.count, position = piece.position, kv_head = piece.kv_head;
     const long size = shape.pages.size, group = shape.heads / shape.pages.kv_heads, rows = count * group;
     const long outer = (size + COLUMNS - 1) / COLUMNS, last = piece.last();
+    // scores [4][rows][16]
     float* scores = room.of(rows * size + rows * (BLOCK * 2 + outer * COLUMNS + 2) + BLOCK * size + BLOCK * outer * COLUMNS);
-    float* weights = scores + rows * BLOCK;            // [rows][BLOCK]; scores: [4][rows][16]
+    float* weights = scores + rows * BLOCK;            // [rows][BLOCK]
     float* sums = weights + rows * BLOCK;              // [outer][rows][16]
     float *tops = sums + rows * outer * COLUMNS, *totals = tops + rows;
     Q* queries = (Q*)(totals + rows);                  // [rows][size]

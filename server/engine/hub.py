@@ -230,7 +230,7 @@ class Hub:
         return engine, asked
 
     def _next(self) -> _Place | None:
-        if len(self._places) == 1:
+        if len(self._places) == 1:  # nothing to be fair to
             place = self._places[0]
             return place if place.engine.has_work else None
         busy = [place for place in self._places if place.engine.has_work]

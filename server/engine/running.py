@@ -156,39 +156,36 @@ class Running:
         pages, table = self.pages, sequence.table
         index = (len(sequence.token_ids) - 1) // pages.page_size
         if index == len(table):
-            self.publish(sequence)
-            fresh = pages.allocate(1)
-            if fresh is None:
+            if not self._begin_pages([sequence]):
                 return False
-            table += fresh
         elif pages.shared(table[index]):
             if not pages.has_room(1):
                 return False
             copy = pages.writable(table, index)
             assert copy is not None
             self._copies.append(copy)
-        else:
-            sequence.forked = False
-            return True
-        self._page_updates.append((sequence.slot, index, table[index]))
+            self._page_updates.append((sequence.slot, index, table[index]))
         sequence.forked = False
         return True
 
     def grow_all(self, sequences: list[Sequence]) -> bool:
         """`grow` of each, in one go. False, and nobody has grown, unless all need a page of their own and there are as
         many."""
-        pages, size = self.pages, self.pages.page_size
+        size = self.pages.page_size
         if any(one.forked or len(one.token_ids) <= len(one.table) * size for one in sequences):
             return False
-        for one in sequences:
-            if one.chain:
-                pages.publish(one.chain, one.table, one.token_ids, len(one.token_ids) - 1)
-        fresh = pages.allocate(len(sequences))
+        return self._begin_pages(sequences)
+
+    def _begin_pages(self, sequences: list[Sequence]) -> bool:
+        """A page more for each of these decodes, or, if there are not as many, for none."""
+        for sequence in sequences:
+            self.publish(sequence)
+        fresh = self.pages.allocate(len(sequences))
         if fresh is None:
             return False
-        for one, page in zip(sequences, fresh, strict=True):
-            self._page_updates.append((one.slot, len(one.table), page))
-            one.table.append(page)
+        for sequence, page in zip(sequences, fresh, strict=True):
+            self._page_updates.append((sequence.slot, len(sequence.table), page))
+            sequence.table.append(page)
         return True
 
     def leave(self, sequence: Sequence) -> None:
