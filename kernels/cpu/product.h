@@ -21,24 +21,22 @@ constexpr long TILE = 12, WIDE_TILE = 6;
 constexpr long TILE = 5, WIDE_TILE = 1;
 #endif
 
-// What is brought to the second-level cache beside products: of every panel, what lies `ahead` bytes behind it, a part of
-// `parts` with each tile of rows. 0 parts: nothing.
-struct Fetch { long ahead, parts, part; };
+// What a tile brings to the second-level cache beside its products: of each of its panels, what lies `ahead` bytes behind it,
+// `pace` bytes with every step of K.
+struct Fetch { long ahead, pace; };
 
 // R rows of x (stride `x_step`) times P panels, over `depth` of K (a multiple of STEP). c [P][.. `c_step` rows][16]: sums so
 // far. Few rows take W from memory panel by panel, more of them share registers.
 template <int R, int P, class X, class W>
 INLINE void tile(const X* x, long x_step, const W* const* panels, long depth, float* c, long c_step, bool fresh, Fetch fetch) {
     constexpr int THIRDS = (R + 2) / 3;
-    constexpr long LINES = STEP<X, W> * COLUMNS * sizeof(W);  // bytes of a panel at a time
     Lanes sums[P][R];
     const W* w[P];
     const char* coming[P];
-    long pace = fetch.parts ? (LINES + fetch.parts - 1) / fetch.parts : 0;
 #pragma GCC unroll 8
     for (int p = 0; p < P; ++p) {
         w[p] = panels[p];
-        coming[p] = (const char*)w[p] + fetch.ahead + (fetch.parts ? depth * COLUMNS * (long)sizeof(W) * fetch.part / fetch.parts : 0);
+        coming[p] = (const char*)w[p] + fetch.ahead;
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) sums[p][r] = fresh ? zeros() : load(c + (p * c_step + r) * COLUMNS);
     }
@@ -52,7 +50,7 @@ INLINE void tile(const X* x, long x_step, const W* const* panels, long depth, fl
         // memory anyway, but between more rows' products one or two would wait at each page.
         if (P < 4) {
 #pragma GCC unroll 2
-            for (int p = 0; p < P; ++p) __builtin_prefetch(coming[p], 0, 2), coming[p] += pace;
+            for (int p = 0; p < P; ++p) __builtin_prefetch(coming[p], 0, 2), coming[p] += fetch.pace;
         }
 #pragma GCC unroll 64
         for (int i = 0; i < R * P; ++i) {
@@ -83,7 +81,8 @@ void rows_of(long rows, const X* x, long x_step, const W* const* w, long depth, 
     }
 }
 
-// `rows` rows times `count` panels that start at w[0], w[1], …; c [count][c_step][16].
+// `rows` rows times `count` panels that start at w[0], w[1], …; c [count][c_step][16]. What lies `ahead` bytes behind those panels is
+// fetched, a part with each tile of rows; 0: nothing.
 template <class X, class W>
 void multiply(long rows, const X* x, long x_step, const W* const* w, long count, long depth, float* c, long c_step,
                      bool fresh, long ahead = 0) {
@@ -92,7 +91,9 @@ void multiply(long rows, const X* x, long x_step, const W* const* w, long count,
         const long here = (rows - first + tiles - t - 1) / (tiles - t);  // shared out evenly
         const X* from = x + first * x_step;
         float* to = c + first * COLUMNS;
-        const Fetch fetch = {ahead, ahead ? tiles : 0, t};
+        constexpr long LINES = STEP<X, W> * COLUMNS * sizeof(W);
+        Fetch fetch = {0, 0};
+        if (ahead) fetch = {ahead + depth * COLUMNS * (long)sizeof(W) * t / tiles, (LINES + tiles - 1) / tiles};
         long p = 0;
         // Few rows are few chains of additions: several panels at a time fill the pipelines.
         if (here <= WIDE_TILE)
