@@ -49,20 +49,25 @@ INLINE Lanes seconds(const bf16* at) {
     return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(at), _mm512_set1_epi32((int)0xffff0000u)))};
 }
 
-INLINE Lanes load(const bf16* at) {
-    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)at));
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
-}
+INLINE Lanes widened(__m256i x) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))}; }
+INLINE Lanes load(const bf16* at) { return widened(_mm256_loadu_si256((const __m256i*)at)); }
 
 // To the nearest, ties to even; what is no number stays none.
-INLINE void store(bf16* at, Lanes x) {
+#if TANDEM_BF16_PRODUCTS
+INLINE __m256i narrowed(Lanes x) { return (__m256i)_mm512_cvtneps_pbh(x.v); }  // 0 for what is below 2⁻¹²⁶
+#else
+INLINE __m256i narrowed(Lanes x) {
     __m512i bits = _mm512_castps_si512(x.v);
     __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
     __mmask16 none = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
     up = _mm512_mask_blend_epi32(none, up, _mm512_set1_epi32(0x7fc00000));
-    _mm256_storeu_si256((__m256i*)at, _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16)));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16));
 }
+#endif
+INLINE void store(bf16* at, Lanes x) { _mm256_storeu_si256((__m256i*)at, narrowed(x)); }
+
+INLINE Lanes as_stored(bf16, Lanes x) { return widened(narrowed(x)); }
 
 INLINE void split(Lanes x, __m256* low, __m256* high) {
     *low = _mm512_castps512_ps256(x.v);
@@ -128,12 +133,20 @@ INLINE void store(bf16* at, Lanes x) {
     _mm256_storeu_si256((__m256i*)at, _mm256_permute4x64_epi64(mixed, 0xd8));
 }
 
+INLINE Lanes as_stored(bf16, Lanes x) {
+    bf16 part[16];
+    store(part, x);
+    return load(part);
+}
+
 INLINE void split(Lanes x, __m256* low, __m256* high) {
     *low = x.a;
     *high = x.b;
 }
 
 #endif
+
+INLINE Lanes as_stored(float, Lanes x) { return x; }
 
 // One number.
 

@@ -129,13 +129,6 @@ INLINE Lanes gelu(Lanes x) {
     return x * where_less(x, zeros(), half, all(1.0f) - half);
 }
 
-INLINE Lanes as_stored(float, Lanes x) { return x; }
-INLINE Lanes as_stored(bf16, Lanes x) {
-    bf16 part[COLUMNS];
-    store(part, x);
-    return load(part);
-}
-
 // What the sums of a panel, whose first output is `column`, and of row r of x stand for.
 struct Floats {
     INLINE Lanes of(Lanes sums, long column, long row) const { return sums; }
