@@ -4,9 +4,11 @@
 //   scores [R, BLOCK] = q · Kᵀ,  m' = max(m, max scores),  p = exp(scores - m'),  l = l · exp(m - m') + Σ p,
 //   sums [R, H] = sums · exp(m - m') + p · V,  and at the end sums / l.
 //
-// q · Kᵀ is a product of bfloat16 where the processor has those; p stays float32.
+// Both are products of bfloat16 where the processor has those. p is rounded to it, as FlashAttention does, and l is the sum of
+// what it was rounded to.
 //
-// K and V in int8 become bfloat16 in their panels; K's scales multiply the scores, V's scales p where it meets V.
+// K and V in int8 become bfloat16 in their panels; K's scales multiply the scores, V's scales p where it meets V, which then
+// stays float32.
 //
 // The order of all of it depends on a row's own position only: its bits are the same in a prompt, in any chunk of it and
 // as a decode, alone and in any batch. A position that a row does not see adds exactly 0. Method: Milakov and Gimelshein,
@@ -57,9 +59,30 @@ INLINE void add_columns(const S* const* values, long count, long size, const flo
     for (int i = 0; i < R * P; ++i) store(at + i * COLUMNS, found[i / R][i % R]);
 }
 
+#if TANDEM_BF16_PRODUCTS
+template <int R, int P>
+INLINE void add_columns(const bf16* const* values, long count, long size, const bf16* weights, float* sums, long column) {
+    Lanes found[P][R];
+    float* at = sums + column * R;
+#pragma GCC unroll 64
+    for (int i = 0; i < R * P; ++i) found[i / R][i % R] = load(at + i * COLUMNS);
+    for (long j = 0; j < count; j += 2) {
+        __m512i v[P];
+        pairs_of<P>(values[j] + column, values[j + 1] + column, size - column, v);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+            for (int p = 0; p < P; ++p) found[p][r] = add_pair(weights + r * BLOCK + j, v[p], found[p][r]);
+        }
+    }
+#pragma GCC unroll 64
+    for (int i = 0; i < R * P; ++i) store(at + i * COLUMNS, found[i / R][i % R]);
+}
+#endif
+
 // The same for all columns of `rows` rows; `rows` is R or less.
-template <int R, class S>
-void add_values(long rows, const S* const* values, long count, long size, const float* weights, float* sums) {
+template <int R, class S, class Weight>
+void add_values(long rows, const S* const* values, long count, long size, const Weight* weights, float* sums) {
     if constexpr (R > 0) {
         if (rows < R) return add_values<R - 1>(rows, values, count, size, weights, sums);
         constexpr int P = R <= WIDE_TILE ? 4 : TANDEM_AVX512 ? 2 : 1;
@@ -92,10 +115,10 @@ template <class S> struct Ahead {
     bool found = false;
 };
 
-// What q, of T, is multiplied as by panels of K.
-template <class T, class Panel> struct Query { typedef float Type; };
+// What a factor is multiplied as by K or V.
+template <class Factor, class Other> struct Multiplied { typedef float Type; };
 #if TANDEM_BF16_PRODUCTS
-template <> struct Query<bf16, bf16> { typedef bf16 Type; };
+template <> struct Multiplied<bf16, bf16> { typedef bf16 Type; };
 #endif
 
 INLINE void take_row(const bf16* from, bf16* to, long size) { memcpy(to, from, size * sizeof(bf16)); }
@@ -108,14 +131,15 @@ template <class T, class S>
 void attend(const T* q, T* out, const Step& step, const Shape& shape, const Piece& piece, const Piece* next, const S* blank,
             Ahead<S>& ahead, Room& room) {
     typedef typename InPanels<S>::Type Panel;
-    typedef typename Query<T, Panel>::Type Q;
+    typedef typename Multiplied<T, Panel>::Type Q;
+    typedef typename Multiplied<T, S>::Type P;
     const long first = piece.first, count = piece.count, position = piece.position, kv_head = piece.kv_head;
     const long size = shape.pages.size, group = shape.heads / shape.pages.kv_heads, rows = count * group;
     const long outer = (size + COLUMNS - 1) / COLUMNS, last = piece.last();
     // scores [4][rows][16]
     float* scores = room.of(rows * size + rows * (BLOCK * 2 + outer * COLUMNS + 2) + BLOCK * size + BLOCK * outer * COLUMNS);
-    float* weights = scores + rows * BLOCK;            // [rows][BLOCK]
-    float* sums = weights + rows * BLOCK;              // [outer][rows][16]
+    P* weights = (P*)(scores + rows * BLOCK);          // [rows][BLOCK]
+    float* sums = scores + 2 * rows * BLOCK;           // [outer][rows][16]
     float *tops = sums + rows * outer * COLUMNS, *totals = tops + rows;
     Q* queries = (Q*)(totals + rows);                  // [rows][size]
     Panel* keys = (Panel*)((float*)queries + rows * size);  // 4 panels of size · 16
@@ -176,7 +200,7 @@ void attend(const T* q, T* out, const Step& step, const Shape& shape, const Piec
                 most = larger(most, s[p]);
             }
             const float block_top = largest(most);
-            float* to = weights + r * BLOCK;
+            P* to = weights + r * BLOCK;
             if (block_top == -__builtin_inff() && !(tops[r] > -__builtin_inff())) {  // it has seen nothing yet
                 for (long p = 0; p < panels; ++p) store(to + p * COLUMNS, zeros());
                 continue;
@@ -184,7 +208,7 @@ void attend(const T* q, T* out, const Step& step, const Shape& shape, const Piec
             const float top = block_top > tops[r] ? block_top : tops[r];
             Lanes total = zeros();
             for (long p = 0; p < panels; ++p) {
-                const Lanes weight = exponential(s[p] - all(top));
+                const Lanes weight = as_stored(P(), exponential(s[p] - all(top)));
                 store(to + p * COLUMNS, block.SCALED ? weight * value_scales[p] : weight);
                 total = total + weight;
             }

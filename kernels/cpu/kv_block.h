@@ -46,6 +46,20 @@ template <class T> void keys_panel(const T* const* rows, long size, T* to) {
         for (int j = 0; j < COLUMNS; ++j) into[i * COLUMNS + j] = from[j][i];
 }
 
+#if TANDEM_BF16_PRODUCTS
+// Places of words in two registers, of one and the other in turns.
+struct Alternating {
+    uint16_t low[32] = {0}, high[32] = {0};
+    constexpr Alternating() {
+        for (int i = 0; i < 32; ++i) {
+            low[i] = i / 2 + i % 2 * 32;
+            high[i] = low[i] + 16;
+        }
+    }
+};
+alignas(64) constexpr Alternating IN_TURNS;
+#endif
+
 // The panels of V: positions are its depth. `step`: elements of a panel.
 void values_panels(const float* const* rows, long count, long size, float* to, long step) {
     for (long j = 0; j < count; ++j)
@@ -72,6 +86,24 @@ void values_panels(const bf16* const* rows, long count, long size, bf16* to, lon
             }
         }
 }
+
+#if TANDEM_BF16_PRODUCTS
+// What panels of V hold of two positions, for P · 16 columns; one panel may have only `left` of its 16.
+template <int P> INLINE void pairs_of(const bf16* first, const bf16* second, long left, __m512i* to) {
+    const __m512i low = _mm512_load_si512(IN_TURNS.low), high = _mm512_load_si512(IN_TURNS.high);
+    if constexpr (P == 1) {
+        const __mmask32 there = left < COLUMNS ? (1u << left) - 1 : 0xffff;
+        to[0] = _mm512_permutex2var_epi16(_mm512_maskz_loadu_epi16(there, first), low, _mm512_maskz_loadu_epi16(there, second));
+    } else {
+#pragma GCC unroll 4
+        for (int p = 0; p < P; p += 2) {
+            const __m512i a = _mm512_loadu_si512(first + p * COLUMNS), b = _mm512_loadu_si512(second + p * COLUMNS);
+            to[p] = _mm512_permutex2var_epi16(a, low, b);
+            to[p + 1] = _mm512_permutex2var_epi16(a, high, b);
+        }
+    }
+}
+#endif
 
 template <class S> struct InPanels { typedef S Type; };  // of what is stored as S
 template <> struct InPanels<int8_t> { typedef bf16 Type; };
