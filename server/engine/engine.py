@@ -29,6 +29,7 @@ from .request import EngineError, Finish, Gives, Group, ModelCard, Output, Outpu
 from .runner import Runner
 from .scheduler import Scheduler
 from .sequence import Flight, Sequence
+from .warm_memory import WarmMemory
 
 BUILDING_SECONDS = 0.005
 # What models that do one thing only are asked for, give and are.
@@ -71,7 +72,8 @@ class Engine:
         pool = pages if isinstance(pages, Pages) else Pages(pages, options.page_size)
         self.kv_pages, self.kv_tokens = pool.count, pool.count * options.page_size
         self._kv_dtype = getattr(torch, card.kv_dtype) if card.kv_dtype else model.dtype
-        self.kv_bytes = pool.count * KVCache.bytes_per_page(model.config, options.page_size, self._kv_dtype)
+        self._page_bytes = KVCache.bytes_per_page(model.config, options.page_size, self._kv_dtype)
+        self.kv_bytes = pool.count * self._page_bytes
         self.kv_most_tokens = pool.most * options.page_size
         self.model, self.weight_bytes, self.digest = model, model.weight_bytes, model.digest
         self._score_pooling = model.config.score.pooling
@@ -99,6 +101,7 @@ class Engine:
             shared_tokens=CHUNK if options.groups_decodes else None,
             weight_version=card.weight_version,
         )
+        self._memory = WarmMemory(memory) if memory is not None and options.device == "cpu" else None
         self.runner = self._make_runner(model, memory, options, loaded.slots)
         self.adapters = Adapters(loaded, model, self.scheduler, self.runner)
         self.runner.prepare()
@@ -109,8 +112,7 @@ class Engine:
         ahead = options.runs_ahead
         if isinstance(model, NullModel):
             return NullRunner(model, options.max_num_seqs, ahead)
-        size = KVCache.bytes_per_page(model.config, options.page_size, self._kv_dtype)
-        pages = self.kv_pages + 1 if memory is None else len(memory) // size  # the last one is nobody's
+        pages = self.kv_pages + 1 if memory is None else len(memory) // self._page_bytes  # the last one is nobody's
         cache = KVCache(model.config, pages, options.page_size, self._kv_dtype, options.device, memory)
         make = partial(DeviceRunner, own_stream=options.role_streams) if ahead else Runner
         return make(
@@ -165,7 +167,9 @@ class Engine:
 
     def idle(self) -> bool:
         """Uses a moment without work for what makes later steps faster; whether more of that is left."""
-        return self.runner.idle()
+        if self.runner.idle():
+            return True
+        return self._memory is not None and self._memory.provide(self.scheduler.pages.reached * self._page_bytes)
 
     def open(self, group: Group) -> None:
         """Begins a group. Why it cannot be is told to its members."""

@@ -61,6 +61,7 @@ class Pages:
         self.slabs: dict[int, Slab] = {}  # lent to it, by number
         self.staying = count  # of those held, without slabs that leave
         self.promised = 0  # so many stay, whoever calls
+        self.reached = 0  # pages from here on were never given out
         self.relieved = False  # other pools have made room; whoever looks resets it
         self._packed, self._packed_wide = Struct(f"{page_size}i").pack, Struct(f"{page_size}q").pack  # a page's tokens
         self._lender = lender
@@ -166,6 +167,8 @@ class Pages:
             slab_of[page].used += 1
             pages.append(page)
         self.used += number
+        if pages:
+            self.reached = max(self.reached, max(pages) + 1)
         return pages
 
     def retain(self, pages: Iterable[int]) -> None:
