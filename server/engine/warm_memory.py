@@ -1,8 +1,8 @@
 """Memory that the system provides before it is first written to.
 
-Pages of the KV cache are allocated, not cleared, so the system provides each as the first keys are written to it: a page
-fault in the middle of a step, and zeros. A virtual machine whose host must find the memory first takes 5 ms for 2 MiB,
-and 32 clients spent 4 % of their time so (benchmarks/results/cpu_heap.md). While nobody asks, it costs nothing.
+Pages of the KV cache are allocated, not cleared: the system provides each as the first keys are written to it, in the
+middle of a step, and clears it. A virtual machine whose host must find the memory first takes 5 ms for 2 MiB, and 32
+clients spent 4 % of their time so (benchmarks/results/cpu_heap.md). While nobody asks, it costs nothing.
 """
 
 from __future__ import annotations
