@@ -167,6 +167,10 @@ void some_panels(const X* x, const W* w, const Meant& meant, const T* bias, T* y
     const long panels = (outs + COLUMNS - 1) / COLUMNS, all_panels = gated ? 2 * count : count;
     float c[4 * ROWS * COLUMNS];
     const W* starts[4];
+    // The result's lines are asked for before its sums: a store that waits for memory holds up those behind it.
+    for (long r = 0; r < rows; ++r)
+        for (long column = first * COLUMNS; column < outs && column < (first + count) * COLUMNS; column += 64 / (long)sizeof(T))
+            __builtin_prefetch(y + r * outs + column, 1, 2);
     for (long k = 0; k < ins; k += DEPTH) {
         for (long p = 0; p < all_panels; ++p)
             starts[p] = w + ((p < count ? first + p : panels + first + p - count) * ins + k) * COLUMNS;
@@ -201,7 +205,8 @@ template <class T, class X, class W, class Meant>
 void linear(const X* x, const W* w, const Meant& meant, const T* bias, T* y, long rows, long ins, long outs, int activation,
             int threads) {
     const long panels = (outs + COLUMNS - 1) / COLUMNS;
-    const long group = activation == SILU_AND_MUL ? 2 : 4;  // panels of the result that are computed together
+    const long most = TANDEM_AVX512 && rows > WIDE_TILE && rows <= ROWS ? 2 : 4;
+    const long group = activation == SILU_AND_MUL ? most / 2 : most;  // panels of the result that are computed together
     const long groups = (panels + group - 1) / group, blocks = (rows + ROWS - 1) / ROWS;
     each(blocks * groups, groups / 32 > 1 ? groups / 32 : 1, threads, [=](long begin, long end) {
         for (long item = begin; item < end; ++item) {
