@@ -23,6 +23,9 @@ namespace {
 
 constexpr long QUERIES = 16, WIDEST = 64;  // positions, and rows, of a piece
 
+// How much of the next block, of PARTS, has been asked for by the end of each piece of work on this one.
+constexpr long PARTS = 128, WITH_PANEL = 5, BEFORE_SCORES = 36, WITH_SCORES = 52, WITH_WEIGHTS = 88;
+
 struct Step {  // of a step: see Sequences in ops.py
     const int32_t *starts, *lengths, *table;
     long sequences, table_width;
@@ -38,14 +41,16 @@ struct Shape {
 };
 
 // sums [size / 16][R][16] += weights [R][BLOCK] · V, whose `count` positions are rows, for P · 16 columns from `column` on: the
-// sums of `multiply` without its panels, which a single tile of rows does not repay.
-template <int R, int P, class S>
-INLINE void add_columns(const S* const* values, long count, long size, const float* weights, float* sums, long column) {
+// sums of `multiply` without its panels, which a single tile of rows does not repay. `beside` is called with each 16 positions.
+template <int R, int P, class S, class Beside>
+INLINE void add_columns(const S* const* values, long count, long size, const float* weights, float* sums, long column,
+                        const Beside& beside) {
     Lanes found[P][R];
     float* at = sums + column * R;
 #pragma GCC unroll 64
     for (int i = 0; i < R * P; ++i) found[i / R][i % R] = load(at + i * COLUMNS);
     for (long j = 0; j < count; ++j) {
+        if (j % COLUMNS == 0 && column == 0) beside(j / COLUMNS);
 #pragma GCC unroll 8
         for (int p = 0; p < P; ++p) {
             const long left = size - column - p * COLUMNS;
@@ -60,13 +65,15 @@ INLINE void add_columns(const S* const* values, long count, long size, const flo
 }
 
 #if TANDEM_BF16_PRODUCTS
-template <int R, int P>
-INLINE void add_columns(const bf16* const* values, long count, long size, const bf16* weights, float* sums, long column) {
+template <int R, int P, class Beside>
+INLINE void add_columns(const bf16* const* values, long count, long size, const bf16* weights, float* sums, long column,
+                        const Beside& beside) {
     Lanes found[P][R];
     float* at = sums + column * R;
 #pragma GCC unroll 64
     for (int i = 0; i < R * P; ++i) found[i / R][i % R] = load(at + i * COLUMNS);
     for (long j = 0; j < count; j += 2) {
+        if (j % COLUMNS == 0 && column == 0) beside(j / COLUMNS);
         __m512i v[P];
         pairs_of<P>(values[j] + column, values[j + 1] + column, size - column, v);
 #pragma GCC unroll 16
@@ -81,15 +88,16 @@ INLINE void add_columns(const bf16* const* values, long count, long size, const 
 #endif
 
 // The same for all columns of `rows` rows; `rows` is R or less.
-template <int R, class S, class Weight>
-void add_values(long rows, const S* const* values, long count, long size, const Weight* weights, float* sums) {
+template <int R, class S, class Weight, class Beside>
+void add_values(long rows, const S* const* values, long count, long size, const Weight* weights, float* sums,
+                const Beside& beside) {
     if constexpr (R > 0) {
-        if (rows < R) return add_values<R - 1>(rows, values, count, size, weights, sums);
+        if (rows < R) return add_values<R - 1>(rows, values, count, size, weights, sums, beside);
         constexpr int P = R <= WIDE_TILE ? 4 : TANDEM_AVX512 ? 2 : 1;
         long column = 0;
         for (; column + P * COLUMNS <= size; column += P * COLUMNS)
-            add_columns<R, P>(values, count, size, weights, sums, column);
-        for (; column < size; column += COLUMNS) add_columns<R, 1>(values, count, size, weights, sums, column);
+            add_columns<R, P>(values, count, size, weights, sums, column, beside);
+        for (; column < size; column += COLUMNS) add_columns<R, 1>(values, count, size, weights, sums, column, beside);
     }
 }
 
@@ -177,10 +185,11 @@ void attend(const T* q, T* out, const Step& step, const Shape& shape, const Piec
             }
             key_panels[p] = keys + p * size * COLUMNS;
             keys_panel(block.keys + p * COLUMNS, size, keys + p * size * COLUMNS);
-            coming.fetch(coming.keys, p, panels, size);
+            coming.fetch(WITH_PANEL * (p + 1), PARTS, size);
         }
+        coming.fetch(BEFORE_SCORES, PARTS, size);
         multiply(rows, queries, size, key_panels, panels, size, scores, rows, true);
-        coming.fetch(coming.values, 0, 2, size);
+        coming.fetch(WITH_SCORES, PARTS, size);
         for (long r = 0; r < rows; ++r) {
             const long own = position + r / group;
             const Lanes behind = all((float)(own - base) + 0.5f);  // a column below it is not in the future
@@ -199,6 +208,7 @@ void attend(const T* q, T* out, const Step& step, const Shape& shape, const Piec
                 s[p] = where_less(column, behind, where_less(before, column, s[p], hidden), hidden);
                 most = larger(most, s[p]);
             }
+            coming.fetch(WITH_SCORES * rows + (WITH_WEIGHTS - WITH_SCORES) * (r + 1), PARTS * rows, size);
             const float block_top = largest(most);
             P* to = weights + r * BLOCK;
             if (block_top == -__builtin_inff() && !(tops[r] > -__builtin_inff())) {  // it has seen nothing yet
@@ -224,11 +234,13 @@ void attend(const T* q, T* out, const Step& step, const Shape& shape, const Piec
             }
             totals[r] += sum(total);
         }
-        coming.fetch(coming.values, 1, 2, size);
         if (rows <= TILE) {
-            add_values<TILE>(rows, block.values, panels * COLUMNS, size, weights, sums);
+            add_values<TILE>(rows, block.values, panels * COLUMNS, size, weights, sums, [&](long panel) {
+                coming.fetch(WITH_WEIGHTS + (PARTS - WITH_WEIGHTS) * (panel + 1) / panels, PARTS, size);
+            });
             continue;
         }
+        coming.fetch(PARTS, PARTS, size);
         const Panel* value_panels[WIDEST_HEAD / COLUMNS];
         for (long p = 0; p < outer; ++p) value_panels[p] = values + p * BLOCK * COLUMNS;
         values_panels(block.values, panels * COLUMNS, size, values, BLOCK * COLUMNS);

@@ -136,12 +136,13 @@ template <class S> struct Block {
     const float16 *key_scales[BLOCK], *value_scales[BLOCK];  // of int8
     bool together[BLOCK / COLUMNS];                          // whether the scales of a panel's 16 positions lie side by side
     long count = 0;                                          // of positions
+    long fetched = 0;                                        // rows that `fetch` has asked for
 
     // Positions base … base + positions - 1; `blank` for those that were never written or whose page is gone: outside of
     // from … to - 1.
     void find(const int32_t* table, const Pages& pages, long kv_head, long base, long positions, long from, long to,
               const S* blank) {
-        count = positions;
+        count = positions, fetched = 0;
         const long known_from = from > base ? from - base : 0, known_to = to - base < count ? to - base : count;
         for (long j = 0; j < count;) {
             if (j < known_from || j >= known_to) {
@@ -172,12 +173,14 @@ template <class S> struct Block {
             }
     }
 
-    // Has part `part` of `parts` of its rows (`keys` or `values`) brought to the second-level cache: a little at a time,
-    // beside the work on another block. The first level keeps fewer misses in flight, and makes the core wait for them.
-    void fetch(const S* const* rows, long part, long parts, long size) const {
-        for (long j = count * part / parts; j < count * (part + 1) / parts; ++j)
-            for (long line = 0; line < size * (long)sizeof(S); line += 64)
-                __builtin_prefetch((const char*)rows[j] + line, 0, 2);
+    // Has its rows, K's before V's, brought to the second-level cache as far as `part` of `parts`: a little at a time, beside
+    // the work on another block. A core keeps some 24 misses in flight; one that asks for more waits. The first level keeps
+    // fewer.
+    INLINE void fetch(long part, long parts, long size) {
+        for (const long end = 2 * count * part / parts; fetched < end; ++fetched) {
+            const char* row = (const char*)(fetched < count ? keys[fetched] : values[fetched - count]);
+            for (long line = 0; line < size * (long)sizeof(S); line += 64) __builtin_prefetch(row + line, 0, 2);
+        }
     }
 
     // Those of panel p.
