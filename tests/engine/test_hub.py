@@ -19,6 +19,7 @@ from tandem.server.engine.engine import Step
 from tandem.server.engine.hub import Hub, StepCost
 from tandem.server.engine.options import EngineOptions, ModelSpec, OptionsError
 from tandem.server.engine.request import ModelCard, Output
+from tandem.server.engine.warm_memory import WarmMemory
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,33 @@ def test_policy_and_reward_model_share_a_process(checkpoints: Path) -> None:
             with torch.inference_mode():
                 expected = model(torch.tensor([request.token_ids])).logits[0].tolist()
             assert found.scores == pytest.approx(expected, abs=1e-4)
+
+
+def test_idle_moments_provide_memory_behind_the_pages_in_use(
+    checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    provide = WarmMemory.provide
+
+    def noting(warm: WarmMemory, used: int) -> bool:
+        asked.append(used)
+        return provide(warm, used)
+
+    monkeypatch.setattr(WarmMemory, "provide", noting)
+    hub = make_hub(checkpoints / "llama-gqa")
+    while hub.idle():
+        pass
+    assert asked and set(asked) == {0}
+    asked.clear()
+    hub.submit(generate(1, "llama-gqa", prompt(40), max_tokens=8))
+    while hub.has_work:
+        assert not hub.idle()
+        hub.step()
+    assert not asked
+    hub.idle()
+    (engine,) = hub.engines
+    pages = -(-(40 + 8 - 1) // engine.scheduler.pages.page_size)  # the last token's keys are never written
+    assert asked == [pages * engine.kv_bytes // engine.kv_pages]
 
 
 def test_abort_and_deadline_reach_every_model(checkpoints: Path) -> None:
