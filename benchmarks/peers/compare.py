@@ -124,20 +124,40 @@ def serve_section(run: Run) -> None:
         told = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in ready.items())
         run.add("ready after the start, vllm / tandem", ready["vllm"] / ready["tandem"], told, least=8)
         for clients in (16, 32):
-            load = {"count": 2 * clients, "given": 128, "wanted": 64, "max_concurrency": clients, "model": model}
-            found = between(run, servers, **load)
-            run.keep(f"serve_{clients}", found)
-            beside = figures(found, "output_throughput", "tok/s")
-            run.add(
-                f"{clients} clients, output tokens/s, tandem / vllm",
-                ratio_of(found, "output_throughput"),
-                beside,
-                least=1.7,
-            )
-        found = between(run, servers, count=128, given=64, wanted=32, max_concurrency=64, model=model)
-        run.keep("serve_64", found)
-        beside = figures(found, "p99_ttft_ms", "ms")
-        run.add("64 streams, TTFT p99, tandem / vllm", ratio_of(found, "p99_ttft_ms"), beside, most=0.5)
+            clients_row(run, servers, model, clients, least=1.7)
+        streams_row(run, servers, model, most=0.5)
+
+
+def w8a8_section(run: Run) -> None:
+    """The same model with int8 matrices and activations, as both servers read it from one checkpoint."""
+    with ExitStack() as stack:
+        model = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "w8a8"
+        words = ["quantize", str(checkpoint(LARGE)), str(model), "--scheme", "w8a8"]
+        subprocess.run([sys.executable, "-m", "tandem.server", *words], check=True, stdout=subprocess.DEVNULL)
+        dtype = ("--dtype", DTYPE)
+        servers = [
+            stack.enter_context(start(name, model, threads=run.threads, arguments=dtype)) for name in ("tandem", "vllm")
+        ]
+        clients_row(run, servers, model, 32, prefix="w8a8, ")
+        streams_row(run, servers, model, prefix="w8a8, ")
+
+
+def clients_row(
+    run: Run, servers: Sequence[Server], model: Path, clients: int, prefix: str = "", least: float | None = None
+) -> None:
+    load = {"count": 2 * clients, "given": 128, "wanted": 64, "max_concurrency": clients}
+    found = between(run, servers, **load, model=model)
+    run.keep(f"{prefix.replace(', ', '_')}serve_{clients}", found)
+    beside = figures(found, "output_throughput", "tok/s")
+    name = f"{prefix}{clients} clients, output tokens/s, tandem / vllm"
+    run.add(name, ratio_of(found, "output_throughput"), beside, least=least)
+
+
+def streams_row(run: Run, servers: Sequence[Server], model: Path, prefix: str = "", most: float | None = None) -> None:
+    found = between(run, servers, count=128, given=64, wanted=32, max_concurrency=64, model=model)
+    run.keep(f"{prefix.replace(', ', '_')}serve_64", found)
+    beside = figures(found, "p99_ttft_ms", "ms")
+    run.add(f"{prefix}64 streams, TTFT p99, tandem / vllm", ratio_of(found, "p99_ttft_ms"), beside, most=most)
 
 
 def tiny_section(run: Run) -> None:
@@ -229,6 +249,7 @@ def own_tool_section(run: Run) -> None:
 SECTIONS: dict[str, Callable[[Run], None]] = {
     "offline": offline_section,
     "serve": serve_section,
+    "w8a8": w8a8_section,
     "tiny": tiny_section,
     "own_tool": own_tool_section,
 }
