@@ -241,7 +241,7 @@ def agreement(run: Run, name: str, beside: str, arguments: Sequence[str], *load:
 
 def own_tool_section(run: Run) -> None:
     """Beside vLLM's own tool at its server, and beside the `openai` SDK at transformers', which has no tool."""
-    agreement(run, "vllm", "vllm", ("--dtype", DTYPE), "--num-prompts", "32", "--max-concurrency", "4")
+    agreement(run, "vllm", "vllm", ("--dtype", DTYPE), "--num-prompts", "72", "--max-concurrency", "4")
     one_by_one = ("--num-prompts", "24", "--max-concurrency", "1", "--output-len", "16")
     agreement(run, "transformers", "sdk", ("--dtype", DTYPE), *one_by_one)
 
