@@ -12,24 +12,15 @@ constexpr long WIDEST_HEAD = 1024;
 
 // Adds x to the residual, if there is one, and normalises the sum. Each result is rounded to T as the definition does.
 template <class T> void rms_norm(const T* from, T* residual, const T* weight, T* to, long size, float eps) {
-    constexpr int CHAINS = 4;  // of additions, so that one need not wait for another
-    Lanes squares[CHAINS];
-    for (int c = 0; c < CHAINS; ++c) squares[c] = zeros();
-    const auto next = [&](long i) {
-        if (!residual) return load(from + i);
-        const Lanes v = as_stored(T(), load(residual + i) + load(from + i));
-        store(residual + i, v);
-        return v;
-    };
+    Lanes squares = zeros();
     long i = 0;
-    for (; i + CHAINS * 16 <= size; i += CHAINS * 16)
-        for (int c = 0; c < CHAINS; ++c) {
-            const Lanes v = next(i + c * 16);
-            squares[c] = fma(v, v, squares[c]);
-        }
     for (; i + 16 <= size; i += 16) {
-        const Lanes v = next(i);
-        squares[0] = fma(v, v, squares[0]);
+        Lanes v = load(from + i);
+        if (residual) {
+            v = as_stored(T(), load(residual + i) + v);
+            store(residual + i, v);
+        }
+        squares = fma(v, v, squares);
     }
     if (residual) {
         for (long j = i; j < size; ++j) narrow(residual + j, wide(residual[j]) + wide(from[j]));
@@ -37,10 +28,9 @@ template <class T> void rms_norm(const T* from, T* residual, const T* weight, T*
     }
     if (i < size) {
         const Lanes v = load_some(from + i, size - i);
-        squares[1] = fma(v, v, squares[1]);
+        squares = fma(v, v, squares);
     }
-    const float total = sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
-    const float scale = 1.0f / __builtin_sqrtf(total / (float)size + eps);
+    const float scale = 1.0f / __builtin_sqrtf(sum(squares) / (float)size + eps);
     for (i = 0; i + 16 <= size; i += 16)
         store(to + i, as_stored(T(), load(from + i) * all(scale)) * load(weight + i));
     if (i < size) {

@@ -73,8 +73,7 @@ class Engine:
         self.kv_pages, self.kv_tokens = pool.count, pool.count * options.page_size
         self._kv_dtype = getattr(torch, card.kv_dtype) if card.kv_dtype else model.dtype
         self._page_bytes = KVCache.bytes_per_page(model.config, options.page_size, self._kv_dtype)
-        self.kv_bytes = pool.count * self._page_bytes
-        self.kv_most_tokens = pool.most * options.page_size
+        self.kv_bytes, self.kv_most_tokens = pool.count * self._page_bytes, pool.most * options.page_size
         self.model, self.weight_bytes, self.digest = model, model.weight_bytes, model.digest
         self._score_pooling = model.config.score.pooling
         self.card = replace(card, max_request_tokens=min(card.context, self.kv_tokens))
@@ -167,9 +166,8 @@ class Engine:
 
     def idle(self) -> bool:
         """Uses a moment without work for what makes later steps faster; whether more of that is left."""
-        if self.runner.idle():
-            return True
-        return self._memory is not None and self._memory.provide(self.scheduler.pages.reached * self._page_bytes)
+        reached = self.scheduler.pages.reached * self._page_bytes
+        return self.runner.idle() or (self._memory is not None and self._memory.provide(reached))
 
     def open(self, group: Group) -> None:
         """Begins a group. Why it cannot be is told to its members."""
