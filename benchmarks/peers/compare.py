@@ -1,6 +1,6 @@
 """What issue 4 asks to be shown: Tandem beside other engines on this machine, in one run.
 
-    python -m tandem.benchmarks.peers.compare [--only serve,ttft] [--threads 2] [--runs 3] [--save DIR]
+    python -m tandem.benchmarks.peers.compare [--only serve,tiny] [--threads 2] [--runs 3] [--save DIR]
 
 Every figure is a ratio of two engines that take turns under the same load. The engines must be set up
 (`python -m tandem.benchmarks.peers.setup vllm`, `… llama.cpp`). Prints a table with the goal beside each figure and, as
@@ -113,13 +113,19 @@ def figures(found: dict[str, Any], name: str, unit: str) -> str:
     return f"{', '.join(shown)} {unit}"
 
 
+def both(stack: ExitStack, model: Path, threads: int) -> list[Server]:
+    """Tandem and vLLM with this model in `DTYPE`, until the stack ends."""
+    return [
+        stack.enter_context(start(name, model, threads=threads, arguments=("--dtype", DTYPE)))
+        for name in ("tandem", "vllm")
+    ]
+
+
 def serve_section(run: Run) -> None:
     """16 and 32 clients, 64 streams, and how soon each server is ready; 125M, both in `DTYPE`."""
-    model, dtype = checkpoint(LARGE), ("--dtype", DTYPE)
+    model = checkpoint(LARGE)
     with ExitStack() as stack:
-        servers = [
-            stack.enter_context(start(name, model, threads=run.threads, arguments=dtype)) for name in ("tandem", "vllm")
-        ]
+        servers = both(stack, model, run.threads)
         ready = {server.name: server.ready_seconds for server in servers}
         told = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in ready.items())
         run.add("ready after the start, vllm / tandem", ready["vllm"] / ready["tandem"], told, least=8)
@@ -134,10 +140,7 @@ def w8a8_section(run: Run) -> None:
         model = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "w8a8"
         words = ["quantize", str(checkpoint(LARGE)), str(model), "--scheme", "w8a8"]
         subprocess.run([sys.executable, "-m", "tandem.server", *words], check=True, stdout=subprocess.DEVNULL)
-        dtype = ("--dtype", DTYPE)
-        servers = [
-            stack.enter_context(start(name, model, threads=run.threads, arguments=dtype)) for name in ("tandem", "vllm")
-        ]
+        servers = both(stack, model, run.threads)
         clients_row(run, servers, model, 32, prefix="w8a8, ")
         streams_row(run, servers, model, prefix="w8a8, ")
 

@@ -23,8 +23,8 @@ namespace {
 
 constexpr long QUERIES = 16, WIDEST = 64;  // positions, and rows, of a piece
 
-// How much of the next block, of PARTS, has been asked for by the end of each piece of work on this one.
-constexpr long PARTS = 128, WITH_PANEL = 5, BEFORE_SCORES = 36, WITH_SCORES = 52, WITH_WEIGHTS = 88;
+// How much of the next block, of its PARTS, has been asked for by the end of each piece of work on this one.
+constexpr long WITH_PANEL = 5, BEFORE_SCORES = 36, WITH_SCORES = 52, WITH_WEIGHTS = 88;
 
 struct Step {  // of a step: see Sequences in ops.py
     const int32_t *starts, *lengths, *table;
@@ -40,52 +40,50 @@ struct Shape {
     float softcap;       // 0: none
 };
 
-// sums [size / 16][R][16] += weights [R][BLOCK] · V, whose `count` positions are rows, for P · 16 columns from `column` on: the
-// sums of `multiply` without its panels, which a single tile of rows does not repay. `beside` is called with each 16 positions.
-template <int R, int P, class S, class Beside>
-INLINE void add_columns(const S* const* values, long count, long size, const float* weights, float* sums, long column,
-                        const Beside& beside) {
-    Lanes found[P][R];
-    float* at = sums + column * R;
-#pragma GCC unroll 64
-    for (int i = 0; i < R * P; ++i) found[i / R][i % R] = load(at + i * COLUMNS);
-    for (long j = 0; j < count; ++j) {
-        if (j % COLUMNS == 0 && column == 0) beside(j / COLUMNS);
+// found [P][R] += weights [R][BLOCK] · V, whose positions are rows, for P · 16 columns from `column` on and for AT_ONCE positions
+// from j on.
+template <class Weight> constexpr long AT_ONCE = 1;
+template <int R, int P, class S>
+INLINE void add_positions(const S* const* values, long j, long left, long column, const float* weights, Lanes (&found)[P][R]) {
 #pragma GCC unroll 8
-        for (int p = 0; p < P; ++p) {
-            const long left = size - column - p * COLUMNS;
-            const S* from = values[j] + column + p * COLUMNS;
-            const Lanes v = P > 1 || left >= COLUMNS ? load(from) : load_some(from, left);
+    for (int p = 0; p < P; ++p) {
+        const S* from = values[j] + column + p * COLUMNS;
+        const Lanes v = P > 1 || left >= COLUMNS ? load(from) : load_some(from, left);
 #pragma GCC unroll 16
-            for (int r = 0; r < R; ++r) found[p][r] = fma(all(weights[r * BLOCK + j]), v, found[p][r]);
-        }
+        for (int r = 0; r < R; ++r) found[p][r] = fma(all(weights[r * BLOCK + j]), v, found[p][r]);
     }
-#pragma GCC unroll 64
-    for (int i = 0; i < R * P; ++i) store(at + i * COLUMNS, found[i / R][i % R]);
 }
 
 #if TANDEM_BF16_PRODUCTS
-template <int R, int P, class Beside>
-INLINE void add_columns(const bf16* const* values, long count, long size, const bf16* weights, float* sums, long column,
+template <> constexpr long AT_ONCE<bf16> = 2;
+template <int R, int P>
+INLINE void add_positions(const bf16* const* values, long j, long left, long column, const bf16* weights, Lanes (&found)[P][R]) {
+    __m512i v[P];
+    pairs_of<P>(values[j] + column, values[j + 1] + column, left, v);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+        for (int p = 0; p < P; ++p) found[p][r] = add_pair(weights + r * BLOCK + j, v[p], found[p][r]);
+    }
+}
+#endif
+
+// sums [size / 16][R][16] += the same for `count` positions: the sums of `multiply` without its panels, which a single tile of
+// rows does not repay. `beside` is called with each 16 positions.
+template <int R, int P, class S, class Weight, class Beside>
+INLINE void add_columns(const S* const* values, long count, long size, const Weight* weights, float* sums, long column,
                         const Beside& beside) {
     Lanes found[P][R];
     float* at = sums + column * R;
 #pragma GCC unroll 64
     for (int i = 0; i < R * P; ++i) found[i / R][i % R] = load(at + i * COLUMNS);
-    for (long j = 0; j < count; j += 2) {
+    for (long j = 0; j < count; j += AT_ONCE<Weight>) {
         if (j % COLUMNS == 0 && column == 0) beside(j / COLUMNS);
-        __m512i v[P];
-        pairs_of<P>(values[j] + column, values[j + 1] + column, size - column, v);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-            for (int p = 0; p < P; ++p) found[p][r] = add_pair(weights + r * BLOCK + j, v[p], found[p][r]);
-        }
+        add_positions(values, j, size - column, column, weights, found);
     }
 #pragma GCC unroll 64
     for (int i = 0; i < R * P; ++i) store(at + i * COLUMNS, found[i / R][i % R]);
 }
-#endif
 
 // The same for all columns of `rows` rows; `rows` is R or less.
 template <int R, class S, class Weight, class Beside>
@@ -185,11 +183,11 @@ void attend(const T* q, T* out, const Step& step, const Shape& shape, const Piec
             }
             key_panels[p] = keys + p * size * COLUMNS;
             keys_panel(block.keys + p * COLUMNS, size, keys + p * size * COLUMNS);
-            coming.fetch(WITH_PANEL * (p + 1), PARTS, size);
+            coming.fetch(WITH_PANEL * (p + 1), size);
         }
-        coming.fetch(BEFORE_SCORES, PARTS, size);
+        coming.fetch(BEFORE_SCORES, size);
         multiply(rows, queries, size, key_panels, panels, size, scores, rows, true);
-        coming.fetch(WITH_SCORES, PARTS, size);
+        coming.fetch(WITH_SCORES, size);
         for (long r = 0; r < rows; ++r) {
             const long own = position + r / group;
             const Lanes behind = all((float)(own - base) + 0.5f);  // a column below it is not in the future
@@ -208,7 +206,7 @@ void attend(const T* q, T* out, const Step& step, const Shape& shape, const Piec
                 s[p] = where_less(column, behind, where_less(before, column, s[p], hidden), hidden);
                 most = larger(most, s[p]);
             }
-            coming.fetch(WITH_SCORES * rows + (WITH_WEIGHTS - WITH_SCORES) * (r + 1), PARTS * rows, size);
+            coming.fetch(WITH_SCORES + (WITH_WEIGHTS - WITH_SCORES) * (r + 1) / rows, size);
             const float block_top = largest(most);
             P* to = weights + r * BLOCK;
             if (block_top == -__builtin_inff() && !(tops[r] > -__builtin_inff())) {  // it has seen nothing yet
@@ -236,11 +234,11 @@ void attend(const T* q, T* out, const Step& step, const Shape& shape, const Piec
         }
         if (rows <= TILE) {
             add_values<TILE>(rows, block.values, panels * COLUMNS, size, weights, sums, [&](long panel) {
-                coming.fetch(WITH_WEIGHTS + (PARTS - WITH_WEIGHTS) * (panel + 1) / panels, PARTS, size);
+                coming.fetch(WITH_WEIGHTS + (PARTS - WITH_WEIGHTS) * (panel + 1) / panels, size);
             });
             continue;
         }
-        coming.fetch(PARTS, PARTS, size);
+        coming.fetch(PARTS, size);
         const Panel* value_panels[WIDEST_HEAD / COLUMNS];
         for (long p = 0; p < outer; ++p) value_panels[p] = values + p * BLOCK * COLUMNS;
         values_panels(block.values, panels * COLUMNS, size, values, BLOCK * COLUMNS);

@@ -6,7 +6,8 @@
 
 namespace {
 
-constexpr long BLOCK = 64;  // positions
+constexpr long BLOCK = 64;   // positions
+constexpr long PARTS = 128;  // of a block's rows, K's and V's, as `fetch` counts
 
 INLINE void transpose_8x8(const uint32_t* const* rows, long from, uint32_t* to) {
     __m256 r[8], t[8];
@@ -173,11 +174,11 @@ template <class S> struct Block {
             }
     }
 
-    // Has its rows, K's before V's, brought to the second-level cache as far as `part` of `parts`: a little at a time, beside
+    // Has its rows, K's before V's, brought to the second-level cache as far as `part` of PARTS: a little at a time, beside
     // the work on another block. A core keeps some 24 misses in flight; one that asks for more waits. The first level keeps
     // fewer.
-    INLINE void fetch(long part, long parts, long size) {
-        for (const long end = 2 * count * part / parts; fetched < end; ++fetched) {
+    INLINE void fetch(long part, long size) {
+        for (const long end = 2 * count * part / PARTS; fetched < end; ++fetched) {
             const char* row = (const char*)(fetched < count ? keys[fetched] : values[fetched - count]);
             for (long line = 0; line < size * (long)sizeof(S); line += 64) __builtin_prefetch(row + line, 0, 2);
         }

@@ -205,6 +205,7 @@ template <class T, class X, class W, class Meant>
 void linear(const X* x, const W* w, const Meant& meant, const T* bias, T* y, long rows, long ins, long outs, int activation,
             int threads) {
     const long panels = (outs + COLUMNS - 1) / COLUMNS;
+    // Two panels where a tile holds no more and there is one block of rows: smaller parts end closer together.
     const long most = TANDEM_AVX512 && rows > WIDE_TILE && rows <= ROWS ? 2 : 4;
     const long group = activation == SILU_AND_MUL ? most / 2 : most;  // panels of the result that are computed together
     const long groups = (panels + group - 1) / group, blocks = (rows + ROWS - 1) / ROWS;

@@ -19,7 +19,7 @@ POPULATE_WRITE = 23  # madvise(2), Linux 5.14: contents stay
 
 class WarmMemory:
     def __init__(self, memory: Tensor, ahead: int = AHEAD) -> None:
-        """`memory` [bytes] uint8, on the CPU."""
+        """`memory` [bytes] uint8, on the CPU; `ahead`: bytes behind those in use that may be provided."""
         self._memory = memory  # stays as long as its address is used
         self._begin, self._end = memory.data_ptr(), memory.data_ptr() + len(memory)
         self._ahead = ahead
